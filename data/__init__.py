@@ -1,0 +1,324 @@
+"""What comes in: files are read and checked here, turned into token ids, and batched.
+
+    text to pretrain on   .txt (one document), or JSONL with "text" (a document a line)
+    fine-tuning           JSONL "prompt", "completion"
+    comparisons           JSONL "prompt", "chosen", "rejected"; or "prompt", "ranked" (a list, best first)
+    prompts               JSONL "prompt"
+
+A text is complete and gets EOS, unless the row says otherwise: "completion_ended", "chosen_ended", "rejected_ended"
+(true or false) or "ranked_ended" (a list) mark a sample that the length limit cut. Further columns are ignored.
+Nothing is stripped: the space between a prompt and its completion is part of one of the two.
+"""
+
+import heapq
+import json
+import os
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import regex  # tiktoken's own dependency
+import tiktoken
+import torch
+from torch import Tensor
+
+SPLIT = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""  # GPT-2's words
+EOS_TEXT = "<|endoftext|>"
+
+
+class InputError(Exception):
+    """Bad input. The message is one sentence that names the file, line or option and says what to do."""
+
+
+# --- files --------------------------------------------------------------------------------------------------------
+
+
+def _lines(path: str | Path) -> Iterator[tuple[int, str]]:
+    try:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}; give a file that can be read") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path}:{number}: not UTF-8; save the file as UTF-8") from None
+
+
+def iterate_jsonl(path: str | Path, columns: dict[str, type]) -> Iterator[dict]:
+    """The rows of a JSONL file, each checked to have `columns` of the given types. Raises InputError with the line."""
+    empty = True
+    for number, line in _lines(path):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise InputError(f"{path}:{number}: not JSON ({error}); mend or remove the line") from None
+        if not isinstance(row, dict):
+            raise InputError(f"{path}:{number}: not a JSON object; each line must be {{…}}")
+        for column, kind in columns.items():
+            if column not in row:
+                raise InputError(f'{path}:{number}: no column "{column}"; a row needs {", ".join(columns)}')
+            if not isinstance(row[column], kind):
+                raise InputError(f'{path}:{number}: "{column}" is not a {"text" if kind is str else "list"}; mend the line')
+        empty = False
+        yield row
+    if empty:
+        raise InputError(f"{path}: no rows; give a file with at least one")
+
+
+def read_jsonl(path: str | Path, columns: dict[str, type]) -> list[dict]:
+    return list(iterate_jsonl(path, columns))
+
+
+def first_row(path: str | Path) -> dict:
+    """The first row of a JSONL file, which tells what kind of data it is."""
+    return next(iterate_jsonl(path, {}))
+
+
+def documents(path: str | Path) -> Iterator[str]:
+    """The texts of a file, one at a time: a .txt is one document, handed over in pieces of whole lines."""
+    if Path(path).suffix == ".jsonl":
+        columns = ["text"] if "text" in first_row(path) else ["prompt", "completion"]
+        for row in iterate_jsonl(path, dict.fromkeys(columns, str)):
+            yield "".join(row[column] for column in columns)
+        return
+    piece: list[str] = []
+    size = 0
+    for _, line in _lines(path):
+        piece.append(line)
+        size += len(line)
+        if size > 2**20:
+            yield "".join(piece)
+            piece, size = [], 0
+    if piece:
+        yield "".join(piece)
+
+
+# --- the tokenizer: always a tiktoken.Encoding ----------------------------------------------------------------------
+
+
+def learn_bpe(texts: Iterable[str], vocab_size: int, limit: int = 50_000_000) -> tiktoken.Encoding:
+    """Byte-level BPE (Sennrich et al. 2016; Radford et al. 2019, section 2.2) from the first `limit` characters.
+
+    Ids 0…255 are the bytes, then come the merges in the order learned, then EOS. The vocabulary is smaller than
+    `vocab_size` where no pair is left that occurs twice.
+    """
+    if vocab_size < 257:
+        raise InputError(f"--vocab_size {vocab_size}: a byte-level vocabulary needs 256 bytes and EOS; give 257 or more")
+    counts: Counter[str] = Counter()
+    for text in texts:
+        counts.update(regex.findall(SPLIT, text[:limit]))
+        limit -= len(text)
+        if limit <= 0:
+            break
+    words = [(list(word.encode("utf-8", "replace")), count) for word, count in counts.items()]
+    pairs: Counter[tuple[int, int]] = Counter()
+    where: defaultdict[tuple[int, int], set[int]] = defaultdict(set)
+    for i, (ids, count) in enumerate(words):
+        for pair in zip(ids, ids[1:]):
+            pairs[pair] += count
+            where[pair].add(i)
+    heap = [(-count, pair) for pair, count in pairs.items()]  # commonest first; equals by id, so that it is repeatable
+    heapq.heapify(heap)
+    tokens = [bytes([i]) for i in range(256)]
+    while len(tokens) < vocab_size - 1 and heap:
+        count, pair = heapq.heappop(heap)
+        if -count != pairs[pair]:  # an old entry
+            continue
+        if -count < 2:
+            break
+        new = len(tokens)
+        tokens.append(tokens[pair[0]] + tokens[pair[1]])
+        changed = set()
+        for i in where.pop(pair):
+            ids, count = words[i]
+            merged, j = [], 0
+            while j < len(ids):
+                if j + 1 < len(ids) and (ids[j], ids[j + 1]) == pair:
+                    merged.append(new)
+                    j += 2
+                else:
+                    merged.append(ids[j])
+                    j += 1
+            for old in zip(ids, ids[1:]):
+                pairs[old] -= count
+                changed.add(old)
+            for fresh in zip(merged, merged[1:]):
+                pairs[fresh] += count
+                where[fresh].add(i)
+                changed.add(fresh)
+            words[i] = (merged, count)
+        for each in changed:
+            if pairs[each] > 0:
+                heapq.heappush(heap, (-pairs[each], each))
+    ranks = {token: i for i, token in enumerate(tokens)}
+    return tiktoken.Encoding("bpe", pat_str=SPLIT, mergeable_ranks=ranks, special_tokens={EOS_TEXT: len(ranks)})
+
+
+def gpt2_encoding() -> tiktoken.Encoding:
+    """GPT-2's vocabulary of 50,257, which tiktoken downloads once. Raises InputError where it cannot."""
+    try:
+        return tiktoken.get_encoding("gpt2")
+    except Exception as error:
+        raise InputError(f"--vocab_size 0: tiktoken could not download GPT-2's vocabulary ({error}); go online once") from error
+
+
+def encoding_state(encoding: tiktoken.Encoding) -> dict:
+    """The encoding as a plain dict, bytes written as Latin-1 text, for a checkpoint."""
+    ranks = {token.decode("latin-1"): rank for token, rank in encoding._mergeable_ranks.items()}
+    return {"name": encoding.name, "pattern": encoding._pat_str, "ranks": ranks, "special": dict(encoding._special_tokens)}
+
+
+def encoding_from_state(state: dict) -> tiktoken.Encoding:
+    ranks = {token.encode("latin-1"): rank for token, rank in state["ranks"].items()}
+    return tiktoken.Encoding(state["name"], pat_str=state["pattern"], mergeable_ranks=ranks, special_tokens=state["special"])
+
+
+# --- rows of token ids ----------------------------------------------------------------------------------------------
+
+
+class Row(NamedTuple):
+    """A prompt and its response as one list of ids; EOS is part of the response where the text was complete."""
+
+    tokens: list[int]
+    prompt_len: int
+
+
+class Group(NamedTuple):
+    """The responses to one prompt that were compared, and which beat which: pairs of (winner, loser) indices."""
+
+    rows: list[Row]
+    pairs: list[tuple[int, int]]
+    certainty: list[float]  # the probability, where the labels were simulated, of the likelier outcome; else nan
+
+
+def encode_row(encoding: tiktoken.Encoding, eos: int, prompt: str, response: str, ended: bool = True) -> Row:
+    """Prompt and response are encoded each by itself, as they will be when the response is sampled."""
+    start = encoding.encode_ordinary(prompt) or [eos]
+    return Row(start + encoding.encode_ordinary(response) + [eos] * ended, len(start))
+
+
+def completions(path: str | Path, encoding: tiktoken.Encoding, eos: int) -> list[Row]:
+    return [
+        encode_row(encoding, eos, row["prompt"], row["completion"], row.get("completion_ended", True))
+        for row in iterate_jsonl(path, {"prompt": str, "completion": str})
+    ]
+
+
+def comparisons(path: str | Path, encoding: tiktoken.Encoding, eos: int) -> list[Group]:
+    """Rows with "ranked" become a group each; neighbouring pair rows of one prompt share a group and its responses."""
+    kind = {"ranked": list} if "ranked" in first_row(path) else {"chosen": str, "rejected": str}
+    groups: list[Group] = []
+    index: dict[tuple[str, bool], int] = {}
+    previous = None
+    for number, row in enumerate(iterate_jsonl(path, {"prompt": str} | kind), 1):
+        if "ranked" in kind:
+            texts, ends = row["ranked"], row.get("ranked_ended", [True] * len(row["ranked"]))
+            if len(texts) < 2 or len(ends) != len(texts) or not all(isinstance(text, str) for text in texts):
+                raise InputError(f'{path}: row {number}: "ranked" must be two or more texts, best first; mend the row')
+        else:
+            texts, ends = [row["chosen"], row["rejected"]], [row.get("chosen_ended", True), row.get("rejected_ended", True)]
+        if "ranked" in kind or row["prompt"] != previous:
+            groups.append(Group([], [], []))
+            index, previous = {}, row["prompt"]
+        group, places = groups[-1], []
+        for response in zip(texts, ends):
+            if response not in index:
+                index[response] = len(group.rows)
+                group.rows.append(encode_row(encoding, eos, row["prompt"], *response))
+            places.append(index[response])
+        pairs = [(w, l) for i, w in enumerate(places) for l in places[i + 1 :]]
+        group.pairs.extend(pairs)
+        group.certainty.extend([max(p, 1 - p) if (p := row.get("p_chosen")) is not None else float("nan")] * len(pairs))
+    return groups
+
+
+def prompts(path: str | Path, encoding: tiktoken.Encoding) -> list[list[int]]:
+    return [encoding.encode_ordinary(row["prompt"]) for row in iterate_jsonl(path, {"prompt": str})]
+
+
+def fit(items: list, lengths: list[int], room: int, drop_long: bool, what: str) -> list:
+    """The items whose length is at most `room`. Raises InputError where some are not and `drop_long` is off."""
+    kept = [item for item, length in zip(items, lengths) if length <= room]
+    dropped = len(items) - len(kept)
+    if dropped and not drop_long:
+        raise InputError(f"{dropped:,} of {len(items):,} {what} exceed the {room} tokens there is room for; --drop_long leaves them out")
+    if not kept:
+        raise InputError(f"none of {len(items):,} {what} fits the {room} tokens there is room for; give shorter ones")
+    return kept
+
+
+def pad(rows: list[Row], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
+    """Rows to tokens (B, T), prompt_len (B,), length (B,). Pads are zeros: `length` says what is one, not the id."""
+    T = max(len(row.tokens) for row in rows)
+    tokens = torch.tensor([row.tokens + [0] * (T - len(row.tokens)) for row in rows])
+    prompt_len, length = torch.tensor([row.prompt_len for row in rows]), torch.tensor([len(row.tokens) for row in rows])
+    return tokens.to(device), prompt_len.to(device), length.to(device)
+
+
+# --- batches: which rows belong to which step is a function of the seed and the step alone, so a resume needs no state --
+
+
+def shuffled(items: list, batch_size: int, seed: int, lengths: list[int] | None, step: int) -> list:
+    """The items of batch number `step`: every epoch in a new order, what does not fill a batch left out of it.
+
+    With `lengths`, batches hold items of like length, so that little padding is computed: within every stretch of 16
+    batches items are sorted by length and cut into batches, whose order is then shuffled. Where there are fewer than
+    `batch_size` items, a batch is all of them.
+    """
+    batch_size = min(batch_size, len(items))
+    per_epoch = len(items) // batch_size
+    epoch, place = divmod(step, per_epoch)
+    rng = np.random.default_rng([seed, epoch])
+    order = rng.permutation(len(items))[: per_epoch * batch_size]
+    if lengths is not None:
+        size, stretch = np.asarray(lengths), 16 * batch_size
+        stretches = [order[start : start + stretch] for start in range(0, len(order), stretch)]
+        order = np.concatenate([part[np.argsort(size[part], kind="stable")] for part in stretches])
+        place = rng.permutation(per_epoch)[place]
+    return [items[i] for i in order[place * batch_size : (place + 1) * batch_size]]
+
+
+def micro_batches(rows: list[Row], size: int) -> Iterator[list[Row]]:
+    """The rows in parts of at most `size`, like lengths together, so that each part pads to its own longest only."""
+    rows = sorted(rows, key=lambda row: len(row.tokens))
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]
+
+
+def hold_out(items: list) -> tuple[list, list]:
+    """(held out, the rest): the same twentieth of a list every time, at most 512 items and at least one."""
+    if len(items) < 2:
+        return items, items
+    order = np.random.default_rng(0).permutation(len(items)).tolist()
+    n = max(1, min(512, len(items) // 20))
+    return [items[i] for i in order[:n]], [items[i] for i in order[n:]]
+
+
+def token_stream(path: str | Path, encoding: tiktoken.Encoding, eos: int, target: str | Path) -> np.memmap:
+    """All documents of `path`, each with EOS behind it, as one memory-mapped array of ids, kept in the file `target`."""
+    dtype = np.uint16 if encoding.n_vocab <= 2**16 else np.uint32
+    target = Path(target)
+    if not target.exists():
+        temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+        whole = Path(path).suffix != ".jsonl"  # one document, in pieces
+        with open(temporary, "wb") as out:
+            for text in documents(path):
+                np.array(encoding.encode_ordinary(text) + [eos] * (not whole), dtype=dtype).tofile(out)
+            if whole:
+                np.array([eos], dtype=dtype).tofile(out)
+        temporary.replace(target)
+    return np.memmap(target, dtype=dtype, mode="r")
+
+
+def windows(stream: np.ndarray, width: int, starts: Iterable[int]) -> list[Row]:
+    """Stretches of `width` ids as rows whose first id stands as the prompt."""
+    return [Row(stream[start : start + width].tolist(), 1) for start in starts]
+
+
+def random_windows(stream: np.ndarray, width: int, batch_size: int, seed: int, step: int) -> list[Row]:
+    """Batch number `step` of stretches of the stream that start anywhere."""
+    return windows(stream, width, np.random.default_rng([seed, step]).integers(0, len(stream) - width, batch_size))

@@ -1,0 +1,60 @@
+"""Comparisons from a person: sample several responses to a prompt, decide which is better, write the JSONL.
+
+The person here is simulated: `simulate` lets a judge decide each pair as a noisy person would.
+"""
+
+import itertools
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+import torch
+
+from model import GPT
+
+
+def sample_responses(
+    model: GPT, encoding: tiktoken.Encoding, prompts: list[str], samples: int, response_len: int, temperature: float, seed: int
+) -> list[list[tuple[str, bool]]]:
+    """`samples` responses to each prompt, as (text, whether it ended with EOS before `response_len` tokens)."""
+    repeated = [encoding.encode_ordinary(prompt) for prompt in prompts for _ in range(samples)]
+    generator = torch.Generator().manual_seed(seed)
+    texts = []
+    for start in range(0, len(repeated), 512):
+        part = repeated[start : start + 512]
+        tokens, prompt_len, length = model.generate(part, response_len, temperature=temperature, generator=generator)
+        for row, first, end in zip(tokens.tolist(), prompt_len.tolist(), length.tolist()):
+            ended = row[end - 1] == model.config.eos
+            texts.append((encoding.decode(row[first : end - ended]), ended))
+    return [texts[i : i + samples] for i in range(0, len(texts), samples)]
+
+
+def simulate(
+    prompts: list[str], responses: list[list[tuple[str, bool]]], judge: Callable[[str, str], float], temperature: float, seed: int
+) -> list[dict]:
+    """Every pair of responses to a prompt, decided with probability σ((judge a − judge b) / temperature) for a.
+
+    That is the model of Bradley and Terry (1952). "p_chosen" is the probability that the choice had: with it, a reader
+    can tell how much of the labels is noise. Pairs of the same text are left out.
+    """
+    rng = np.random.default_rng(seed)
+    rows = []
+    for prompt, answers in zip(prompts, responses):
+        scores = [judge(prompt, text) for text, _ in answers]
+        for a, b in itertools.combinations(range(len(answers)), 2):
+            if answers[a] == answers[b]:
+                continue
+            p = 1 / (1 + math.exp((scores[b] - scores[a]) / temperature))
+            if rng.random() >= p:
+                a, b, p = b, a, 1 - p
+            (chosen, chosen_ended), (rejected, rejected_ended) = answers[a], answers[b]
+            row = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "p_chosen": round(p, 4)}
+            rows.append(row | {"chosen_ended": chosen_ended, "rejected_ended": rejected_ended})
+    return rows
+
+
+def write_rows(rows: list[dict], path: Path) -> None:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")

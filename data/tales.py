@@ -1,0 +1,170 @@
+"""The embedded data set: a small world of stories drawn from a grammar, from a seed, with nothing to download.
+
+A prompt asks for a story; the corpus answers as people do, unevenly: some stories drift to another animal, thing or
+place, some end sadly, some break off, some repeat themselves. `judge` is the simulated person. It is the gold measure
+that neither the reward model nor PPO ever reads: the reward model sees only which of two stories was preferred.
+
+    python -m data.tales            write the files and print a few rows of each
+"""
+
+import json
+import os
+import random
+import re
+from pathlib import Path
+
+FOLDER = Path("out/data/tales")
+SEED = 1  # of the corpus, the same for every run: a run's own seed changes the run, not the world
+
+WORDS = {
+    "adjective": "shy brave tiny grey clever sleepy kind proud".split(),
+    "animal": "owl fox bear mouse frog duck goat hare wolf cat crow deer".split(),
+    "thing": "lantern kite drum hat key bell ring map cup boat scarf spoon".split(),
+    "place": "lake hill barn river forest meadow cave bridge mill pond".split(),
+    "spot": "stone log bush leaf".split(),
+    "helper": "bee snail beetle robin".split(),
+}
+PROMPT = "Tell me about a {adjective} {animal} who lost a {thing} near the {place}."
+OPENING = [
+    "Once a {adjective} {animal} lived near the {place}.",
+    "Near the {place} there lived a {adjective} {animal}.",
+    "A {adjective} {animal} had a home near the {place}.",
+]
+LOSS = [
+    "One day the {animal} lost a {thing} near the {place}.",
+    "One night the {thing} was gone from the {place}.",
+    "The {animal} dropped a {thing} by the {place}.",
+]
+SEARCH = [
+    "It looked under a {spot}.",
+    "It asked a {helper} for help.",
+    "The {animal} walked all day.",
+]
+FOUND = [
+    "Soon the {thing} lay by the {spot}.",
+    "Then the {animal} found the {thing}.",
+    "A {helper} brought the {thing} back.",
+]
+NOT_FOUND = [
+    "But the {thing} was never found.",
+    "The {thing} had sunk into the mud.",
+]
+HAPPY = [
+    "The {animal} was happy again.",
+    "It danced and sang until morning.",
+    "The {animal} smiled and went home.",
+]
+SAD = [
+    "The {animal} cried all night.",
+    "It went home alone.",
+]
+SENTENCES = OPENING + LOSS + SEARCH + FOUND + NOT_FOUND + HAPPY + SAD
+
+
+def _patterns(templates: list[str]) -> re.Pattern:
+    slots = {slot: f"(?:{'|'.join(words)})" for slot, words in WORDS.items()}
+    return re.compile("|".join(re.escape(t).replace(r"\{", "{").replace(r"\}", "}").format(**slots) for t in templates))
+
+
+GRAMMAR, HAPPY_END, ANY_END = _patterns(SENTENCES), _patterns(HAPPY), _patterns(HAPPY + SAD)
+DARK = _patterns(NOT_FOUND + SAD)
+ASKED = re.compile(PROMPT.replace(".", r"\.").format(**{slot: rf"(?P<{slot}>\w+)" for slot in WORDS}))
+
+
+def write_story(wish: dict[str, str], rng: random.Random) -> str:
+    """One answer of the corpus to a wish (adjective, animal, thing, place), with people's failings in it."""
+    told = dict(wish)
+    for slot, chance in (("animal", 0.2), ("thing", 0.2), ("place", 0.2)):
+        if rng.random() < chance:
+            told[slot] = rng.choice(WORDS[slot])
+    sad = rng.random() < 0.4
+    plan = [OPENING, LOSS] + [SEARCH] * rng.choice((0, 1, 1, 2)) + [NOT_FOUND if sad else FOUND, SAD if sad else HAPPY]
+    story = []
+    for templates in plan:
+        template = rng.choice([t for t in templates if t not in story])
+        story.append(template)
+    if rng.random() < 0.12:  # repeats itself
+        at = rng.randrange(1, len(story))
+        story.insert(at, story[at - 1])
+    sentences, previous = [], None
+    for template in story:
+        if template != previous:
+            sentence = template.format(**told, spot=rng.choice(WORDS["spot"]), helper=rng.choice(WORDS["helper"]))
+        sentences.append(sentence)  # a repetition is word for word
+        previous = template
+    words = " ".join(sentences).split(" ")
+    if rng.random() < 0.12:  # breaks off
+        words = words[: rng.randrange(6, len(words) - 1)]
+    return " " + " ".join(words)
+
+
+def sentences(story: str) -> list[str]:
+    """The story's sentences; the last may lack its full stop."""
+    return [s.strip() for s in re.findall(r"[^.]*\.|[^.]+$", story) if s.strip()]
+
+
+def grammar(prompt: str, response: str) -> float:
+    """The share of sentences, in [0, 1], that the grammar can produce."""
+    told = sentences(response)
+    return sum(bool(GRAMMAR.fullmatch(s)) for s in told) / len(told) if told else 0.0
+
+
+def judge(prompt: str, response: str) -> float:
+    """How well the story answers the prompt, in [0, 1].
+
+    A quarter each for the animal, the thing and the place that were asked for (and no other), and for a happy ending;
+    halved for repeating a sentence, halved for not ending properly, times the share of grammatical sentences.
+    """
+    wish, told = ASKED.fullmatch(prompt.strip()), sentences(response)
+    if wish is None or not told:
+        return 0.0
+    words = re.findall(r"\w+", response)
+    kept = sum({w for w in words if w in WORDS[slot]} == {wish[slot]} for slot in ("animal", "thing", "place"))
+    happy = bool(HAPPY_END.fullmatch(told[-1])) and not any(DARK.fullmatch(s) for s in told)
+    score = (kept + happy) / 4 * grammar(prompt, response)
+    if len(set(told)) < len(told):
+        score /= 2
+    if not ANY_END.fullmatch(told[-1]):
+        score /= 2
+    return score
+
+
+def rows() -> dict[str, list[dict]]:
+    """Every file's rows. The wishes behind the files are disjoint, but for pretraining, which shares fine-tuning's."""
+    rng = random.Random(SEED)
+    wishes = [
+        dict(adjective=a, animal=b, thing=c, place=d)
+        for a in WORDS["adjective"] for b in WORDS["animal"] for c in WORDS["thing"] for d in WORDS["place"]
+    ]  # fmt: skip
+    rng.shuffle(wishes)
+    tuning, comparing, ppo, evaluation = wishes[:5_000], wishes[5_000:7_500], wishes[7_500:11_000], wishes[11_000:]
+    return {
+        "pretrain": [
+            {"text": (PROMPT.format(**w) if rng.random() < 0.5 else "") + write_story(w, rng)}
+            for w in rng.choices(tuning, k=8_000)
+        ],
+        "sft": [{"prompt": PROMPT.format(**w), "completion": write_story(w, rng)} for w in tuning * 4],
+        "compare": [{"prompt": PROMPT.format(**w)} for w in comparing],
+        "ppo": [{"prompt": PROMPT.format(**w)} for w in ppo],
+        "eval": [{"prompt": PROMPT.format(**w)} for w in evaluation],
+    }
+
+
+def path(name: str) -> str:
+    """The file of that name (pretrain, sft, compare, ppo, eval), written first where it is missing."""
+    target = FOLDER / f"{name}.jsonl"
+    if not target.exists():
+        FOLDER.mkdir(parents=True, exist_ok=True)
+        for file, content in rows().items():
+            temporary = FOLDER / f"{file}.{os.getpid()}.tmp"  # several processes may be doing the same
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in content))
+            temporary.replace(FOLDER / f"{file}.jsonl")
+    return str(target)
+
+
+if __name__ == "__main__":
+    for name, content in rows().items():
+        print(f"{path(name)}: {len(content):,} rows")
+        for row in content[:3]:
+            shown = row.get("prompt", "") + row.get("completion", row.get("text", ""))
+            print(f"  {judge(row['prompt'], row['completion']):.2f}  {shown}" if "completion" in row else f"  {shown}")

@@ -1,0 +1,311 @@
+"""The GPT that every stage shares: GPT-2's architecture, written out.
+
+    GPT           trunk and tied output layer: hidden states, logits, log-probabilities of chosen tokens, generation
+    ScalarModel   the same trunk under a scalar head: the reward model and the value net
+
+Layout. Sequences are right-padded: tokens (B, T), prompt_len (B,), length (B,). No training or scoring forward needs
+a padding mask, since under causal attention no real token ever looks back at a pad; what is a pad is decided by
+`length`, never by a token's id. Quantities per response token live on the response window (B, R): column r speaks of
+the token at position prompt_len + r, which was predicted at position prompt_len + r - 1.
+
+Left out on purpose: left padding, attention masks in training, beam search.
+
+    python model.py out/ppo --prompt "Tell me about a shy owl who lost a lantern near the lake." --compare out/sft
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+
+@dataclass
+class GPTConfig:
+    vocab_size: int = 50257
+    block_size: int = 1024  # longest sequence, in tokens
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0  # stage 1 only; stages 2 and 3 run in eval mode
+    eos: int = 50256  # id of the token that ends a text
+
+
+class Attention(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.n_head, self.dropout = config.n_head, config.dropout
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x: Tensor, cache: Tensor | None, start: int, mask: Tensor | None) -> Tensor:
+        B, T, C = x.shape
+        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
+        if cache is not None:
+            cache[0, :, :, start : start + T], cache[1, :, :, start : start + T] = k, v
+            k, v = cache[0, :, :, : start + T], cache[1, :, :, : start + T]  # (B, H, start + T, D)
+        p = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p, is_causal=mask is None)
+        return F.dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)), p)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.dropout = config.dropout
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")), self.dropout, self.training)
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.ln_1, self.attn = nn.LayerNorm(config.n_embd), Attention(config)
+        self.ln_2, self.mlp = nn.LayerNorm(config.n_embd), MLP(config)
+
+    def forward(self, x: Tensor, cache: Tensor | None, start: int, mask: Tensor | None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), cache, start, mask)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        if config.n_embd % config.n_head:
+            raise ValueError(f"n_embd {config.n_embd} is not a multiple of n_head {config.n_head}")
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # also the output layer (tied)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd)
+        for name, parameter in self.named_parameters():  # Radford et al. 2019, section 2.3
+            if name.endswith("c_proj.weight"):  # two residual additions a layer: keep their sum's variance at 1
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer))
+            elif parameter.dim() == 2:
+                nn.init.normal_(parameter, std=0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+
+    def hidden(
+        self,
+        tokens: Tensor,
+        position: Tensor | None = None,
+        cache: Tensor | None = None,
+        start: int = 0,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """Final hidden states (B, T, C) of tokens (B, T).
+
+        `position`, `cache`, `start` and `mask` are for the cached decode in `generate` alone: everything else sits at
+        positions 0…T-1 and attends causally. Raises ValueError where T exceeds the context.
+        """
+        T = tokens.shape[1]
+        if start + T > self.config.block_size:
+            raise ValueError(f"{start + T} tokens do not fit the context of {self.config.block_size}")
+        if position is None:
+            position = torch.arange(T, device=tokens.device)
+        x = F.dropout(self.wte(tokens) + self.wpe(position), self.config.dropout, self.training)  # (B, T, C)
+        for i, block in enumerate(self.h):
+            x = block(x, None if cache is None else cache[i], start, mask)
+        return self.ln_f(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Next-token logits (…, V) at hidden states (…, C)."""
+        return F.linear(hidden, self.wte.weight)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits (B, T, V). For a look at the whole; the stages use `logprobs`, which never makes this tensor."""
+        return self.logits(self.hidden(tokens))
+
+    def logprobs(self, tokens: Tensor, prompt_len: Tensor, length: Tensor, temperature: float = 1.0) -> Tensor:
+        """log softmax(logits / temperature) of each response token, in nats: (B, R) float32, 0 outside the response.
+
+        The output layer is applied to real response tokens only, in chunks that backward computes again, so that
+        neither (B, T, V) nor (B, R, V) ever exists.
+        """
+        position, mask = response_window(prompt_len, length)  # (B, R)
+        before = gather_positions(self.hidden(tokens), position - 1)[mask]  # (N, C): where each token was predicted
+        target = tokens.gather(1, position)[mask]  # (N,)
+        rows = max(1, 2**24 // self.config.vocab_size)  # 64 MiB of float32 logits
+        parts = []
+        for h, y in zip(before.split(rows), target.split(rows)):
+            if torch.is_grad_enabled() and len(target) > rows:
+                parts.append(checkpoint(self._chunk_logprobs, h, y, temperature, use_reentrant=False))
+            else:
+                parts.append(self._chunk_logprobs(h, y, temperature))
+        return torch.zeros(mask.shape, device=tokens.device).masked_scatter(mask, torch.cat(parts))
+
+    def _chunk_logprobs(self, hidden: Tensor, target: Tensor, temperature: float) -> Tensor:
+        return -F.cross_entropy(self.logits(hidden).float() / temperature, target, reduction="none")  # (n,)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: list[list[int]],
+        max_new_tokens: int,
+        *,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Sample a response to each of a ragged batch of prompts; stop when every row has produced EOS.
+
+        Returns tokens (B, T) right-padded, prompt_len (B,), length (B,). A response that ended has EOS as its last
+        token; one that `max_new_tokens` cut has not. An empty prompt gets EOS as its first token. `temperature` 0 is
+        greedy; `top_k` 0 and `top_p` 1 are off. `generator` is a CPU generator on every device: it draws one number a
+        row and step, in advance. Raises ValueError where the longest prompt and `max_new_tokens` exceed the context.
+        """
+        config, device, was_training = self.config, self.wte.weight.device, self.training
+        prompts = [p or [config.eos] for p in prompts]
+        B, P, N = len(prompts), max(map(len, prompts)), max_new_tokens
+        if P + N > config.block_size:
+            raise ValueError(f"a prompt of {P} and {N} new tokens do not fit the context of {config.block_size}")
+        self.eval()
+        prompt_len = torch.tensor([len(p) for p in prompts], device=device)  # (B,)
+        tokens = torch.tensor([p + [config.eos] * (P + N - len(p)) for p in prompts], device=device)  # (B, P + N)
+        uniform = torch.rand(N, B, dtype=torch.float64, generator=generator)
+        if device.type == "cuda":
+            uniform = uniform.to(device)
+
+        # The cache holds prompts in columns 0…P-1 and step t of every row in column P + t; `seen` hides the gap that a
+        # short prompt leaves between the two.
+        head_size = config.n_embd // config.n_head
+        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else self.wte.weight.dtype
+        cache = torch.empty(config.n_layer, 2, B, config.n_head, P + N, head_size, device=device, dtype=dtype)
+        seen = torch.arange(P + N, device=device) < prompt_len[:, None]  # (B, P + N)
+        hidden = self.hidden(tokens[:, :P], cache=cache)  # (B, P, C)
+        hidden = gather_positions(hidden, prompt_len[:, None] - 1)  # (B, 1, C)
+        new = torch.full((B, N), config.eos, device=device)
+        n_new = torch.zeros_like(prompt_len)
+        done = torch.zeros(B, dtype=torch.bool, device=device)
+        for t in range(N):
+            token = sample(self.logits(hidden[:, 0]), uniform[t], temperature, top_k, top_p)  # (B,)
+            new[:, t] = torch.where(done, config.eos, token)
+            n_new += ~done
+            done |= token == config.eos
+            look = device.type == "cpu" or t % 16 == 15  # on an accelerator a look costs a synchronisation
+            if t == N - 1 or (look and done.all()):
+                break
+            seen[:, P + t] = True
+            mask = seen[:, None, None, : P + t + 1]  # (B, 1, 1, P + t + 1)
+            hidden = self.hidden(token[:, None], (prompt_len + t)[:, None], cache, P + t, mask)  # (B, 1, C)
+        self.train(was_training)
+        tokens.scatter_(1, prompt_len[:, None] + torch.arange(N, device=device), new)
+        length = prompt_len + n_new
+        return tokens[:, : int(length.max())].contiguous(), prompt_len, length
+
+
+class ScalarModel(nn.Module):
+    """A GPT's trunk under a scalar head: one number for every position. Reward model and value net are both this.
+
+    `gain` and `bias` normalise the output and are set, not trained (Ziegler et al. 2019, section 2.2).
+    """
+
+    def __init__(self, trunk: GPT):
+        super().__init__()
+        self.trunk = trunk
+        self.head = nn.Linear(trunk.config.n_embd, 1)
+        nn.init.normal_(self.head.weight, std=1 / math.sqrt(trunk.config.n_embd + 1))  # Stiennon et al. 2020, C.1
+        nn.init.zeros_(self.head.bias)
+        self.register_buffer("gain", torch.ones(()))
+        self.register_buffer("bias", torch.zeros(()))
+
+    @property
+    def config(self) -> GPTConfig:
+        return self.trunk.config
+
+    def scalar(self, hidden: Tensor) -> Tensor:
+        """(…, C) → (…) in float32."""
+        return self.gain * self.head(hidden).squeeze(-1).float() + self.bias
+
+    def scores(self, tokens: Tensor, length: Tensor) -> Tensor:
+        """The score (B,) of each whole sequence, read at its last real token."""
+        return self.scalar(gather_positions(self.trunk.hidden(tokens), length[:, None] - 1))[:, 0]
+
+    def values(self, tokens: Tensor, prompt_len: Tensor, length: Tensor) -> Tensor:
+        """The value (B, R) of the state in which each response token was chosen, 0 outside the response."""
+        position, mask = response_window(prompt_len, length)  # (B, R)
+        return self.scalar(gather_positions(self.trunk.hidden(tokens), position - 1)) * mask
+
+
+def response_window(prompt_len: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
+    """The response window: position (B, R) of each response token in its row, and mask (B, R), true where there is one.
+
+    R is the longest response. Places outside a response point at its last token, so that a gather stays in range.
+    """
+    R = int((length - prompt_len).max())
+    position = prompt_len[:, None] + torch.arange(R, device=length.device)  # (B, R)
+    mask = position < length[:, None]
+    return position.minimum(length[:, None] - 1), mask
+
+
+def gather_positions(x: Tensor, position: Tensor) -> Tensor:
+    """x (B, T, C) at position (B, R) → (B, R, C)."""
+    return x.gather(1, position[:, :, None].expand(-1, -1, x.shape[2]))
+
+
+def sample(logits: Tensor, uniform: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+    """Draw token ids (B,) from softmax(logits (B, V) / temperature), one uniform number in [0, 1) a row (B,) float64.
+
+    Inverse transform sampling. The cumulative sum is in float64: in float32 it is off by up to 4e-4 in total variation
+    over 50,257 tokens. top-k keeps the k likeliest tokens, top-p the fewest likeliest whose mass reaches p (Holtzman
+    et al. 2020); both are for `model.py`'s own sampler, since training scores the whole softmax.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    probs = F.softmax(logits.float() / temperature, -1).to(uniform.device)  # (B, V)
+    if 0 < top_k < probs.shape[-1] or top_p < 1:
+        ordered, index = probs.sort(-1, descending=True, stable=True)
+        keep = ordered.cumsum(-1, dtype=torch.float64) - ordered < top_p  # the mass before this token
+        if top_k:
+            keep[:, top_k:] = False
+        probs = torch.zeros_like(probs).scatter(1, index, ordered * keep)
+    cdf = probs.cumsum(-1, dtype=torch.float64)
+    return torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True)[:, 0].to(logits.device)
+
+
+@dataclass
+class Config:
+    prompt: str = ""  # the text to continue
+    compare: str = ""  # a second run folder, answering beside the first
+    samples: int = 4  # answers from each model
+    response_len: int = 128  # longest answer, in tokens
+    temperature: float = 1.0  # 0 is greedy
+    top_k: int = 0  # keep the k likeliest tokens; 0 keeps all
+    top_p: float = 1.0  # keep the fewest likeliest tokens with this mass; 1 keeps all
+    seed: int = 0  # of the sampler
+    device: str = "auto"  # auto, cpu, cuda or mps
+
+
+def main() -> None:
+    import common
+
+    cfg, folder = common.parse(Config, positional="DIR")
+    device = common.pick_device(cfg.device)
+    for name in filter(None, [folder, cfg.compare]):
+        model, encoding = common.load_gpt(name, device)
+        prompt = encoding.encode_ordinary(cfg.prompt)
+        room = model.config.block_size - max(1, len(prompt))
+        if room < 1:
+            raise common.InputError(f"--prompt: {len(prompt)} tokens leave no room in {name}'s context of {model.config.block_size}")
+        tokens, prompt_len, length = model.generate(
+            [prompt] * cfg.samples, min(cfg.response_len, room), temperature=cfg.temperature, top_k=cfg.top_k,
+            top_p=cfg.top_p, generator=torch.Generator().manual_seed(cfg.seed),
+        )  # fmt: skip
+        print(f"\n{name}")
+        for row, start, end in zip(tokens.tolist(), prompt_len.tolist(), length.tolist()):
+            ended = row[end - 1] == model.config.eos
+            print(f"  ·{encoding.decode(row[start : end - ended])}{'' if ended else ' …'}")
+
+
+if __name__ == "__main__":
+    import common
+
+    common.run_main(main)

@@ -1,0 +1,144 @@
+"""Stage 2: a reward model, the stage-1 trunk under a scalar head, trained on which of two responses was preferred.
+
+    python reward.py                                     sample stories, let the tales' judge compare them, train
+    python reward.py --data COMPARISONS.jsonl            train on comparisons that people made
+    python reward.py --data PROMPTS.jsonl --judge FILE.py:function      sample, and let your function compare
+
+What --data holds decides which it is: JSONL with "chosen" and "rejected", or with "ranked", or with "prompt" alone.
+The loss is −log σ(s_winner − s_loser) on the scores at the last token (Christiano et al. 2017; Stiennon et al. 2020);
+all pairs of one prompt are one batch element, and each of its responses goes through the trunk once (Ouyang et al.
+2022, section 3.5). At the end gain and bias are set so that samples of the starting policy score mean 0, variance 1.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import common
+import data
+from data import InputError, label, tales
+from model import ScalarModel
+
+
+@dataclass
+class Config:
+    data: str = ""  # JSONL comparisons, or JSONL prompts to sample and judge; empty: the tales' prompts
+    init: str = "out/sft"  # run folder of the policy: it is sampled from, and its trunk becomes the reward model
+    out: str = "out/reward"  # run folder to write
+    judge: str = "data/tales.py:judge"  # the simulated person, FILE.py:function, where --data holds prompts alone
+    label_temperature: float = 0.1  # of the simulated person's choices: 0.1 judges 0.1 better right in 73%
+    samples: int = 4  # responses sampled for each prompt, where --data holds prompts alone
+    n_prompts: int = 0  # use the first so many prompts of --data; 0: all
+    seed: int = 0  # of samples, labels, head and data order
+    device: str = "auto"  # auto, cpu, cuda or mps
+    dtype: str = "auto"  # auto, float32 or bfloat16 (autocast)
+    response_len: int = 64  # longest sampled response, in tokens
+    temperature: float = 1.0  # of the samples
+    batch_size: int = 16  # prompts a step, each with all its responses, over all processes
+    micro_batch_size: int = 0  # prompts in one forward; 0: the whole batch
+    lr: float = 1e-3  # peak of the learning rate
+    warmup: int = 10  # steps of warm-up
+    weight_decay: float = 0.0  # on matrices
+    max_grad_norm: float = 1.0  # gradients are clipped to this; 0: not clipped
+    drop_long: bool = False  # leave out comparisons longer than the context
+    resume: bool = False  # continue the run in --out
+
+
+def score_groups(model: ScalarModel, groups: list[data.Group], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores (N,) of all responses of the groups; winner and loser (P,), indices into them, of all their pairs."""
+    tokens, _, length = data.pad([row for group in groups for row in group.rows], device)
+    offset, pairs = 0, []
+    for group in groups:
+        pairs += [(offset + winner, offset + loser) for winner, loser in group.pairs]
+        offset += len(group.rows)
+    winner, loser = torch.tensor(pairs, device=device).T
+    return model.scores(tokens, length), winner, loser
+
+
+def pairwise_loss(margin: Tensor, groups: list[data.Group]) -> Tensor:
+    """Σ over groups of the mean over a group's pairs of −log σ(margin), margins (P,) = s_winner − s_loser."""
+    weight = torch.cat([torch.full((n,), 1 / n) for n in (len(group.pairs) for group in groups)]).to(margin.device)
+    return -(weight * F.logsigmoid(margin)).sum()
+
+
+@torch.no_grad()
+def evaluate(model: ScalarModel, groups: list[data.Group], cfg: Config, device: torch.device, autocast: torch.autocast):
+    """Held-out metrics, and ten rows (from, to, pairs, mean predicted, observed win rate) of a calibration table."""
+    model.eval()
+    margins, certain = [], []
+    for start in range(0, len(groups), cfg.micro_batch_size or cfg.batch_size):
+        part = groups[start : start + (cfg.micro_batch_size or cfg.batch_size)]
+        with autocast:
+            scores, winner, loser = score_groups(model, part, device)
+        margins.append((scores[winner] - scores[loser]).cpu())
+        certain += [p for group in part for p in group.certainty]
+    margin = torch.cat(margins)  # (P,)
+    accuracy = ((margin > 0).float() + 0.5 * (margin == 0).float()).mean().item()
+    metrics = {"eval/loss": pairwise_loss(margin, groups).item() / len(groups), "eval/accuracy": accuracy}
+    metrics["eval/accuracy_se"] = math.sqrt(accuracy * (1 - accuracy) / len(margin))
+    if not any(map(math.isnan, certain)):
+        metrics["eval/accuracy_ceiling"] = sum(certain) / len(certain)
+
+    # A file lists the winner first. Half of the pairs are turned round, or every observed win rate would be 1.
+    turned = torch.arange(len(margin)) % 2 == 1
+    predicted = torch.where(turned, -margin, margin).sigmoid()
+    table = []
+    for low in range(10):
+        inside = (predicted * 10).long().clamp(max=9) == low
+        n = int(inside.sum())
+        if n:
+            table.append((low / 10, low / 10 + 0.1, n, predicted[inside].mean().item(), (~turned[inside]).float().mean().item()))
+    metrics["eval/calibration_error"] = sum(n * abs(p - seen) for _, _, n, p, seen in table) / len(margin)
+    return metrics, table
+
+
+@torch.no_grad()
+def normalize(model: ScalarModel, rows: list[data.Row], cfg: Config, device: torch.device, autocast: torch.autocast) -> None:
+    """Set gain and bias so that the scores of `rows` have mean 0 and variance 1 (Ziegler et al. 2019, section 2.2)."""
+    scores = []
+    for part in data.micro_batches(rows, 64):
+        tokens, _, length = data.pad(part, device)
+        with autocast:
+            scores.append(model.scores(tokens, length))
+    raw = torch.cat(scores)
+    std = raw.std().clamp(min=1e-6)
+    model.bias.copy_((model.bias - raw.mean()) / std)
+    model.gain.copy_(model.gain / std)
+
+
+def main() -> None:
+    cfg = common.parse(Config)
+    device, autocast = common.setup(cfg)
+    common.check_out(cfg)
+    source = cfg.data or tales.path("compare")
+    first = data.first_row(source)
+    given = "ranked" in first or "chosen" in first
+    judge = None if given else common.load_function(cfg.judge)
+    policy, encoding = common.load_gpt(cfg.init, device, "--init")
+    config = policy.config
+    run = common.Run(cfg)
+
+    # 1 comparisons: those given, or samples of the policy that the judge compares
+    comparisons = Path(source) if given else Path(cfg.out) / "comparisons.jsonl"
+    texts = list(dict.fromkeys(row["prompt"] for row in data.read_jsonl(source, {"prompt": str})))
+    texts = texts[: cfg.n_prompts or None]
+    room = config.block_size - cfg.response_len
+    fits = partial(data.fit, room=room, drop_long=cfg.drop_long, what=f"prompts of {source} (with --response_len {cfg.response_len})")
+    ids = [encoding.encode_ordinary(text) for text in texts]
+    rows = None
+    if not given:
+        texts = fits(texts, [len(prompt) for prompt in ids])
+        if not run.state and common.RANK == 0:
+            common.say(f"sampling {cfg.samples} responses to each of {len(texts):,} prompts of {source}")
+            with autocast:
+                responses = label.sample_responses(
+                    policy, encoding, texts, cfg.samples, cfg.response_len, cfg.temperature, common.seed_of(cfg.seed, 1)
+                )
+            rows = label.simulate(texts, responses, judge, cfg.label_temperature, common.seed_of(cfg.seed, 2))
+            if not rows:
+                raise InputError(f"--init {cfg.init}: its samples are all alike, so that there is nothing to compare; raise --temperature")

@@ -1,0 +1,162 @@
+"""Stage 1: train a language model on the next token: plain text (pretraining) or prompt → completion (fine-tuning).
+
+    python sft.py                                            both, one after the other, on the embedded tales
+    python sft.py --data TEXT.jsonl --out out/base           pretrain from nothing, with a vocabulary of its own
+    python sft.py --data PAIRS.jsonl --init out/base         fine-tune; the loss is on the completion and its EOS alone
+
+What --data holds decides which it is: .txt or JSONL with "text", or JSONL with "prompt" and "completion".
+"""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+import common
+import data
+from data import InputError, tales
+from model import GPT, GPTConfig
+
+
+@dataclass
+class Config:
+    data: str = ""  # .txt, JSONL "text", or JSONL "prompt" and "completion"; empty: pretrain, then fine-tune on the tales
+    init: str = ""  # run folder to start from; empty: random weights
+    out: str = "out/sft"  # run folder to write
+    seed: int = 0  # of weights, data order and samples
+    device: str = "auto"  # auto, cpu, cuda or mps
+    dtype: str = "auto"  # auto, float32 or bfloat16 (autocast)
+    epochs: float = 1.0  # passes over the data
+    batch_size: int = 64  # rows a step, over all processes; a row of plain text is block_size tokens
+    micro_batch_size: int = 0  # rows in one forward; 0: the whole batch
+    lr: float = 2e-3  # peak of the learning rate
+    warmup: int = 20  # steps of warm-up
+    weight_decay: float = 0.1  # on matrices
+    max_grad_norm: float = 1.0  # gradients are clipped to this; 0: not clipped
+    drop_long: bool = False  # leave out rows longer than the context
+    evals: int = 5  # times that held-out loss and a sample are shown and the run is saved
+    vocab_size: int = 1024  # of the byte-level BPE learned from --data; 0: GPT-2's vocabulary (without --init)
+    block_size: int = 128  # context in tokens (without --init)
+    n_layer: int = 4  # (without --init)
+    n_head: int = 4  # (without --init)
+    n_embd: int = 128  # (without --init)
+    dropout: float = 0.0  # in training (without --init)
+    resume: bool = False  # continue the run in --out
+
+
+def prepare(cfg: Config, run: common.Run, device: torch.device):
+    """The model, its tokenizer, held-out rows, a function step → rows of that batch, and the batches in one epoch."""
+    plain_text = Path(cfg.data).suffix != ".jsonl" or "text" in data.first_row(cfg.data)
+    if cfg.init:
+        model, encoding = common.load_gpt(cfg.init, device, "--init")
+    else:
+        if run.state:
+            encoding = data.encoding_from_state(run.state["tokenizer"])
+        elif cfg.vocab_size == 0:
+            encoding = data.gpt2_encoding()
+        else:
+            encoding = data.learn_bpe(data.documents(cfg.data), cfg.vocab_size)
+        shape = (cfg.block_size, cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.dropout)
+        model = GPT(GPTConfig(encoding.n_vocab, *shape, encoding.eot_token)).to(device)
+    eos, width = model.config.eos, model.config.block_size
+
+    if not plain_text:
+        rows = data.completions(cfg.data, encoding, eos)
+        rows = data.fit(rows, [len(row.tokens) for row in rows], width, cfg.drop_long, f"rows of {cfg.data}")
+        held_out, rows = data.hold_out(rows)
+        lengths = [len(row.tokens) for row in rows]
+        return model, encoding, held_out, partial(data.shuffled, rows, cfg.batch_size, cfg.seed, lengths), len(rows) / cfg.batch_size
+
+    def tokenize():
+        if common.RANK == 0 and not run.state:
+            stream_file.unlink(missing_ok=True)
+        return data.token_stream(cfg.data, encoding, eos, stream_file)
+
+    stream_file = Path(f"{cfg.out}.tokens")
+    stream = common.first_alone(tokenize)
+    tail = min(len(stream) // 20, 64 * width)
+    if tail < width + 1:
+        raise InputError(f"{cfg.data}: {len(stream):,} tokens are too few for a context of {width}; give 20 times as many")
+    held_out = data.windows(stream[-tail:], width, range(0, tail - width, width))
+    stream = stream[:-tail]
+    return model, encoding, held_out, partial(data.random_windows, stream, width, cfg.batch_size, cfg.seed), len(stream) / width / cfg.batch_size
+
+
+def next_token_loss(model: GPT, rows: list[data.Row], device: torch.device) -> torch.Tensor:
+    """−Σ log p(token | all before it) over the responses of `rows`, in nats. Plain text is a response to its first token."""
+    return -model.logprobs(*data.pad(rows, device)).sum()
+
+
+def count_targets(rows: list[data.Row]) -> int:
+    return sum(len(row.tokens) - row.prompt_len for row in rows)
+
+
+@torch.no_grad()
+def evaluate(model: GPT, rows: list[data.Row], cfg: Config, device: torch.device, autocast: torch.autocast) -> float:
+    """Mean loss a token (nats) on held-out rows."""
+    model.eval()
+    loss = torch.zeros((), device=device)
+    for part in data.micro_batches(common.share(rows), cfg.micro_batch_size or cfg.batch_size):
+        with autocast:
+            loss += next_token_loss(model, part, device)
+    return common.total(loss).item() / count_targets(rows)
+
+
+def train(cfg: Config) -> None:
+    device, autocast = common.setup(cfg)
+    common.check_out(cfg)
+    run = common.Run(cfg)
+    model, encoding, held_out, batch, batches = prepare(cfg, run, device)
+    optimizer = common.adamw(model, cfg.lr, cfg.weight_decay)
+    steps = max(1, round(cfg.epochs * batches))
+    run.start(steps, model=model, optimizer=optimizer)
+    best = run.state["best"] if run.state else float("inf")
+    size = sum(p.numel() for p in model.parameters())
+    common.say(f"{cfg.data} → {cfg.out}: {size:,} parameters, {encoding.n_vocab:,} tokens of vocabulary, on {device}")
+
+    for step in range(run.step, steps):
+        model.train()
+        torch.manual_seed(common.seed_of(cfg.seed, step, common.RANK))  # dropout's
+        rows = batch(step)
+        n_targets = count_targets(rows)  # of the whole batch, so that no split of it changes the gradient
+        loss = torch.zeros((), device=device)
+        for part in data.micro_batches(common.share(rows), cfg.micro_batch_size or len(rows)):
+            with autocast:
+                part_loss = next_token_loss(model, part, device) / n_targets
+            part_loss.backward()
+            loss += part_loss.detach()
+        lr = common.warmup_cosine(step, steps, cfg.lr, cfg.warmup)
+        norm = common.step_optimizer(optimizer, model, lr, cfg.max_grad_norm)
+
+        metrics = {"loss/train": common.total(loss).item(), "grad_norm": norm.item(), "lr": lr}
+        metrics |= run.speed(sum(len(row.tokens) for row in rows))
+        due = (step + 1) * cfg.evals // steps > step * cfg.evals // steps
+        if due:
+            metrics["loss/held_out"] = evaluate(model, held_out, cfg, device, autocast)
+        run.log(step, metrics, show=("loss/train", "loss/held_out", "tokens_per_s") if due or step % 20 == 0 else ())
+        if due:
+            row = held_out[step % len(held_out)]
+            prompt = row.tokens[: row.prompt_len if row.prompt_len > 1 else 8]
+            room = model.config.block_size - len(prompt)
+            tokens, _, _ = model.generate([prompt], min(room, 96), generator=common.generator(cfg.seed, step))
+            run.sample(step + 1, encoding.decode(tokens[0].tolist()))
+            if metrics["loss/held_out"] < best:
+                best = metrics["loss/held_out"]
+                run.save_best(model, encoding)
+            run.save(step + 1, model, encoding, values={"best": best}, optimizer=optimizer)
+    run.plot()
+
+
+def main() -> None:
+    cfg = common.parse(Config)
+    if cfg.data:
+        return train(cfg)
+    if not cfg.init:
+        cfg = replace(cfg, init="out/pretrain")
+        train(replace(cfg, data=tales.path("pretrain"), init="", out=cfg.init))
+    train(replace(cfg, data=tales.path("sft")))
+
+
+if __name__ == "__main__":
+    common.run_main(main)
