@@ -9,7 +9,8 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from types import UnionType
@@ -253,6 +254,7 @@ class Run:
 
     def __init__(self, cfg: Any):
         self.cfg, self.folder, self.step = cfg, Path(cfg.out), 0
+        self.times: dict[str, float] = {}
         self.state = self._read_state() if cfg.resume else None
 
     def _read_state(self) -> dict | None:
@@ -301,6 +303,15 @@ class Run:
             width = len(str(self.steps))
             shown = "  ".join(f"{name.split('/')[-1]} {number(metrics[name])}" for name in show if name in metrics)
             print(f"step {step + 1:>{width}}/{self.steps}  {shown}  {clock(left)} left", flush=True)
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Put the seconds that the block takes into `times` as time/phase."""
+        began = time.time()
+        yield
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.times[f"time/{phase}"] = time.time() - began
 
     def speed(self, tokens: int) -> dict[str, float]:
         """tokens_per_s since the last call."""
@@ -377,10 +388,10 @@ def check_out(cfg: Any) -> None:
         raise InputError(f"--out {out}: not empty and not a run folder; name another, so that nothing in it is lost")
 
 
-def say(text: str) -> None:
+def say(text: str, end: str = "\n") -> None:
     """Print, from the first process alone."""
     if RANK == 0:
-        print(text, flush=True)
+        print(text, end=end, flush=True)
 
 
 def number(x: float) -> str:

@@ -10,11 +10,12 @@ all pairs of one prompt are one batch element, and each of its responses goes th
 2022, section 3.5). At the end gain and bias are set so that samples of the starting policy score mean 0, variance 1.
 """
 
+import copy
 import math
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
+import tiktoken
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,7 +23,7 @@ from torch import Tensor
 import common
 import data
 from data import InputError, label, tales
-from model import ScalarModel
+from model import GPT, ScalarModel
 
 
 @dataclass
@@ -98,7 +99,7 @@ def evaluate(model: ScalarModel, groups: list[data.Group], cfg: Config, device: 
 
 
 @torch.no_grad()
-def normalize(model: ScalarModel, rows: list[data.Row], cfg: Config, device: torch.device, autocast: torch.autocast) -> None:
+def normalize(model: ScalarModel, rows: list[data.Row], device: torch.device, autocast: torch.autocast) -> None:
     """Set gain and bias so that the scores of `rows` have mean 0 and variance 1 (Ziegler et al. 2019, section 2.2)."""
     scores = []
     for part in data.micro_batches(rows, 64):
@@ -111,34 +112,105 @@ def normalize(model: ScalarModel, rows: list[data.Row], cfg: Config, device: tor
     model.gain.copy_(model.gain / std)
 
 
-def main() -> None:
-    cfg = common.parse(Config)
+def sample_and_compare(cfg: Config, source: str, policy: GPT, encoding: tiktoken.Encoding, autocast: torch.autocast) -> Path:
+    """Sample the policy on the prompts of `source`, let the judge compare, and write the comparisons beside --out."""
+    judge = common.load_function(cfg.judge)
+    texts = [row["prompt"] for row in data.read_jsonl(source, {"prompt": str})][: cfg.n_prompts or None]
+    lengths = [len(encoding.encode_ordinary(text)) + cfg.response_len for text in texts]
+    what = f"prompts of {source} (with --response_len {cfg.response_len})"
+    texts = data.fit(texts, lengths, policy.config.block_size, cfg.drop_long, what)
+    target = Path(f"{cfg.out}.comparisons.jsonl")
+    if common.RANK == 0 and not (cfg.resume and target.exists()):
+        common.say(f"{cfg.init} answers {len(texts):,} prompts of {source}, {cfg.samples} times each; {cfg.judge} compares")
+        seeds = common.seed_of(cfg.seed, 1), common.seed_of(cfg.seed, 2)
+        with autocast:
+            answers = label.sample_responses(policy, encoding, texts, cfg.samples, cfg.response_len, cfg.temperature, seeds[0])
+        rows = label.simulate(texts, answers, judge, cfg.label_temperature, seeds[1])
+        if not rows:
+            raise InputError(f"--init {cfg.init}: its samples are all alike, so there is nothing to compare; raise --temperature")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        label.write_rows(rows, target)
+    return target
+
+
+def train(cfg: Config) -> None:
     device, autocast = common.setup(cfg)
     common.check_out(cfg)
     source = cfg.data or tales.path("compare")
-    first = data.first_row(source)
-    given = "ranked" in first or "chosen" in first
-    judge = None if given else common.load_function(cfg.judge)
+    given = not {"chosen", "ranked"}.isdisjoint(data.first_row(source))
     policy, encoding = common.load_gpt(cfg.init, device, "--init")
-    config = policy.config
-    run = common.Run(cfg)
+    comparisons = source if given else common.first_alone(lambda: sample_and_compare(cfg, source, policy, encoding, autocast))
+    groups = data.comparisons(comparisons, encoding, policy.config.eos)[: cfg.n_prompts or None]
+    lengths = [max(len(row.tokens) for row in group.rows) for group in groups]
+    groups = data.fit(groups, lengths, policy.config.block_size, cfg.drop_long, f"comparisons of {comparisons}")
+    held_out, groups = data.hold_out(groups, share=10)
 
-    # 1 comparisons: those given, or samples of the policy that the judge compares
-    comparisons = Path(source) if given else Path(cfg.out) / "comparisons.jsonl"
-    texts = list(dict.fromkeys(row["prompt"] for row in data.read_jsonl(source, {"prompt": str})))
-    texts = texts[: cfg.n_prompts or None]
-    room = config.block_size - cfg.response_len
-    fits = partial(data.fit, room=room, drop_long=cfg.drop_long, what=f"prompts of {source} (with --response_len {cfg.response_len})")
-    ids = [encoding.encode_ordinary(text) for text in texts]
-    rows = None
-    if not given:
-        texts = fits(texts, [len(prompt) for prompt in ids])
-        if not run.state and common.RANK == 0:
-            common.say(f"sampling {cfg.samples} responses to each of {len(texts):,} prompts of {source}")
+    torch.manual_seed(cfg.seed)
+    model = ScalarModel(copy.deepcopy(policy)).to(device)
+    optimizer = common.adamw(model, cfg.lr, cfg.weight_decay)
+    run = common.Run(cfg)
+    steps = max(1, len(groups) // cfg.batch_size)  # one epoch: a second one overfits (Stiennon et al. 2020, C.1)
+    run.start(steps, model=model, optimizer=optimizer)
+    n_pairs = sum(len(group.pairs) for group in groups)
+    common.say(f"{comparisons} → {cfg.out}: {n_pairs:,} pairs of {len(groups):,} prompts, {len(held_out):,} prompts held out")
+
+    model.eval()  # no dropout: a score must not depend on chance
+    for step in range(run.step, steps):
+        batch = data.shuffled(groups, cfg.batch_size, cfg.seed, None, step)
+        mine = common.share(batch)
+        size = cfg.micro_batch_size or len(batch)
+        loss = correct = torch.zeros((), device=device)
+        for start in range(0, len(mine), size):
+            part = mine[start : start + size]
             with autocast:
-                responses = label.sample_responses(
-                    policy, encoding, texts, cfg.samples, cfg.response_len, cfg.temperature, common.seed_of(cfg.seed, 1)
-                )
-            rows = label.simulate(texts, responses, judge, cfg.label_temperature, common.seed_of(cfg.seed, 2))
-            if not rows:
-                raise InputError(f"--init {cfg.init}: its samples are all alike, so that there is nothing to compare; raise --temperature")
+                scores, winner, loser = score_groups(model, part, device)
+            margin = scores[winner] - scores[loser]
+            part_loss = pairwise_loss(margin, part) / len(batch)
+            part_loss.backward()
+            loss, correct = loss + part_loss.detach(), correct + (margin > 0).sum()
+        lr = common.warmup_cosine(step, steps, cfg.lr, cfg.warmup)
+        norm = common.step_optimizer(optimizer, model, lr, cfg.max_grad_norm)
+        accuracy = common.total(correct).item() / sum(len(group.pairs) for group in batch)
+        metrics = {"loss/train": common.total(loss).item(), "accuracy": accuracy, "grad_norm": norm.item(), "lr": lr}
+        metrics |= run.speed(sum(len(row.tokens) for group in batch for row in group.rows))
+        if step + 1 == steps:
+            metrics |= finish(model, policy, encoding, groups, held_out, cfg, device, autocast)
+        run.log(step, metrics, show=("loss/train", "accuracy", "tokens_per_s") if step % 20 == 0 or step + 1 == steps else ())
+        if (step + 1) % 200 == 0 or step + 1 == steps:
+            run.save(step + 1, model, encoding, optimizer=optimizer)
+    run.plot()
+
+
+def finish(model, policy, encoding, groups, held_out, cfg, device, autocast) -> dict[str, float]:
+    """Report on held-out comparisons, then normalise the scores on fresh samples of the starting policy."""
+    metrics, table = evaluate(model, held_out, cfg, device, autocast)
+    common.say(f"\nheld-out accuracy {metrics['eval/accuracy']:.3f} ± {metrics['eval/accuracy_se']:.3f}", end="")
+    if "eval/accuracy_ceiling" in metrics:
+        common.say(f" (the noise in these labels allows {metrics['eval/accuracy_ceiling']:.3f})", end="")
+    common.say("\n\nwin rate        pairs   predicted   observed")
+    for low, high, n, predicted, observed in table:
+        common.say(f"{low:.1f} – {high:.1f}   {n:>8,}       {predicted:.3f}      {observed:.3f}")
+    prompts = [row.tokens[: row.prompt_len] for row in (group.rows[0] for group in groups)]
+    prompts = [p for p in prompts if len(p) + cfg.response_len <= policy.config.block_size] * 512
+    if not prompts:
+        raise InputError(f"--response_len {cfg.response_len}: no prompt leaves room for it in the context; give a smaller one")
+    rows = []
+    for start in range(0, 512, 128):
+        with autocast:
+            sampled = policy.generate(
+                prompts[start : start + 128], cfg.response_len, temperature=cfg.temperature,
+                generator=common.generator(cfg.seed, 3, start),
+            )  # fmt: skip
+        for tokens, prompt_len, length in zip(*(x.tolist() for x in sampled)):
+            rows.append(data.Row(tokens[:length], prompt_len))
+    normalize(model, rows, device, autocast)
+    common.say(f"\nscores of {cfg.init}'s samples now have mean 0, variance 1 (gain {model.gain:.3f}, bias {model.bias:.3f})")
+    return metrics
+
+
+def main() -> None:
+    train(common.parse(Config))
+
+
+if __name__ == "__main__":
+    common.run_main(main)

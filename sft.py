@@ -28,9 +28,9 @@ class Config:
     device: str = "auto"  # auto, cpu, cuda or mps
     dtype: str = "auto"  # auto, float32 or bfloat16 (autocast)
     epochs: float = 1.0  # passes over the data
-    batch_size: int = 64  # rows a step, over all processes; a row of plain text is block_size tokens
+    batch_size: int = 16  # rows a step, over all processes; a row of plain text is block_size tokens
     micro_batch_size: int = 0  # rows in one forward; 0: the whole batch
-    lr: float = 2e-3  # peak of the learning rate
+    lr: float = 4e-3  # peak of the learning rate
     warmup: int = 20  # steps of warm-up
     weight_decay: float = 0.1  # on matrices
     max_grad_norm: float = 1.0  # gradients are clipped to this; 0: not clipped
@@ -38,9 +38,9 @@ class Config:
     evals: int = 5  # times that held-out loss and a sample are shown and the run is saved
     vocab_size: int = 1024  # of the byte-level BPE learned from --data; 0: GPT-2's vocabulary (without --init)
     block_size: int = 128  # context in tokens (without --init)
-    n_layer: int = 4  # (without --init)
+    n_layer: int = 2  # (without --init)
     n_head: int = 4  # (without --init)
-    n_embd: int = 128  # (without --init)
+    n_embd: int = 192  # (without --init)
     dropout: float = 0.0  # in training (without --init)
     resume: bool = False  # continue the run in --out
 

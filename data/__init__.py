@@ -289,13 +289,20 @@ def micro_batches(rows: list[Row], size: int) -> Iterator[list[Row]]:
         yield rows[start : start + size]
 
 
-def hold_out(items: list) -> tuple[list, list]:
-    """(held out, the rest): the same twentieth of a list every time, at most 512 items and at least one."""
-    if len(items) < 2:
-        return items, items
-    order = np.random.default_rng(0).permutation(len(items)).tolist()
-    n = max(1, min(512, len(items) // 20))
-    return [items[i] for i in order[:n]], [items[i] for i in order[n:]]
+def hold_out(items: list[Row] | list[Group], share: int = 20) -> tuple[list, list]:
+    """(held out, the rest): those of every `share`-th prompt, of 512 prompts at most. No prompt is on both sides."""
+
+    def prompt(item: Row | Group) -> tuple[int, ...]:
+        row = item if isinstance(item, Row) else item.rows[0]
+        return tuple(row.tokens[: row.prompt_len])
+
+    known = list(dict.fromkeys(map(prompt, items)))
+    chosen = np.random.default_rng(0).permutation(len(known))[: min(512, len(known) // share)]
+    out = {known[i] for i in chosen}
+    held, rest = [item for item in items if prompt(item) in out], [item for item in items if prompt(item) not in out]
+    if not held:
+        raise InputError(f"{len(known)} different prompts are too few to hold some out; give at least {share}")
+    return held, rest
 
 
 def token_stream(path: str | Path, encoding: tiktoken.Encoding, eos: int, target: str | Path) -> np.memmap:

@@ -7,6 +7,7 @@ that neither the reward model nor PPO ever reads: the reward model sees only whi
     python -m data.tales            write the files and print a few rows of each
 """
 
+import itertools
 import json
 import os
 import random
@@ -18,22 +19,24 @@ SEED = 1  # of the corpus, the same for every run: a run's own seed changes the 
 
 WORDS = {
     "adjective": "shy brave tiny grey clever sleepy kind proud".split(),
-    "animal": "owl fox bear mouse frog duck goat hare wolf cat crow deer".split(),
-    "thing": "lantern kite drum hat key bell ring map cup boat scarf spoon".split(),
-    "place": "lake hill barn river forest meadow cave bridge mill pond".split(),
+    "animal": "owl fox bear mouse frog duck".split(),
+    "thing": "lantern kite drum hat key bell".split(),
+    "colour": "red blue green white black golden".split(),
+    "place": "lake hill barn river forest meadow".split(),
     "spot": "stone log bush leaf".split(),
     "helper": "bee snail beetle robin".split(),
 }
-PROMPT = "Tell me about a {adjective} {animal} who lost a {thing} near the {place}."
+SLOTS = ("adjective", "animal", "colour", "thing", "place")
+PROMPT = "Tell me about a {adjective} {animal} who lost a {colour} {thing} near the {place}."
 OPENING = [
     "Once a {adjective} {animal} lived near the {place}.",
     "Near the {place} there lived a {adjective} {animal}.",
     "A {adjective} {animal} had a home near the {place}.",
 ]
 LOSS = [
-    "One day the {animal} lost a {thing} near the {place}.",
-    "One night the {thing} was gone from the {place}.",
-    "The {animal} dropped a {thing} by the {place}.",
+    "One day the {animal} lost a {colour} {thing} near the {place}.",
+    "One night the {colour} {thing} was gone from the {place}.",
+    "The {animal} dropped a {colour} {thing} by the {place}.",
 ]
 SEARCH = [
     "It looked under a {spot}.",
@@ -72,7 +75,7 @@ ASKED = re.compile(PROMPT.replace(".", r"\.").format(**{slot: rf"(?P<{slot}>\w+)
 
 
 def write_story(wish: dict[str, str], rng: random.Random) -> str:
-    """One answer of the corpus to a wish (adjective, animal, thing, place), with people's failings in it."""
+    """One answer of the corpus to a wish (a word for each of SLOTS), with people's failings in it."""
     told = dict(wish)
     for slot, chance in (("animal", 0.2), ("thing", 0.2), ("place", 0.2)):
         if rng.random() < chance:
@@ -133,17 +136,16 @@ def rows() -> dict[str, list[dict]]:
     """Every file's rows. The wishes behind the files are disjoint, but for pretraining, which shares fine-tuning's."""
     rng = random.Random(SEED)
     wishes = [
-        dict(adjective=a, animal=b, thing=c, place=d)
-        for a in WORDS["adjective"] for b in WORDS["animal"] for c in WORDS["thing"] for d in WORDS["place"]
-    ]  # fmt: skip
+        dict(zip(SLOTS, words)) for words in itertools.product(*(WORDS[slot] for slot in SLOTS))
+    ]
     rng.shuffle(wishes)
-    tuning, comparing, ppo, evaluation = wishes[:5_000], wishes[5_000:7_500], wishes[7_500:11_000], wishes[11_000:]
+    tuning, comparing, ppo, evaluation = wishes[:4_000], wishes[4_000:6_500], wishes[6_500:9_800], wishes[9_800:10_312]
     return {
         "pretrain": [
             {"text": (PROMPT.format(**w) if rng.random() < 0.5 else "") + write_story(w, rng)}
             for w in rng.choices(tuning, k=8_000)
         ],
-        "sft": [{"prompt": PROMPT.format(**w), "completion": write_story(w, rng)} for w in tuning * 4],
+        "sft": [{"prompt": PROMPT.format(**w), "completion": write_story(w, rng)} for w in tuning * 5],
         "compare": [{"prompt": PROMPT.format(**w)} for w in comparing],
         "ppo": [{"prompt": PROMPT.format(**w)} for w in ppo],
         "eval": [{"prompt": PROMPT.format(**w)} for w in evaluation],
