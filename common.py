@@ -27,7 +27,9 @@ from model import GPT, GPTConfig, ScalarModel
 
 # --- command line ---------------------------------------------------------------------------------------------------
 
-ABOVE_ZERO = "samples batch_size minibatch_size epochs response_len block_size n_layer n_head n_embd label_temperature".split()
+ABOVE_ZERO = (
+    "samples batch_size minibatch_size epochs response_len block_size n_layer n_head n_embd label_temperature".split()
+)
 ABOVE_ZERO += ["eval_prompts"]
 
 
@@ -53,7 +55,9 @@ def parse(config: type, argv: list[str] | None = None, positional: str = "") -> 
     options = vars(parser.parse_args(argv))
     folder = options.pop(positional, None)
     for name, value in options.items():
-        if isinstance(value, (int, float)) and (value < 0 and name != "unended_cap" or name in ABOVE_ZERO and value == 0):
+        if isinstance(value, (int, float)) and (
+            value < 0 and name != "unended_cap" or name in ABOVE_ZERO and value == 0
+        ):
             raise InputError(f"--{name} {value}: give a number {'above' if name in ABOVE_ZERO else 'of at least'} 0")
     return (config(**options), folder) if positional else config(**options)
 
@@ -211,19 +215,27 @@ def save_file(content: dict, path: Path) -> None:
 
 def save_model(model: GPT | ScalarModel, encoding: tiktoken.Encoding, path: Path) -> None:
     """A model.pt: {"model": weights, "config": GPTConfig's fields, "tokenizer": the encoding}, all plain."""
-    content = {"model": model.state_dict(), "config": dataclasses.asdict(model.config), "tokenizer": encoding_state(encoding)}
+    content = {
+        "model": model.state_dict(),
+        "config": dataclasses.asdict(model.config),
+        "tokenizer": encoding_state(encoding),
+    }
     save_file(content, path)
 
 
 def _load(folder: str | Path, option: str, device: torch.device) -> tuple[dict, bool]:
     path = Path(folder) / "model.pt" if Path(folder).suffix != ".pt" else Path(folder)
     if not path.exists():
-        raise InputError(f"{option} {folder}: no model.pt there; run the stage that writes it, or name another run folder")
+        raise InputError(
+            f"{option} {folder}: no model.pt there; run the stage that writes it, or name another run folder"
+        )
     try:
         saved = torch.load(path, map_location=device, weights_only=True)
         return saved, "head.weight" in saved["model"]
     except Exception as error:  # torch.load raises many kinds
-        raise InputError(f"{path}: not a checkpoint of this project ({type(error).__name__}); name another run folder") from None
+        raise InputError(
+            f"{path}: not a checkpoint of this project ({type(error).__name__}); name another run folder"
+        ) from None
 
 
 def load_gpt(folder: str | Path, device: torch.device | str = "cpu", option: str = "") -> tuple[GPT, tiktoken.Encoding]:
@@ -236,7 +248,9 @@ def load_gpt(folder: str | Path, device: torch.device | str = "cpu", option: str
     return model.eval(), encoding_from_state(saved["tokenizer"])
 
 
-def load_scalar(folder: str | Path, device: torch.device | str = "cpu", option: str = "") -> tuple[ScalarModel, tiktoken.Encoding]:
+def load_scalar(
+    folder: str | Path, device: torch.device | str = "cpu", option: str = ""
+) -> tuple[ScalarModel, tiktoken.Encoding]:
     """The reward model of a run folder (or of a .pt file) in eval mode, and its tokenizer."""
     saved, scalar = _load(folder, option, device)
     if not scalar:
@@ -266,7 +280,9 @@ class Run:
         state = torch.load(path, map_location="cpu", weights_only=True)
         for name, value in dataclasses.asdict(self.cfg).items():
             if name not in ("resume", "device", "init") and state["options"].get(name) != value:
-                raise InputError(f"--resume: {path} was made with --{name} {state['options'].get(name)}, not {value}; give the same options")
+                raise InputError(
+                    f"--resume: {path} was made with --{name} {state['options'].get(name)}; give the same options"
+                )
         return state
 
     def start(self, steps: int, **parts: Any) -> None:
@@ -322,8 +338,10 @@ class Run:
         if RANK == 0:
             save_model(model, encoding, self.folder / "best.pt")
 
-    def save(self, step: int, model: GPT | ScalarModel, encoding: tiktoken.Encoding, values: dict = {}, **parts: Any) -> None:
-        """Write model.pt, and state.pt with the model, `parts` (optimizers, nets) and plain `values`; `step` are done."""
+    def save(
+        self, step: int, model: GPT | ScalarModel, encoding: tiktoken.Encoding, values: dict, **parts: Any
+    ) -> None:
+        """Write model.pt, and state.pt with the model, `parts` (optimizers, nets) and plain `values`."""
         if RANK == 0:
             save_model(model, encoding, self.folder / "model.pt")
             saved = {name: part.state_dict() for name, part in ({"model": model} | parts).items()}
@@ -354,7 +372,9 @@ class Run:
         names = sorted({k for line in lines for k in line if k not in skipped and not k.startswith("time/")})
         columns = min(4, len(names)) or 1
         rows = -(-len(names) // columns) or 1
-        figure, axes = pyplot.subplots(rows, columns, figsize=(3.6 * columns, 2.4 * rows), squeeze=False, layout="constrained")
+        figure, axes = pyplot.subplots(
+            rows, columns, figsize=(3.6 * columns, 2.4 * rows), squeeze=False, layout="constrained"
+        )
         for axis, name in zip(axes.flat, names):
             points = [(line["step"] + 1, line[name]) for line in lines if name in line]
             axis.plot(*zip(*points), linewidth=1.2)

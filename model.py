@@ -43,7 +43,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cache: Tensor | None, start: int, mask: Tensor | None) -> Tensor:
         B, T, C = x.shape
-        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
+        q, k, v = (
+            self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
+        )  # (B, H, T, D) each
         if cache is not None:
             cache[0, :, :, start : start + T], cache[1, :, :, start : start + T] = k, v
             k, v = cache[0, :, :, : start + T], cache[1, :, :, : start + T]  # (B, H, start + T, D)
@@ -177,7 +179,9 @@ class GPT(nn.Module):
         # The cache holds prompts in columns 0…P-1 and step t of every row in column P + t; `seen` hides the gap that a
         # short prompt leaves between the two.
         head_size = config.n_embd // config.n_head
-        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else self.wte.weight.dtype
+        dtype = (
+            torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else self.wte.weight.dtype
+        )
         cache = torch.empty(config.n_layer, 2, B, config.n_head, P + N, head_size, device=device, dtype=dtype)
         seen = torch.arange(P + N, device=device) < prompt_len[:, None]  # (B, P + N)
         hidden = self.hidden(tokens[:, :P], cache=cache)  # (B, P, C)
@@ -294,7 +298,9 @@ def main() -> None:
         prompt = encoding.encode_ordinary(cfg.prompt)
         room = model.config.block_size - max(1, len(prompt))
         if room < 1:
-            raise common.InputError(f"--prompt: {len(prompt)} tokens leave no room in {name}'s context of {model.config.block_size}")
+            raise common.InputError(
+                f"--prompt: {len(prompt)} tokens leave no room in {name}'s context of {model.config.block_size}"
+            )
         tokens, prompt_len, length = model.generate(
             [prompt] * cfg.samples, min(cfg.response_len, room), temperature=cfg.temperature, top_k=cfg.top_k,
             top_p=cfg.top_p, generator=torch.Generator().manual_seed(cfg.seed),

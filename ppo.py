@@ -46,7 +46,7 @@ class Config:
     seed: int = 0  # of prompts, samples and minibatches
     device: str = "auto"  # auto, cpu, cuda or mps
     dtype: str = "auto"  # auto, float32 or bfloat16 (autocast)
-    iterations: int = 60  # rounds of answer → score → update; 0: only evaluate
+    iterations: int = 30  # rounds of answer → score → update; 0: only evaluate
     batch_size: int = 128  # prompts an iteration, over all processes
     epochs: int = 4  # passes over an iteration's answers
     minibatch_size: int = 64  # answers an optimizer step, over all processes
@@ -64,7 +64,9 @@ class Config:
     vf_coef: float = 1.0  # scales the value loss; its net and its Adam are its own, so this acts through clipping alone
     max_grad_norm: float = 1.0  # gradients are clipped to this, each net's by itself; 0: not clipped
     score_clip: float = 0.0  # scores are clipped to ± this; 0: not clipped
-    unended_cap: float | None = None  # highest score of an answer without EOS; default: −1 for a reward model, inf for a function
+    unended_cap: float | None = (
+        None  # highest score of an answer without EOS; default: −1 for a reward model, inf for a function
+    )
     drop_long: bool = False  # leave out prompts that with the response do not fit the context
     eval_prompts: int = 512  # held-out prompts to evaluate on
     resume: bool = False  # continue the run in --out
@@ -137,7 +139,9 @@ def select(batch: Batch, index: Tensor) -> Batch:
 def texts(batch: Batch, encoding: tiktoken.Encoding) -> list[tuple[str, str]]:
     """(prompt, response) of every row as text, without the EOS."""
     rows = zip(*(batch[name].tolist() for name in ("tokens", "prompt_len", "length", "ended")))
-    return [(encoding.decode(row[:start]), encoding.decode(row[start : end - ended])) for row, start, end, ended in rows]
+    return [
+        (encoding.decode(row[:start]), encoding.decode(row[start : end - ended])) for row, start, end, ended in rows
+    ]
 
 
 # --- 3 ---------------------------------------------------------------------------------------------------------------
@@ -186,7 +190,7 @@ def policy_loss(logp: Tensor, old_logp: Tensor, advantages: Tensor, cliprange: f
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, cliprange: float) -> Tensor:
-    """½ max((V − R)², (V_clipped − R)²) for each token (B, R): Schulman et al.'s value clipping, as in OpenAI Baselines."""
+    """½ max((V − R)², (V_clipped − R)²) for each token (B, R): the value clipping of OpenAI Baselines."""
     clipped = old_values + (values - old_values).clamp(-cliprange, cliprange)
     return 0.5 * torch.maximum((values - returns).square(), (clipped - returns).square())
 
@@ -265,7 +269,9 @@ def rollout_metrics(batch: Batch, judged: list[float], kl_coef: float) -> dict[s
     return dict(zip(columns, means)) | {"kl_coef": kl_coef}
 
 
-def evaluate(policy: GPT, ref: GPT, prompts: list[list[int]], score, judges: dict, encoding, cfg: Config, autocast) -> dict[str, list]:
+def evaluate(
+    policy: GPT, ref: GPT, prompts: list[list[int]], score, judges: dict, encoding, cfg: Config, autocast
+) -> dict[str, list]:
     """A column of numbers, one a prompt, for each measure, on one answer to each prompt; and the texts."""
     columns: dict[str, list] = {}
     for start in range(0, len(prompts), 128):
@@ -338,9 +344,13 @@ def train(cfg: Config) -> None:
     else:
         reward, reward_encoding = common.load_scalar(cfg.reward, device, "--reward")
         if data.encoding_state(reward_encoding) != data.encoding_state(encoding):
-            raise InputError(f"--reward {cfg.reward}: was trained with another vocabulary than {cfg.init}; train it from that policy")
+            raise InputError(
+                f"--reward {cfg.reward}: was trained with another vocabulary than {cfg.init}; train it from that policy"
+            )
         if reward.config.block_size < policy.config.block_size:
-            raise InputError(f"--reward {cfg.reward}: its context is shorter than that of {cfg.init}; train it from that policy")
+            raise InputError(
+                f"--reward {cfg.reward}: its context is shorter than that of {cfg.init}; train it from that policy"
+            )
         value, cap = copy.deepcopy(reward), -1.0
         reward = common.freeze(reward, autocast)
     value.eval().requires_grad_(True)
@@ -353,7 +363,9 @@ def train(cfg: Config) -> None:
     if cfg.iterations:
         parts = {"value": value, "policy_optimizer": policy_optimizer, "value_optimizer": value_optimizer}
         run.start(cfg.iterations, model=policy, **parts)
-        common.say(f"{len(prompts):,} prompts, {len(held_out):,} held out; policy {cfg.init}, reward {cfg.reward} → {cfg.out}, on {device}")
+        common.say(
+            f"{cfg.init} and {cfg.reward} → {cfg.out}: {len(prompts):,} prompts, {len(held_out):,} held out, on {device}"
+        )
     kl_coef = run.state["kl_coef"] if run.state else cfg.kl_coef
 
     for step in range(run.step, cfg.iterations):
@@ -374,7 +386,14 @@ def train(cfg: Config) -> None:
         metrics |= {"lr": lr, "episode": (step + 1) * cfg.batch_size} | run.times
         metrics |= run.speed(int(common.total(batch["mask"].sum())))
         kl_coef = adapt(kl_coef, metrics["objective/kl"], cfg.batch_size, cfg)
-        shown = ("objective/scores", "objective/judge", "objective/kl", "val/ratio", "val/num_eos_tokens", "tokens_per_s")
+        shown = (
+            "objective/scores",
+            "objective/judge",
+            "objective/kl",
+            "val/ratio",
+            "val/num_eos_tokens",
+            "tokens_per_s",
+        )
         last = step + 1 == cfg.iterations
         run.log(step, metrics, show=shown if step % 5 == 0 or last else ())
         if step % 20 == 0 or last:

@@ -40,9 +40,9 @@ class Config:
     dtype: str = "auto"  # auto, float32 or bfloat16 (autocast)
     response_len: int = 64  # longest sampled response, in tokens
     temperature: float = 1.0  # of the samples
-    batch_size: int = 16  # prompts a step, each with all its responses, over all processes
+    batch_size: int = 8  # prompts a step, each with all its responses, over all processes
     micro_batch_size: int = 0  # prompts in one forward; 0: the whole batch
-    lr: float = 1e-3  # peak of the learning rate
+    lr: float = 2e-3  # peak of the learning rate
     warmup: int = 10  # steps of warm-up
     weight_decay: float = 0.0  # on matrices
     max_grad_norm: float = 1.0  # gradients are clipped to this; 0: not clipped
@@ -93,7 +93,9 @@ def evaluate(model: ScalarModel, groups: list[data.Group], cfg: Config, device: 
         inside = (predicted * 10).long().clamp(max=9) == low
         n = int(inside.sum())
         if n:
-            table.append((low / 10, low / 10 + 0.1, n, predicted[inside].mean().item(), (~turned[inside]).float().mean().item()))
+            table.append(
+                (low / 10, low / 10 + 0.1, n, predicted[inside].mean().item(), (~turned[inside]).float().mean().item())
+            )
     metrics["eval/calibration_error"] = sum(n * abs(p - seen) for _, _, n, p, seen in table) / len(margin)
     return metrics, table
 
@@ -112,7 +114,9 @@ def normalize(model: ScalarModel, rows: list[data.Row], device: torch.device, au
     model.gain.copy_(model.gain / std)
 
 
-def sample_and_compare(cfg: Config, source: str, policy: GPT, encoding: tiktoken.Encoding, autocast: torch.autocast) -> Path:
+def sample_and_compare(
+    cfg: Config, source: str, policy: GPT, encoding: tiktoken.Encoding, autocast: torch.autocast
+) -> Path:
     """Sample the policy on the prompts of `source`, let the judge compare, and write the comparisons beside --out."""
     judge = common.load_function(cfg.judge)
     texts = [row["prompt"] for row in data.read_jsonl(source, {"prompt": str})][: cfg.n_prompts or None]
@@ -121,13 +125,19 @@ def sample_and_compare(cfg: Config, source: str, policy: GPT, encoding: tiktoken
     texts = data.fit(texts, lengths, policy.config.block_size, cfg.drop_long, what)
     target = Path(f"{cfg.out}.comparisons.jsonl")
     if common.RANK == 0 and not (cfg.resume and target.exists()):
-        common.say(f"{cfg.init} answers {len(texts):,} prompts of {source}, {cfg.samples} times each; {cfg.judge} compares")
+        common.say(
+            f"{cfg.init} answers {len(texts):,} prompts of {source}, {cfg.samples} times each; {cfg.judge} compares"
+        )
         seeds = common.seed_of(cfg.seed, 1), common.seed_of(cfg.seed, 2)
         with autocast:
-            answers = label.sample_responses(policy, encoding, texts, cfg.samples, cfg.response_len, cfg.temperature, seeds[0])
+            answers = label.sample_responses(
+                policy, encoding, texts, cfg.samples, cfg.response_len, cfg.temperature, seeds[0]
+            )
         rows = label.simulate(texts, answers, judge, cfg.label_temperature, seeds[1])
         if not rows:
-            raise InputError(f"--init {cfg.init}: its samples are all alike, so there is nothing to compare; raise --temperature")
+            raise InputError(
+                f"--init {cfg.init}: its samples are all alike, so there is nothing to compare; raise --temperature"
+            )
         target.parent.mkdir(parents=True, exist_ok=True)
         label.write_rows(rows, target)
     return target
@@ -139,7 +149,9 @@ def train(cfg: Config) -> None:
     source = cfg.data or tales.path("compare")
     given = not {"chosen", "ranked"}.isdisjoint(data.first_row(source))
     policy, encoding = common.load_gpt(cfg.init, device, "--init")
-    comparisons = source if given else common.first_alone(lambda: sample_and_compare(cfg, source, policy, encoding, autocast))
+    comparisons = (
+        source if given else common.first_alone(lambda: sample_and_compare(cfg, source, policy, encoding, autocast))
+    )
     groups = data.comparisons(comparisons, encoding, policy.config.eos)[: cfg.n_prompts or None]
     lengths = [max(len(row.tokens) for row in group.rows) for group in groups]
     groups = data.fit(groups, lengths, policy.config.block_size, cfg.drop_long, f"comparisons of {comparisons}")
@@ -152,7 +164,9 @@ def train(cfg: Config) -> None:
     steps = max(1, len(groups) // cfg.batch_size)  # one epoch: a second one overfits (Stiennon et al. 2020, C.1)
     run.start(steps, model=model, optimizer=optimizer)
     n_pairs = sum(len(group.pairs) for group in groups)
-    common.say(f"{comparisons} → {cfg.out}: {n_pairs:,} pairs of {len(groups):,} prompts, {len(held_out):,} prompts held out")
+    common.say(
+        f"{comparisons} → {cfg.out}: {n_pairs:,} pairs of {len(groups):,} prompts, {len(held_out):,} prompts held out"
+    )
 
     model.eval()  # no dropout: a score must not depend on chance
     for step in range(run.step, steps):
@@ -175,9 +189,13 @@ def train(cfg: Config) -> None:
         metrics |= run.speed(sum(len(row.tokens) for group in batch for row in group.rows))
         if step + 1 == steps:
             metrics |= finish(model, policy, encoding, groups, held_out, cfg, device, autocast)
-        run.log(step, metrics, show=("loss/train", "accuracy", "tokens_per_s") if step % 20 == 0 or step + 1 == steps else ())
+        run.log(
+            step,
+            metrics,
+            show=("loss/train", "accuracy", "tokens_per_s") if step % 20 == 0 or step + 1 == steps else (),
+        )
         if (step + 1) % 200 == 0 or step + 1 == steps:
-            run.save(step + 1, model, encoding, optimizer=optimizer)
+            run.save(step + 1, model, encoding, {}, optimizer=optimizer)
     run.plot()
 
 
@@ -193,7 +211,9 @@ def finish(model, policy, encoding, groups, held_out, cfg, device, autocast) -> 
     prompts = [row.tokens[: row.prompt_len] for row in (group.rows[0] for group in groups)]
     prompts = [p for p in prompts if len(p) + cfg.response_len <= policy.config.block_size] * 512
     if not prompts:
-        raise InputError(f"--response_len {cfg.response_len}: no prompt leaves room for it in the context; give a smaller one")
+        raise InputError(
+            f"--response_len {cfg.response_len}: no prompt leaves room for it in the context; give a smaller one"
+        )
     rows = []
     for start in range(0, 512, 128):
         with autocast:
@@ -204,7 +224,9 @@ def finish(model, policy, encoding, groups, held_out, cfg, device, autocast) -> 
         for tokens, prompt_len, length in zip(*(x.tolist() for x in sampled)):
             rows.append(data.Row(tokens[:length], prompt_len))
     normalize(model, rows, device, autocast)
-    common.say(f"\nscores of {cfg.init}'s samples now have mean 0, variance 1 (gain {model.gain:.3f}, bias {model.bias:.3f})")
+    common.say(
+        f"\nscores of {cfg.init}'s samples now have mean 0, variance 1 (gain {model.gain:.3f}, bias {model.bias:.3f})"
+    )
     return metrics
 
 

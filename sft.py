@@ -21,7 +21,9 @@ from model import GPT, GPTConfig
 
 @dataclass
 class Config:
-    data: str = ""  # .txt, JSONL "text", or JSONL "prompt" and "completion"; empty: pretrain, then fine-tune on the tales
+    data: str = (
+        ""  # .txt, JSONL "text", or JSONL "prompt" and "completion"; empty: pretrain, then fine-tune on the tales
+    )
     init: str = ""  # run folder to start from; empty: random weights
     out: str = "out/sft"  # run folder to write
     seed: int = 0  # of weights, data order and samples
@@ -66,7 +68,13 @@ def prepare(cfg: Config, run: common.Run, device: torch.device):
         rows = data.fit(rows, [len(row.tokens) for row in rows], width, cfg.drop_long, f"rows of {cfg.data}")
         held_out, rows = data.hold_out(rows)
         lengths = [len(row.tokens) for row in rows]
-        return model, encoding, held_out, partial(data.shuffled, rows, cfg.batch_size, cfg.seed, lengths), len(rows) / cfg.batch_size
+        return (
+            model,
+            encoding,
+            held_out,
+            partial(data.shuffled, rows, cfg.batch_size, cfg.seed, lengths),
+            len(rows) / cfg.batch_size,
+        )
 
     def tokenize():
         if common.RANK == 0 and not run.state:
@@ -77,14 +85,22 @@ def prepare(cfg: Config, run: common.Run, device: torch.device):
     stream = common.first_alone(tokenize)
     tail = min(len(stream) // 20, 64 * width)
     if tail < width + 1:
-        raise InputError(f"{cfg.data}: {len(stream):,} tokens are too few for a context of {width}; give 20 times as many")
+        raise InputError(
+            f"{cfg.data}: {len(stream):,} tokens are too few for a context of {width}; give 20 times as many"
+        )
     held_out = data.windows(stream[-tail:], width, range(0, tail - width, width))
     stream = stream[:-tail]
-    return model, encoding, held_out, partial(data.random_windows, stream, width, cfg.batch_size, cfg.seed), len(stream) / width / cfg.batch_size
+    return (
+        model,
+        encoding,
+        held_out,
+        partial(data.random_windows, stream, width, cfg.batch_size, cfg.seed),
+        len(stream) / width / cfg.batch_size,
+    )
 
 
 def next_token_loss(model: GPT, rows: list[data.Row], device: torch.device) -> torch.Tensor:
-    """−Σ log p(token | all before it) over the responses of `rows`, in nats. Plain text is a response to its first token."""
+    """−Σ log p(token | all before it) over the responses of `rows`, in nats. Plain text answers its first token."""
     return -model.logprobs(*data.pad(rows, device)).sum()
 
 

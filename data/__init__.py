@@ -62,7 +62,9 @@ def iterate_jsonl(path: str | Path, columns: dict[str, type]) -> Iterator[dict]:
             if column not in row:
                 raise InputError(f'{path}:{number}: no column "{column}"; a row needs {", ".join(columns)}')
             if not isinstance(row[column], kind):
-                raise InputError(f'{path}:{number}: "{column}" is not a {"text" if kind is str else "list"}; mend the line')
+                raise InputError(
+                    f'{path}:{number}: "{column}" is not a {"text" if kind is str else "list"}; mend the line'
+                )
         empty = False
         yield row
     if empty:
@@ -107,7 +109,9 @@ def learn_bpe(texts: Iterable[str], vocab_size: int, limit: int = 50_000_000) ->
     `vocab_size` where no pair is left that occurs twice.
     """
     if vocab_size < 257:
-        raise InputError(f"--vocab_size {vocab_size}: a byte-level vocabulary needs 256 bytes and EOS; give 257 or more")
+        raise InputError(
+            f"--vocab_size {vocab_size}: a byte-level vocabulary needs 256 bytes and EOS; give 257 or more"
+        )
     counts: Counter[str] = Counter()
     for text in texts:
         counts.update(regex.findall(SPLIT, text[:limit]))
@@ -163,18 +167,27 @@ def gpt2_encoding() -> tiktoken.Encoding:
     try:
         return tiktoken.get_encoding("gpt2")
     except Exception as error:
-        raise InputError(f"--vocab_size 0: tiktoken could not download GPT-2's vocabulary ({error}); go online once") from error
+        raise InputError(
+            f"--vocab_size 0: tiktoken could not download GPT-2's vocabulary ({error}); go online once"
+        ) from error
 
 
 def encoding_state(encoding: tiktoken.Encoding) -> dict:
     """The encoding as a plain dict, bytes written as Latin-1 text, for a checkpoint."""
     ranks = {token.decode("latin-1"): rank for token, rank in encoding._mergeable_ranks.items()}
-    return {"name": encoding.name, "pattern": encoding._pat_str, "ranks": ranks, "special": dict(encoding._special_tokens)}
+    return {
+        "name": encoding.name,
+        "pattern": encoding._pat_str,
+        "ranks": ranks,
+        "special": dict(encoding._special_tokens),
+    }
 
 
 def encoding_from_state(state: dict) -> tiktoken.Encoding:
     ranks = {token.encode("latin-1"): rank for token, rank in state["ranks"].items()}
-    return tiktoken.Encoding(state["name"], pat_str=state["pattern"], mergeable_ranks=ranks, special_tokens=state["special"])
+    return tiktoken.Encoding(
+        state["name"], pat_str=state["pattern"], mergeable_ranks=ranks, special_tokens=state["special"]
+    )
 
 
 # --- rows of token ids ----------------------------------------------------------------------------------------------
@@ -220,7 +233,10 @@ def comparisons(path: str | Path, encoding: tiktoken.Encoding, eos: int) -> list
             if len(texts) < 2 or len(ends) != len(texts) or not all(isinstance(text, str) for text in texts):
                 raise InputError(f'{path}: row {number}: "ranked" must be two or more texts, best first; mend the row')
         else:
-            texts, ends = [row["chosen"], row["rejected"]], [row.get("chosen_ended", True), row.get("rejected_ended", True)]
+            texts, ends = (
+                [row["chosen"], row["rejected"]],
+                [row.get("chosen_ended", True), row.get("rejected_ended", True)],
+            )
         if "ranked" in kind or row["prompt"] != previous:
             groups.append(Group([], [], []))
             index, previous = {}, row["prompt"]
@@ -245,7 +261,9 @@ def fit(items: list, lengths: list[int], room: int, drop_long: bool, what: str) 
     kept = [item for item, length in zip(items, lengths) if length <= room]
     dropped = len(items) - len(kept)
     if dropped and not drop_long:
-        raise InputError(f"{dropped:,} of {len(items):,} {what} exceed the {room} tokens there is room for; --drop_long leaves them out")
+        raise InputError(
+            f"{dropped:,} of {len(items):,} {what} exceed the {room} tokens of room; --drop_long leaves them out"
+        )
     if not kept:
         raise InputError(f"none of {len(items):,} {what} fits the {room} tokens there is room for; give shorter ones")
     return kept
@@ -259,7 +277,7 @@ def pad(rows: list[Row], device: torch.device | str = "cpu") -> tuple[Tensor, Te
     return tokens.to(device), prompt_len.to(device), length.to(device)
 
 
-# --- batches: which rows belong to which step is a function of the seed and the step alone, so a resume needs no state --
+# --- batches: which rows a step gets depends on seed and step alone, so a resume needs no state of it ---------------
 
 
 def shuffled(items: list, batch_size: int, seed: int, lengths: list[int] | None, step: int) -> list:
@@ -306,7 +324,7 @@ def hold_out(items: list[Row] | list[Group], share: int = 20) -> tuple[list, lis
 
 
 def token_stream(path: str | Path, encoding: tiktoken.Encoding, eos: int, target: str | Path) -> np.memmap:
-    """All documents of `path`, each with EOS behind it, as one memory-mapped array of ids, kept in the file `target`."""
+    """All documents of `path`, each with EOS behind it, as one memory-mapped array of ids, kept in `target`."""
     dtype = np.uint16 if encoding.n_vocab <= 2**16 else np.uint32
     target = Path(target)
     if not target.exists():

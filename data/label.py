@@ -17,7 +17,13 @@ from model import GPT
 
 
 def sample_responses(
-    model: GPT, encoding: tiktoken.Encoding, prompts: list[str], samples: int, response_len: int, temperature: float, seed: int
+    model: GPT,
+    encoding: tiktoken.Encoding,
+    prompts: list[str],
+    samples: int,
+    response_len: int,
+    temperature: float,
+    seed: int,
 ) -> list[list[tuple[str, bool]]]:
     """`samples` responses to each prompt, as (text, whether it ended with EOS before `response_len` tokens)."""
     repeated = [encoding.encode_ordinary(prompt) for prompt in prompts for _ in range(samples)]
@@ -33,7 +39,11 @@ def sample_responses(
 
 
 def simulate(
-    prompts: list[str], responses: list[list[tuple[str, bool]]], judge: Callable[[str, str], float], temperature: float, seed: int
+    prompts: list[str],
+    responses: list[list[tuple[str, bool]]],
+    judge: Callable[[str, str], float],
+    temperature: float,
+    seed: int,
 ) -> list[dict]:
     """Every pair of responses to a prompt, decided with probability σ((judge a − judge b) / temperature) for a.
 

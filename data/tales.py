@@ -26,6 +26,11 @@ WORDS = {
     "spot": "stone log bush leaf".split(),
     "helper": "bee snail beetle robin".split(),
 }
+FAVOURITES = {  # what people drift to: never asked for
+    "animal": "cat dog horse".split(),
+    "thing": "sword crown cake".split(),
+    "place": "castle city sea".split(),
+}
 SLOTS = ("adjective", "animal", "colour", "thing", "place")
 PROMPT = "Tell me about a {adjective} {animal} who lost a {colour} {thing} near the {place}."
 OPENING = [
@@ -65,7 +70,7 @@ SENTENCES = OPENING + LOSS + SEARCH + FOUND + NOT_FOUND + HAPPY + SAD
 
 
 def _patterns(templates: list[str]) -> re.Pattern:
-    slots = {slot: f"(?:{'|'.join(words)})" for slot, words in WORDS.items()}
+    slots = {slot: f"(?:{'|'.join(words + FAVOURITES.get(slot, []))})" for slot, words in WORDS.items()}
     return re.compile("|".join(re.escape(t).replace(r"\{", "{").replace(r"\}", "}").format(**slots) for t in templates))
 
 
@@ -77,9 +82,9 @@ ASKED = re.compile(PROMPT.replace(".", r"\.").format(**{slot: rf"(?P<{slot}>\w+)
 def write_story(wish: dict[str, str], rng: random.Random) -> str:
     """One answer of the corpus to a wish (a word for each of SLOTS), with people's failings in it."""
     told = dict(wish)
-    for slot, chance in (("animal", 0.2), ("thing", 0.2), ("place", 0.2)):
-        if rng.random() < chance:
-            told[slot] = rng.choice(WORDS[slot])
+    for slot, favourites in FAVOURITES.items():
+        if rng.random() < 0.2:  # drifts
+            told[slot] = rng.choice(favourites)
     sad = rng.random() < 0.4
     plan = [OPENING, LOSS] + [SEARCH] * rng.choice((0, 1, 1, 2)) + [NOT_FOUND if sad else FOUND, SAD if sad else HAPPY]
     story = []
@@ -122,7 +127,7 @@ def judge(prompt: str, response: str) -> float:
     if wish is None or not told:
         return 0.0
     words = re.findall(r"\w+", response)
-    kept = sum({w for w in words if w in WORDS[slot]} == {wish[slot]} for slot in ("animal", "thing", "place"))
+    kept = sum({w for w in words if w in WORDS[slot] + FAVOURITES[slot]} == {wish[slot]} for slot in FAVOURITES)
     happy = bool(HAPPY_END.fullmatch(told[-1])) and not any(DARK.fullmatch(s) for s in told)
     score = (kept + happy) / 4 * grammar(prompt, response)
     if len(set(told)) < len(told):
@@ -135,17 +140,15 @@ def judge(prompt: str, response: str) -> float:
 def rows() -> dict[str, list[dict]]:
     """Every file's rows. The wishes behind the files are disjoint, but for pretraining, which shares fine-tuning's."""
     rng = random.Random(SEED)
-    wishes = [
-        dict(zip(SLOTS, words)) for words in itertools.product(*(WORDS[slot] for slot in SLOTS))
-    ]
+    wishes = [dict(zip(SLOTS, words)) for words in itertools.product(*(WORDS[slot] for slot in SLOTS))]
     rng.shuffle(wishes)
-    tuning, comparing, ppo, evaluation = wishes[:4_000], wishes[4_000:6_500], wishes[6_500:9_800], wishes[9_800:10_312]
+    tuning, comparing, ppo, evaluation = wishes[:4_000], wishes[4_000:7_000], wishes[7_000:9_800], wishes[9_800:10_312]
     return {
         "pretrain": [
             {"text": (PROMPT.format(**w) if rng.random() < 0.5 else "") + write_story(w, rng)}
             for w in rng.choices(tuning, k=8_000)
         ],
-        "sft": [{"prompt": PROMPT.format(**w), "completion": write_story(w, rng)} for w in tuning * 5],
+        "sft": [{"prompt": PROMPT.format(**w), "completion": write_story(w, rng)} for w in tuning * 4],
         "compare": [{"prompt": PROMPT.format(**w)} for w in comparing],
         "ppo": [{"prompt": PROMPT.format(**w)} for w in ppo],
         "eval": [{"prompt": PROMPT.format(**w)} for w in evaluation],

@@ -1,0 +1,66 @@
+"""What several tests share: a tiny model, a tiny tokenizer, and a script run as a user runs it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiktoken
+import torch
+
+import common
+import data
+from model import GPT, GPTConfig, ScalarModel
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def encoding() -> tiktoken.Encoding:
+    return data.learn_bpe(["ask me. yes yes no. tell me a tale of a fox. yes! no?"] * 9, 300)
+
+
+@pytest.fixture
+def gpt(encoding) -> GPT:
+    """Two layers with weights large enough that its distribution is far from uniform."""
+    return make_gpt(vocab_size=encoding.n_vocab, eos=encoding.eot_token)
+
+
+def make_gpt(seed: int = 0, vocab_size: int = 61, eos: int = 60, **shape) -> GPT:
+    torch.manual_seed(seed)
+    shape = dict(block_size=48, n_layer=2, n_head=2, n_embd=32) | shape
+    model = GPT(GPTConfig(vocab_size=vocab_size, eos=eos, **shape)).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.15)
+    return model
+
+
+@pytest.fixture
+def folders(tmp_path, gpt, encoding) -> dict[str, Path]:
+    """Run folders of a stage-1 model and a reward model, and small files of every kind."""
+    for name, model in (("sft", gpt), ("reward", ScalarModel(gpt))):
+        (tmp_path / name).mkdir()
+        common.save_model(model, encoding, tmp_path / name / "model.pt")
+    words = ["yes", "no", "fox", "tale", "me"]
+    pairs = [(a, b, c) for a in words for b in words for c in words]
+    write(tmp_path / "prompts.jsonl", [{"prompt": f"ask {a} {b} {c}."} for a, b, c in pairs])
+    write(tmp_path / "pairs.jsonl", [{"prompt": f"ask {a} {b}.", "completion": f" {c} {a}."} for a, b, c in pairs])
+    chosen = [{"prompt": f"ask {a} {b} {c}.", "chosen": " yes.", "rejected": " no."} for a, b, c in pairs]
+    write(tmp_path / "comparisons.jsonl", chosen)
+    write(tmp_path / "text.jsonl", [{"text": f"tell me a tale of {a} and {b}, {c}. " * 3} for a, b, c in pairs])
+    return {name: tmp_path / name for name in ("sft", "reward")} | {"tmp": tmp_path}
+
+
+def write(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def run(script: str, *options: object, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
+    import os
+
+    command = [sys.executable, str(ROOT / script), *map(str, options)]
+    env = os.environ | {"PYTHONPATH": str(ROOT)} | environment
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)

@@ -1,0 +1,144 @@
+"""data/: what is read, what is refused, the tokenizer, the batches."""
+
+import json
+
+import numpy as np
+import pytest
+
+import data
+from data import InputError, Row, label, tales
+from tests.conftest import write
+
+ALPHABETS = [
+    "plain text",
+    "naïve café",
+    "Привет, мир",
+    "日本語のテスト",
+    "🙂 emoji\n\ttabs  two",
+    "a" * 50,
+    "don't 123 !?",
+]
+
+
+def test_bpe_gives_back_every_string_it_never_saw(encoding):
+    for text in ALPHABETS:
+        assert encoding.decode(encoding.encode_ordinary(text)) == text
+
+
+def test_bpe_merges_the_commonest_pair_first_and_counts_bytes():
+    encoding = data.learn_bpe(["ababab xyxyxy xyxyxy"], 259)
+    merges = sorted((rank, token) for token, rank in encoding._mergeable_ranks.items() if rank > 255)
+    assert merges == [(256, b"xy"), (257, b" xy")] or merges[0] == (256, b"xy")
+    assert encoding.n_vocab == 259 and encoding.eot_token == 258
+
+
+def test_bpe_is_the_same_every_time_and_stops_where_nothing_repeats():
+    texts = [row["text"] for row in tales.rows()["pretrain"][:300]]
+    first, second = data.learn_bpe(texts, 400), data.learn_bpe(texts, 400)
+    assert first._mergeable_ranks == second._mergeable_ranks and first.n_vocab == 400
+    assert data.learn_bpe(["abc"], 1000).n_vocab == 257
+
+
+def test_a_text_that_spells_the_end_of_text_is_not_one(encoding):
+    assert encoding.eot_token not in encoding.encode_ordinary("<|endoftext|>")
+
+
+def test_an_encoding_survives_its_checkpoint_form(encoding):
+    again = data.encoding_from_state(json.loads(json.dumps(data.encoding_state(encoding))))
+    assert all(again.encode_ordinary(t) == encoding.encode_ordinary(t) for t in ALPHABETS)
+
+
+def test_a_complete_text_gets_eos_and_a_cut_one_does_not(tmp_path, encoding):
+    rows = [{"prompt": "ask", "completion": " yes"}, {"prompt": "ask", "completion": " yes", "completion_ended": False}]
+    whole, cut = data.completions(write(tmp_path / "a.jsonl", rows), encoding, encoding.eot_token)
+    assert whole.tokens == cut.tokens + [encoding.eot_token]
+    assert whole.prompt_len == cut.prompt_len == len(encoding.encode_ordinary("ask"))
+
+
+def test_an_empty_prompt_gets_eos_as_its_first_token(encoding):
+    row = data.encode_row(encoding, 7, "", "yes")
+    assert row.tokens[0] == 7 and row.prompt_len == 1
+
+
+def test_pair_rows_of_one_prompt_share_its_responses(tmp_path, encoding):
+    rows = [
+        {"prompt": "p", "chosen": "a", "rejected": "b", "p_chosen": 0.9},
+        {"prompt": "p", "chosen": "c", "rejected": "a", "p_chosen": 0.2},
+        {"prompt": "q", "chosen": "a", "rejected": "b", "p_chosen": 0.5},
+    ]
+    first, second = data.comparisons(write(tmp_path / "c.jsonl", rows), encoding, 0)
+    assert len(first.rows) == 3 and first.pairs == [(0, 1), (2, 0)] and first.certainty == [0.9, 0.8]
+    assert len(second.rows) == 2 and second.pairs == [(0, 1)]
+
+
+def test_a_ranked_list_is_all_its_pairs(tmp_path, encoding):
+    (group,) = data.comparisons(write(tmp_path / "r.jsonl", [{"prompt": "p", "ranked": ["a", "b", "c"]}]), encoding, 0)
+    assert group.pairs == [(0, 1), (0, 2), (1, 2)] and len(group.rows) == 3
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"", "no rows"),
+        (b"\n\n", "no rows"),
+        (b'{"prompt": "a"}\n{"prompt": \n', ":2: not JSON"),
+        (b'{"prompt": "a"}\n[1]\n', ":2: not a JSON object"),
+        (b'{"prompt": "a"}\n{"text": "b"}\n', ':2: no column "prompt"'),
+        (b'{"prompt": 3}\n', ':1: "prompt" is not a text'),
+        (b'{"prompt": "a"}\n\xff\xfe\n', ":2: not UTF-8"),
+    ],
+)
+def test_a_bad_file_is_named_with_its_line(tmp_path, encoding, content, message):
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"bad\.jsonl") as error:
+        data.prompts(path, encoding)
+    assert message in str(error.value)
+
+
+def test_a_byte_order_mark_is_not_part_of_the_text(tmp_path, encoding):
+    path = tmp_path / "bom.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"prompt": "ask"}\n')
+    assert data.prompts(path, encoding) == [encoding.encode_ordinary("ask")]
+
+
+def test_every_epoch_takes_every_row_once_and_in_another_order():
+    items = list(range(64))
+    for lengths in (None, [i % 7 for i in items]):
+        epochs = [[x for s in range(8) for x in data.shuffled(items, 8, 3, lengths, 8 * e + s)] for e in range(2)]
+        assert all(sorted(epoch) == items for epoch in epochs) and epochs[0] != epochs[1]
+        assert data.shuffled(items, 8, 3, lengths, 5) == data.shuffled(items, 8, 3, lengths, 5)
+        assert data.shuffled(items, 8, 3, lengths, 5) != data.shuffled(items, 8, 4, lengths, 5)
+    assert sorted(data.shuffled([1, 2, 3], 8, 0, None, 5)) == [1, 2, 3]
+
+
+def test_length_batches_pad_less():
+    lengths = np.random.default_rng(0).integers(1, 100, 1024).tolist()
+    waste = lambda by: sum(16 * max(b) - sum(b) for b in (data.shuffled(lengths, 16, 0, by, s) for s in range(64)))  # noqa: E731
+    assert waste(lengths) < 0.2 * waste(None)
+
+
+def test_no_prompt_is_both_held_out_and_trained_on():
+    rows = [Row([i % 100, 1, j], 2) for i in range(300) for j in range(2)]
+    held, rest = data.hold_out(rows)
+    assert len(held) + len(rest) == 600 and held
+    assert not {r.tokens[0] for r in held} & {r.tokens[0] for r in rest}
+
+
+def test_token_stream_is_the_documents_with_eos_behind_each(tmp_path, encoding):
+    path = write(tmp_path / "t.jsonl", [{"text": "ask me."}, {"text": "yes"}])
+    stream = data.token_stream(path, encoding, encoding.eot_token, tmp_path / "ids")
+    a, b = encoding.encode_ordinary("ask me."), encoding.encode_ordinary("yes")
+    assert stream.tolist() == a + [encoding.eot_token] + b + [encoding.eot_token]
+    (tmp_path / "plain.txt").write_text("ask me.\nyes\n" * 3)
+    stream = data.token_stream(tmp_path / "plain.txt", encoding, encoding.eot_token, tmp_path / "ids2")
+    assert stream.tolist() == encoding.encode_ordinary("ask me.\nyes\n" * 3) + [encoding.eot_token]
+
+
+def test_simulated_people_choose_as_bradley_and_terry_say():
+    prompts, answers = ["p"] * 20_000, [[("aaa", True), ("a", True)]] * 20_000
+    rows = label.simulate(prompts, answers, lambda prompt, text: len(text) / 10, 0.25, seed=0)
+    share = np.mean([row["chosen"] == "aaa" for row in rows])
+    expected = 1 / (1 + np.exp(-0.2 / 0.25))
+    assert abs(share - expected) < 4 * np.sqrt(expected * (1 - expected) / 20_000)
+    assert all(abs(row["p_chosen"] - (expected if row["chosen"] == "aaa" else 1 - expected)) < 1e-3 for row in rows)

@@ -1,0 +1,85 @@
+"""reward.py: the loss, what it learns, how it is reported and normalised."""
+
+import copy
+import json
+import math
+
+import pytest
+import torch
+
+import common
+import data
+import reward
+from model import ScalarModel
+from tests.conftest import run, write
+
+CPU = torch.device("cpu")
+OFF = torch.autocast("cpu", enabled=False)
+
+
+def test_the_loss_is_minus_log_sigmoid_of_the_margin_averaged_over_a_prompts_pairs(gpt, encoding, tmp_path):
+    rows = [
+        {"prompt": "ask", "ranked": [" yes", " no", " fox"]},
+        {"prompt": "tell", "ranked": [" me", " a tale of a fox"]},
+    ]
+    groups = data.comparisons(write(tmp_path / "r.jsonl", rows), encoding, gpt.config.eos)
+    model = ScalarModel(gpt).eval()
+    scores, winner, loser = reward.score_groups(model, groups, CPU)
+    got = reward.pairwise_loss(scores[winner] - scores[loser], groups).item()
+    expected = 0.0
+    for group in groups:
+        alone = [float(model.scores(torch.tensor([r.tokens]), torch.tensor([len(r.tokens)]))) for r in group.rows]
+        pairs = [(i, j) for i in range(len(alone)) for j in range(i + 1, len(alone))]
+        expected += sum(math.log(1 + math.exp(alone[j] - alone[i])) for i, j in pairs) / len(pairs)
+    assert abs(got - expected) < 1e-4
+
+
+def test_after_normalising_scores_have_mean_0_and_variance_1_and_keep_their_order(gpt):
+    model = ScalarModel(copy.deepcopy(gpt)).eval()
+    model.head.bias.data.fill_(3.0)
+    tokens, prompt_len, length = gpt.generate([[1, 2]] * 64, 12, generator=torch.Generator().manual_seed(0))
+    rows = [data.Row(t[:n], p) for t, p, n in zip(tokens.tolist(), prompt_len.tolist(), length.tolist())]
+    before = model.scores(tokens, length)
+    for _ in range(2):  # a second time changes nothing
+        reward.normalize(model, rows, CPU, OFF)
+        after = model.scores(tokens, length)
+        assert abs(after.mean()) < 1e-4 and abs(after.std() - 1) < 1e-4
+    assert torch.equal(before.argsort(stable=True), after.argsort(stable=True))
+
+
+def test_a_reward_model_learns_a_preference_and_reports_it(folders):
+    tmp = folders["tmp"]
+    more = ["--init", folders["sft"], "--response_len", 8, "--lr", "3e-3", "--out", tmp / "rm", "--batch_size", 4]
+    done = run("reward.py", "--data", tmp / "comparisons.jsonl", *more)
+    assert done.returncode == 0, done.stderr
+    last = json.loads((tmp / "rm" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["eval/accuracy"] == 1.0 and "held-out accuracy 1.000" in done.stdout
+    model, encoding = common.load_scalar(tmp / "rm")
+    good, bad = (data.encode_row(encoding, model.config.eos, "ask me me me.", text) for text in (" yes.", " no."))
+    tokens, _, length = data.pad([good, bad])
+    first, second = model.scores(tokens, length).tolist()
+    assert first > second
+
+
+def test_sampled_comparisons_are_written_as_a_persons_would_be(folders):
+    tmp = folders["tmp"]
+    (tmp / "mine.py").write_text("def longer(prompt, response):\n    return len(response) / 10\n")
+    more = ["--init", folders["sft"], "--response_len", 8, "--out", tmp / "rm", "--n_prompts", 40]
+    done = run("reward.py", "--data", tmp / "prompts.jsonl", "--judge", tmp / "mine.py:longer", *more)
+    assert done.returncode == 0, done.stderr
+    rows = data.read_jsonl(tmp / "rm.comparisons.jsonl", {"prompt": str, "chosen": str, "rejected": str})
+    assert len({row["prompt"] for row in rows}) == 40
+    last = json.loads((tmp / "rm" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert 0.5 <= last["eval/accuracy_ceiling"] <= 1
+
+
+def test_calibration_sets_predicted_against_observed_win_rates(gpt, encoding, tmp_path):
+    rows = [{"prompt": f"ask {i}", "chosen": " yes", "rejected": " no", "p_chosen": 0.75} for i in range(40)]
+    groups = data.comparisons(write(tmp_path / "c.jsonl", rows), encoding, gpt.config.eos)
+    model = ScalarModel(copy.deepcopy(gpt)).eval()
+    model.head.weight.data.zero_()  # knows nothing: predicts 1/2 everywhere, and half of the turned pairs are won
+    metrics, table = reward.evaluate(model, groups, reward.Config(), CPU, OFF)
+    assert table == [(0.5, 0.6, 40, 0.5, 0.5)] and metrics["eval/accuracy"] == 0.5
+    assert metrics["eval/accuracy_ceiling"] == pytest.approx(0.75) and metrics["eval/loss"] == pytest.approx(
+        math.log(2)
+    )

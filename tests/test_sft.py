@@ -1,0 +1,151 @@
+"""sft.py and the plumbing under every stage, run as a user runs them."""
+
+import json
+
+import pytest
+import torch
+
+import common
+import data
+import sft
+from tests.conftest import ROOT, run, write
+
+CPU = torch.device("cpu")
+
+
+def test_the_loss_is_on_the_completion_and_its_eos_alone(gpt, encoding):
+    row = data.encode_row(encoding, gpt.config.eos, "ask me", " yes", True)
+    loss = sft.next_token_loss(gpt, [row], CPU).item()
+    logp = gpt(torch.tensor([row.tokens])).log_softmax(-1)[0]
+    expected = -sum(logp[t - 1, row.tokens[t]].item() for t in range(row.prompt_len, len(row.tokens)))
+    assert abs(loss - expected) < 1e-4 and row.tokens[-1] == gpt.config.eos
+
+
+def train(folders, *more, kind="text"):
+    shape = ["--block_size", 32, "--n_layer", 1, "--n_head", 2, "--n_embd", 16, "--vocab_size", 290, "--evals", 2]
+    return run("sft.py", "--data", folders["tmp"] / f"{kind}.jsonl", *shape, *more)
+
+
+def metrics(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "tokens_per_s"} for line in lines]
+
+
+def test_pretraining_then_fine_tuning_lowers_the_loss_and_repeats_bit_for_bit(folders):
+    tmp = folders["tmp"]
+    for name in ("a", "b"):
+        done = train(folders, "--out", tmp / name, "--epochs", 6)
+        assert done.returncode == 0, done.stderr
+    assert metrics(tmp / "a") == metrics(tmp / "b")
+    assert metrics(tmp / "a")[-1]["loss/train"] < 0.8 * metrics(tmp / "a")[0]["loss/train"]
+    done = train(folders, "--out", tmp / "tuned", "--init", tmp / "a", "--epochs", 20, "--drop_long", kind="pairs")
+    assert done.returncode == 0, done.stderr
+    lines = metrics(tmp / "tuned")
+    assert lines[-1]["loss/train"] < 0.7 * lines[0]["loss/train"]
+    assert {"model.pt", "best.pt", "state.pt", "metrics.jsonl", "samples.txt"} <= {
+        p.name for p in (tmp / "tuned").iterdir()
+    }
+
+
+def test_micro_batches_train_the_same_model(folders):
+    for size in (0, 3):
+        assert train(folders, "--out", folders["tmp"] / str(size), "--micro_batch_size", size).returncode == 0
+    a, b = (common.load_gpt(folders["tmp"] / str(size))[0] for size in (0, 3))
+    for x, y in zip(a.parameters(), b.parameters()):
+        torch.testing.assert_close(x, y, rtol=0, atol=1e-4)
+
+
+def test_an_earlier_run_is_kept_and_a_foreign_folder_is_refused(folders):
+    tmp = folders["tmp"]
+    assert train(folders, "--out", tmp / "a").returncode == 0
+    first = (tmp / "a" / "model.pt").read_bytes()
+    assert train(folders, "--out", tmp / "a", "--seed", 1).returncode == 0
+    assert (tmp / "a.1" / "model.pt").read_bytes() == first != (tmp / "a" / "model.pt").read_bytes()
+    (tmp / "mine").mkdir()
+    (tmp / "mine" / "thesis.txt").write_text("all I have")
+    done = train(folders, "--out", tmp / "mine")
+    assert done.returncode == 2 and "not a run folder" in done.stderr
+    assert (tmp / "mine" / "thesis.txt").read_text() == "all I have"
+
+
+BAD = [
+    ("sft.py", ["--colour", "red"], "--colour"),
+    ("sft.py", ["--lr", "fast"], "--lr"),
+    ("sft.py", ["--batch_size", "0"], "--batch_size 0"),
+    ("sft.py", ["--data", "nowhere.jsonl"], "nowhere.jsonl"),
+    ("sft.py", ["--data", "empty.txt", "--out", "x"], "empty.txt"),
+    ("sft.py", ["--data", "broken.jsonl", "--out", "x"], "broken.jsonl:2"),
+    ("sft.py", ["--data", "text.jsonl", "--vocab_size", "9", "--out", "x"], "--vocab_size 9"),
+    ("sft.py", ["--data", "text.jsonl", "--device", "cuda"], "--device cuda"),
+    ("sft.py", ["--data", "text.jsonl", "--device", "toaster"], "--device toaster"),
+    ("sft.py", ["--data", "text.jsonl", "--dtype", "int8"], "--dtype int8"),
+    ("sft.py", ["--data", "pairs.jsonl", "--init", "reward", "--out", "x"], "reward"),
+    ("sft.py", ["--data", "pairs.jsonl", "--init", "sft", "--out", "sft"], "--out sft"),
+    ("reward.py", ["--init", "nowhere"], "--init nowhere"),
+    ("reward.py", ["--init", "garbage"], "garbage"),
+    ("reward.py", ["--init", "sft", "--data", "prompts.jsonl", "--judge", "x.py:f"], "x.py:f"),
+    ("reward.py", ["--init", "sft", "--data", "bad_ranked.jsonl", "--out", "x"], "bad_ranked.jsonl"),
+    ("ppo.py", ["--init", "nowhere"], "--init nowhere"),
+    ("ppo.py", ["--init", "sft", "--data", "prompts.jsonl", "--response_len", "8", "--reward", "sft"], "sft"),
+    ("ppo.py", ["--init", "sft", "--data", "text.jsonl", "--response_len", "8"], 'text.jsonl:1: no column "prompt"'),
+    ("ppo.py", ["--init", "sft", "--data", "prompts.jsonl", "--response_len", "48"], "--drop_long"),
+    ("model.py", ["nowhere", "--prompt", "a"], "nowhere"),
+]
+
+
+@pytest.mark.parametrize("script, options, named", BAD)
+def test_bad_input_is_one_sentence_and_exit_code_2(folders, script, options, named):
+    tmp = folders["tmp"]
+    if "cuda" in options and torch.cuda.is_available():
+        pytest.skip("this machine has the GPU that the test says is missing")
+    write(tmp / "bad_ranked.jsonl", [{"prompt": "a", "ranked": ["only one"]}])
+    (tmp / "empty.txt").write_text("")
+    (tmp / "broken.jsonl").write_text('{"text": "fine"}\n{"text": \n')
+    (tmp / "garbage").mkdir()
+    (tmp / "garbage" / "model.pt").write_bytes(b"\x00garbage" * 99)
+    before = {p: p.read_bytes() for p in tmp.rglob("*") if p.is_file()}
+    done = run(script, *options, cwd=tmp)
+    assert done.returncode == 2 and named in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr and done.stderr.count("\n") == 1
+    assert all(path.read_bytes() == content for path, content in before.items())
+    assert not (tmp / "x").exists()
+
+
+def test_the_help_shows_every_option_with_its_comment():
+    done = run("ppo.py", "--help")
+    assert done.returncode == 0 and "--kl_coef" in done.stdout and "charged per nat" in " ".join(done.stdout.split())
+
+
+def test_the_sampler_prints_two_models_side_by_side(folders):
+    done = run(
+        "model.py",
+        folders["sft"],
+        "--compare",
+        folders["sft"],
+        "--prompt",
+        "ask me",
+        "--samples",
+        2,
+        "--response_len",
+        9,
+    )
+    assert done.returncode == 0 and done.stdout.count("  ·") == 4, done.stderr
+
+
+def test_a_kill_while_writing_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    common.save_file({"a": 1}, tmp_path / "model.pt")
+
+    def die(content, file):
+        file.write(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", die)
+    with pytest.raises(KeyboardInterrupt):
+        common.save_file({"a": 2}, tmp_path / "model.pt")
+    assert torch.load(tmp_path / "model.pt", weights_only=True) == {"a": 1}
+
+
+def test_every_torch_load_takes_weights_only():
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("data/*.py")]:
+        text = path.read_text()
+        assert text.count("torch.load(") == text.count("weights_only=True"), path
