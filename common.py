@@ -30,7 +30,7 @@ from model import GPT, GPTConfig, ScalarModel
 ABOVE_ZERO = (
     "samples batch_size minibatch_size epochs response_len block_size n_layer n_head n_embd label_temperature".split()
 )
-ABOVE_ZERO += ["eval_prompts"]
+ABOVE_ZERO += ["eval_prompts", "save_every"]
 
 
 class _Parser(argparse.ArgumentParser):

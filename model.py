@@ -266,7 +266,7 @@ def sample(logits: Tensor, uniform: Tensor, temperature: float = 1.0, top_k: int
         return logits.argmax(-1)
     probs = F.softmax(logits.float() / temperature, -1).to(uniform.device)  # (B, V)
     if 0 < top_k < probs.shape[-1] or top_p < 1:
-        ordered, index = probs.sort(-1, descending=True, stable=True)
+        ordered, index = probs.sort(dim=-1, descending=True, stable=True)
         keep = ordered.cumsum(-1, dtype=torch.float64) - ordered < top_p  # the mass before this token
         if top_k:
             keep[:, top_k:] = False

@@ -69,6 +69,7 @@ class Config:
     )
     drop_long: bool = False  # leave out prompts that with the response do not fit the context
     eval_prompts: int = 512  # held-out prompts to evaluate on
+    save_every: int = 20  # iterations between checkpoints
     resume: bool = False  # continue the run in --out
 
 
@@ -364,7 +365,7 @@ def train(cfg: Config) -> None:
         parts = {"value": value, "policy_optimizer": policy_optimizer, "value_optimizer": value_optimizer}
         run.start(cfg.iterations, model=policy, **parts)
         common.say(
-            f"{cfg.init} and {cfg.reward} → {cfg.out}: {len(prompts):,} prompts, {len(held_out):,} held out, on {device}"
+            f"{cfg.init}, {cfg.reward} → {cfg.out}: {len(prompts):,} prompts, {len(held_out):,} held out, on {device}"
         )
     kl_coef = run.state["kl_coef"] if run.state else cfg.kl_coef
 
@@ -398,7 +399,7 @@ def train(cfg: Config) -> None:
         run.log(step, metrics, show=shown if step % 5 == 0 or last else ())
         if step % 20 == 0 or last:
             run.sample(step + 1, f"[{batch['score'][0].item():+.2f}] {''.join(pairs[0])}")
-        if (step + 1) % 20 == 0 or last:
+        if (step + 1) % cfg.save_every == 0 or last:
             run.save(step + 1, policy, encoding, {"kl_coef": kl_coef}, **parts)
 
     if common.RANK == 0:

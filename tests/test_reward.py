@@ -28,7 +28,7 @@ def test_the_loss_is_minus_log_sigmoid_of_the_margin_averaged_over_a_prompts_pai
     got = reward.pairwise_loss(scores[winner] - scores[loser], groups).item()
     expected = 0.0
     for group in groups:
-        alone = [float(model.scores(torch.tensor([r.tokens]), torch.tensor([len(r.tokens)]))) for r in group.rows]
+        alone = [model.scores(torch.tensor([r.tokens]), torch.tensor([len(r.tokens)])).item() for r in group.rows]
         pairs = [(i, j) for i in range(len(alone)) for j in range(i + 1, len(alone))]
         expected += sum(math.log(1 + math.exp(alone[j] - alone[i])) for i, j in pairs) / len(pairs)
     assert abs(got - expected) < 1e-4

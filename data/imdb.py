@@ -1,0 +1,195 @@
+"""The Large Movie Review Dataset (Maas et al. 2011): positive continuations of the first words of a review.
+
+    python -m data.imdb                          download it (84 MB) and write the files to out/data/imdb
+    python -m data.imdb --source FILE_OR_DIR     from the tar.gz, its unpacked folder, or JSONL with "text" and "label"
+
+Writes text to pretrain on, prompts of 2–8 tokens (as in the sentiment task of Rafailov et al. 2023), and two linear
+models of sentiment fitted on disjoint reviews: `labeller` plays the person who compares, `judge` only measures. Reviews
+are split by their text: 60% to pretrain on, which also give the prompts of comparing and PPO; 15% to fit each linear
+model; 10% for evaluation prompts and for the linear models' held-out accuracy.
+"""
+
+import argparse
+import functools
+import hashlib
+import json
+import os
+import re
+import sys
+import tarfile
+import urllib.request
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from data import InputError, iterate_jsonl
+
+URL = "https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz"
+MD5 = "7c2ac02c03563afcf9b574c7e56c153a"
+FOLDER = Path(__file__).resolve().parent.parent / "out/data/imdb"
+BUCKETS = 2**18  # hashed words and word pairs
+RESPONSE = 200  # characters: the linear models are fitted on stretches as long as what they will judge
+
+
+def download(url: str, target: Path, md5: str) -> None:
+    """Fetch `url` into `target` with progress. Raises InputError where it cannot be had whole; nothing is left then."""
+    temporary = target.with_name(target.name + ".part")
+    digest, done = hashlib.md5(), 0
+    try:
+        with urllib.request.urlopen(url, timeout=60) as response, open(temporary, "wb") as file:
+            size = int(response.headers.get("Content-Length") or 0)
+            while chunk := response.read(2**20):
+                file.write(chunk)
+                digest.update(chunk)
+                done += len(chunk)
+                if sys.stderr.isatty():
+                    print(f"\r{target.name}: {done / 1e6:.0f} of {size / 1e6:.0f} MB", end="", file=sys.stderr)
+        if digest.hexdigest() != md5:
+            raise InputError(f"{url}: {done:,} bytes came with the wrong checksum; try again, or give --source")
+        temporary.replace(target)
+    except OSError as error:
+        raise InputError(f"{url}: could not be downloaded ({error}); try again, or give --source") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def reviews(source: Path) -> Iterator[tuple[str, int]]:
+    """(text, 1 for positive or 0) of each labelled review in the tar.gz, its unpacked folder, or JSONL."""
+    wanted = re.compile(r"(?:train|test)/(pos|neg)/[^/]+\.txt$")
+    if source.is_dir():
+        found = [(path, match) for path in sorted(source.rglob("*.txt")) if (match := wanted.search(path.as_posix()))]
+        for path, match in found:
+            yield path.read_text(encoding="utf-8"), int(match[1] == "pos")
+    elif source.suffix == ".jsonl":
+        for row in iterate_jsonl(source, {"text": str, "label": int}):
+            yield row["text"], row["label"]
+    else:
+        try:
+            with tarfile.open(source) as archive:
+                for member in archive:
+                    if member.isfile() and (match := wanted.search(member.name)):
+                        yield archive.extractfile(member).read().decode("utf-8"), int(match[1] == "pos")
+        except (OSError, tarfile.TarError, EOFError, zlib.error) as error:
+            raise InputError(
+                f"{source}: cannot be read as a tar.gz ({error}); give the archive, a folder or JSONL"
+            ) from None
+
+
+def features(text: str) -> list[int]:
+    """The distinct words and neighbouring word pairs of a text, hashed."""
+    words = re.findall(r"[a-z']+", text.lower())
+    pairs = [f"{a} {b}" for a, b in zip(words, words[1:])]
+    return sorted({zlib.crc32(word.encode()) % BUCKETS for word in words + pairs})
+
+
+def fit(texts: list[str], labels: list[int]) -> np.ndarray:
+    """Weights (BUCKETS + 1,), the last one the bias, of a logistic regression on `features`, in seconds."""
+    rows = [features(text) for text in texts]
+    ids, start = torch.tensor([i for row in rows for i in row]), np.cumsum([0] + [len(row) for row in rows[:-1]])
+    target = torch.tensor(labels, dtype=torch.float32)
+    scale = torch.tensor([1 / max(1, len(row)) ** 0.5 for row in rows])
+    weight = torch.zeros(BUCKETS, 1, requires_grad=True)
+    bias = torch.zeros(1, requires_grad=True)
+    optimizer = torch.optim.Adam([weight, bias], lr=0.05)
+    for _ in range(60):
+        logits = F.embedding_bag(ids, weight, torch.tensor(start), mode="sum")[:, 0] * scale + bias
+        loss = F.binary_cross_entropy_with_logits(logits, target) + 1e-4 * weight.square().sum() / 2
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return torch.cat([weight[:, 0], bias]).detach().numpy()
+
+
+def probability(weights: np.ndarray, text: str) -> float:
+    """The linear model's probability that a text is positive."""
+    row = features(text)
+    return float(1 / (1 + np.exp(-(weights[row].sum() / max(1, len(row)) ** 0.5 + weights[-1]))))
+
+
+@functools.cache
+def _weights(name: str) -> np.ndarray:
+    path = FOLDER / f"{name}.npy"
+    if not path.exists():
+        raise InputError(f"{path}: is not there; run python -m data.imdb first")
+    return np.load(path)
+
+
+def labeller(prompt: str, response: str) -> float:
+    """The simulated person: how positive the whole text is, in [0, 1]."""
+    return probability(_weights("labeller"), prompt + response)
+
+
+def judge(prompt: str, response: str) -> float:
+    """The independent measure: 1 where the whole text is positive, else 0."""
+    return float(probability(_weights("judge"), prompt + response) > 0.5)
+
+
+def prepare(source: Path) -> None:
+    parts: dict[str, list[tuple[str, int]]] = {"pretrain": [], "labeller": [], "judge": [], "eval": []}
+    seen = set()
+    for text, label in reviews(source):
+        text = text.replace("<br />", "\n").strip()
+        key = zlib.crc32(text.encode()) % 100  # by the text, so that copies of a review fall on one side
+        if text and text not in seen:
+            seen.add(text)
+            parts["pretrain" if key < 60 else "labeller" if key < 75 else "judge" if key < 90 else "eval"].append(
+                (text, label)
+            )
+    if min(map(len, parts.values())) < 10:
+        raise InputError(f"{source}: {len(seen)} labelled reviews are too few; give the whole data set")
+    FOLDER.mkdir(parents=True, exist_ok=True)
+
+    def write(name: str, rows: list[dict]) -> None:
+        temporary = FOLDER / f"{name}.{os.getpid()}.tmp"
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        temporary.replace(FOLDER / f"{name}.jsonl")
+        print(f"{FOLDER / name}.jsonl: {len(rows):,} rows")
+
+    # A prompt is the first 2–6 words: 2–8 tokens of a vocabulary of a few thousand, near enough.
+    rng = np.random.default_rng(0)
+    order = lambda rows: [rows[i][0] for i in rng.permutation(len(rows))]  # noqa: E731
+    prompts = lambda texts: [{"prompt": " ".join(t.split()[: rng.integers(2, 7)])} for t in texts]  # noqa: E731
+    write("pretrain", [{"text": text} for text, _ in parts["pretrain"]])
+    texts = order(parts["pretrain"])
+    half = len(texts) // 2
+    write("compare", prompts(texts[:half]))
+    write("ppo", prompts(texts[half:]))
+    write("eval", prompts(order(parts["eval"])))
+    for name in ("labeller", "judge"):
+        pieces = [(text[:RESPONSE], label) for text, label in parts[name]]
+        pieces += [(text[-RESPONSE:], label) for text, label in parts[name]]
+        weights = fit(*map(list, zip(*pieces)))
+        np.save(FOLDER / f"{name}.npy", weights)
+        right = [
+            (probability(weights, piece) > 0.5) == label
+            for text, label in parts["eval"]
+            for piece in (text[:RESPONSE], text[-RESPONSE:])
+        ]
+        whole = [(probability(weights, text) > 0.5) == label for text, label in parts["eval"]]
+        print(f"{name}: right on {np.mean(right):.3f} of held-out stretches, {np.mean(whole):.3f} of held-out reviews")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="The Large Movie Review Dataset")
+    parser.add_argument("--source", type=Path, help="the tar.gz, its unpacked folder, or JSONL with text and label")
+    source = parser.parse_args().source
+    try:
+        if source is None:
+            source = FOLDER / "aclImdb_v1.tar.gz"
+            if not source.exists():
+                FOLDER.mkdir(parents=True, exist_ok=True)
+                download(URL, source, MD5)
+        elif not source.exists():
+            raise InputError(f"--source {source}: no such file or folder; give the tar.gz, its folder, or JSONL")
+        prepare(source)
+    except InputError as error:
+        print(f"data.imdb: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
