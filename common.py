@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from itertools import count
 from pathlib import Path
 from types import UnionType
@@ -30,7 +31,7 @@ from model import GPT, GPTConfig, ScalarModel
 ABOVE_ZERO = (
     "samples batch_size minibatch_size epochs response_len block_size n_layer n_head n_embd label_temperature".split()
 )
-ABOVE_ZERO += ["eval_prompts", "save_every"]
+ABOVE_ZERO += ["eval_prompts", "save_every", "evals", "horizon"]
 
 
 class _Parser(argparse.ArgumentParser):
@@ -51,7 +52,9 @@ def parse(config: type, argv: list[str] | None = None, positional: str = "") -> 
     for field in dataclasses.fields(config):
         kind = field.type.__args__[0] if isinstance(field.type, UnionType) else field.type
         how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind, "metavar": kind.__name__}
-        parser.add_argument(f"--{field.name}", default=field.default, help=comments.get(field.name, " "), **how)
+        parser.add_argument(
+            f"--{field.name}", default=field.default, help=comments.get(field.name, " ").replace("%", "%%"), **how
+        )
     options = vars(parser.parse_args(argv))
     folder = options.pop(positional, None)
     for name, value in options.items():
@@ -77,7 +80,9 @@ def run_main(main: Callable[[], None]) -> None:
 def load_function(name: str) -> Callable[[str, str], float]:
     """The judge named "path/to/file.py:function": a function (prompt, response) -> float."""
     file, _, function = name.rpartition(":")
-    if not file or not Path(file).is_file():
+    if not Path(file).is_file() and (Path(__file__).parent / file).is_file():
+        file = str(Path(__file__).parent / file)  # a function of this project's own, named from elsewhere
+    if not Path(file).is_file():
         raise InputError(f"{name}: no such file; a function is named path/to/file.py:function")
     spec = importlib.util.spec_from_file_location(Path(file).stem, file)
     module = importlib.util.module_from_spec(spec)
@@ -112,7 +117,7 @@ def setup(cfg: Any) -> tuple[torch.device, torch.autocast]:
     """Device, autocast context and, under torchrun, the process group. Seeds torch for weight initialisation."""
     device = pick_device(cfg.device)
     if WORLD > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=12))
     if cfg.dtype not in ("auto", "float32", "bfloat16"):
         raise InputError(f"--dtype {cfg.dtype}: give auto, float32 or bfloat16")
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported() if cfg.dtype == "auto" else cfg.dtype == "bfloat16"
@@ -140,7 +145,10 @@ def total(x: Tensor) -> Tensor:
 def sum_gradients(model: nn.Module) -> None:
     """Add up the gradients of all processes. Every loss divides by the tokens of the whole batch, so a sum is right."""
     if WORLD > 1:
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        for p in model.parameters():
+            if p.grad is None:  # no row of this batch fell to this process
+                p.grad = torch.zeros_like(p)
+        gradients = [p.grad for p in model.parameters()]
         flat = total(torch.cat([g.flatten() for g in gradients]))
         for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients])):
             gradient.copy_(part.view_as(gradient))
@@ -279,7 +287,7 @@ class Run:
             return None
         state = torch.load(path, map_location="cpu", weights_only=True)
         for name, value in dataclasses.asdict(self.cfg).items():
-            if name not in ("resume", "device", "init") and state["options"].get(name) != value:
+            if name not in ("resume", "device") and state["options"].get(name) != value:
                 raise InputError(
                     f"--resume: {path} was made with --{name} {state['options'].get(name)}; give the same options"
                 )
@@ -287,6 +295,8 @@ class Run:
 
     def start(self, steps: int, **parts: Any) -> None:
         """Open the folder for writing. On a resume, put the saved state into `parts` (nets, optimizers)."""
+        if WORLD > 1:
+            dist.barrier()  # every process has read its input: what was in the folder may move
         self.steps = steps
         self.started = self.logged = time.time()
         if self.state:
@@ -297,6 +307,9 @@ class Run:
             return
         if self.state:
             kept = [line for line in read_metrics(self.folder) if line["step"] < self.step]
+            if (samples := self.folder / "samples.txt").exists():
+                lines = samples.read_text(encoding="utf-8").splitlines(keepends=True)
+                samples.write_text("".join(s for s in lines if int(s.split()[1]) <= self.step), encoding="utf-8")
         else:
             if self.folder.exists() and any(self.folder.iterdir()):
                 old = next(name for n in count(1) if not (name := Path(f"{self.folder}.{n}")).exists())
@@ -351,7 +364,7 @@ class Run:
     def sample(self, step: int, text: str) -> None:
         """Append a sample to samples.txt and print it, its line breaks made visible."""
         if RANK == 0:
-            text = text.replace("\n", "⏎")
+            text = "⏎".join(text.splitlines())
             with open(self.folder / "samples.txt", "a", encoding="utf-8") as file:
                 file.write(f"step {step}  {text}\n")
             print(f"    “{text}”", flush=True)

@@ -247,7 +247,7 @@ def response_window(prompt_len: Tensor, length: Tensor) -> tuple[Tensor, Tensor]
     R = int((length - prompt_len).max())
     position = prompt_len[:, None] + torch.arange(R, device=length.device)  # (B, R)
     mask = position < length[:, None]
-    return position.minimum(length[:, None] - 1), mask
+    return position.minimum(length[:, None] - 1).clamp(min=1), mask
 
 
 def gather_positions(x: Tensor, position: Tensor) -> Tensor:
@@ -268,6 +268,7 @@ def sample(logits: Tensor, uniform: Tensor, temperature: float = 1.0, top_k: int
     if 0 < top_k < probs.shape[-1] or top_p < 1:
         ordered, index = probs.sort(dim=-1, descending=True, stable=True)
         keep = ordered.cumsum(-1, dtype=torch.float64) - ordered < top_p  # the mass before this token
+        keep[:, 0] = True
         if top_k:
             keep[:, top_k:] = False
         probs = torch.zeros_like(probs).scatter(1, index, ordered * keep)

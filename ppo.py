@@ -32,6 +32,7 @@ import data
 from data import InputError, tales
 from model import GPT, ScalarModel, response_window
 
+Judge = Callable[[str, str], float]  # (prompt, response) -> how good
 Batch = dict[str, Tensor]  # tokens (B, T), prompt_len (B,), length (B,), then what each function adds
 
 
@@ -41,7 +42,7 @@ class Config:
     eval_data: str = ""  # held-out JSONL "prompt"; empty: a part of --data (the tales have their own)
     init: str = "out/sft"  # run folder of the starting policy; its frozen copy is the reference
     reward: str = "out/reward"  # run folder of the reward model, or FILE.py:function to train on
-    judge: str = ""  # FILE.py:function, several with commas: measured, never trained on; empty: the tales' on the tales
+    judge: str = ""  # FILE.py:function (several: commas), measured, never trained on; on the tales their own
     out: str = "out/ppo"  # run folder to write
     seed: int = 0  # of prompts, samples and minibatches
     device: str = "auto"  # auto, cpu, cuda or mps
@@ -64,9 +65,7 @@ class Config:
     vf_coef: float = 1.0  # scales the value loss; its net and its Adam are its own, so this acts through clipping alone
     max_grad_norm: float = 1.0  # gradients are clipped to this, each net's by itself; 0: not clipped
     score_clip: float = 0.0  # scores are clipped to ± this; 0: not clipped
-    unended_cap: float | None = (
-        None  # highest score of an answer without EOS; default: −1 for a reward model, inf for a function
-    )
+    unended_cap: float | None = None  # highest score without EOS; default −1, or inf for a function
     drop_long: bool = False  # leave out prompts that with the response do not fit the context
     eval_prompts: int = 512  # held-out prompts to evaluate on
     save_every: int = 20  # iterations between checkpoints
@@ -78,9 +77,8 @@ class Config:
 
 def rollout(policy: GPT, prompts: list[list[int]], cfg: Config, generator: torch.Generator) -> Batch:
     """The policy answers: tokens (B, T), prompt_len (B,), length (B,), ended (B,)."""
-    tokens, prompt_len, length = policy.generate(
-        prompts, cfg.response_len, temperature=cfg.temperature, generator=generator
-    )  # fmt: skip
+    sampled = policy.generate(prompts, cfg.response_len, temperature=cfg.temperature, generator=generator)
+    tokens, prompt_len, length = sampled
     ended = tokens.gather(1, length[:, None] - 1)[:, 0] == policy.config.eos
     return {"tokens": tokens, "prompt_len": prompt_len, "length": length, "ended": ended}
 
@@ -113,7 +111,7 @@ def read(
     return out
 
 
-def scorer(reward: ScalarModel | Callable[[str, str], float], encoding: tiktoken.Encoding) -> Callable[[Batch], Tensor]:
+def scorer(reward: ScalarModel | Judge, encoding: tiktoken.Encoding) -> Callable[[Batch], Tensor]:
     """A function batch → scores (B,), from a reward model or from a Python function (prompt, response) -> float.
 
     A reward model reads the very tokens that were sampled; only a function gets text.
@@ -139,10 +137,11 @@ def select(batch: Batch, index: Tensor) -> Batch:
 
 def texts(batch: Batch, encoding: tiktoken.Encoding) -> list[tuple[str, str]]:
     """(prompt, response) of every row as text, without the EOS."""
-    rows = zip(*(batch[name].tolist() for name in ("tokens", "prompt_len", "length", "ended")))
-    return [
-        (encoding.decode(row[:start]), encoding.decode(row[start : end - ended])) for row, start, end, ended in rows
-    ]
+    pairs = []
+    for row, start, end, ended in zip(*(batch[name].tolist() for name in ("tokens", "prompt_len", "length", "ended"))):
+        prompt = [] if row[:start] == [encoding.eot_token] else row[:start]  # what an empty prompt starts from
+        pairs.append((encoding.decode(prompt), encoding.decode(row[start : end - ended])))
+    return pairs
 
 
 # --- 3 ---------------------------------------------------------------------------------------------------------------
@@ -271,9 +270,16 @@ def rollout_metrics(batch: Batch, judged: list[float], kl_coef: float) -> dict[s
 
 
 def evaluate(
-    policy: GPT, ref: GPT, prompts: list[list[int]], score, judges: dict, encoding, cfg: Config, autocast
+    policy: GPT,
+    ref: GPT,
+    prompts: list[list[int]],
+    score: Callable[[Batch], Tensor],
+    judges: dict[str, Judge],
+    encoding: tiktoken.Encoding,
+    cfg: Config,
+    autocast: torch.autocast,
 ) -> dict[str, list]:
-    """A column of numbers, one a prompt, for each measure, on one answer to each prompt; and the texts."""
+    """A column for each measure, one number a prompt, on one answer to each; and "texts", the pairs themselves."""
     columns: dict[str, list] = {}
     for start in range(0, len(prompts), 128):
         with autocast:
@@ -291,7 +297,7 @@ def evaluate(
     return columns
 
 
-def report(before: dict[str, list], after: dict[str, list], judges: dict) -> str:
+def report(before: dict[str, list], after: dict[str, list], judges: dict[str, Judge]) -> str:
     """The table before → after with standard errors, the win rate, and four answers side by side."""
     n = len(before["texts"])
     lines = [f"\n{n} held-out prompts                 before              after"]
@@ -310,9 +316,10 @@ def report(before: dict[str, list], after: dict[str, list], judges: dict) -> str
 
 
 def load_prompts(path: str, encoding: tiktoken.Encoding, room: int, cfg: Config) -> list[list[int]]:
-    prompts = [prompt or [encoding.eot_token] for prompt in data.prompts(path, encoding)]
+    """Prompts as ids, none longer than `room`: raises InputError, or with --drop_long leaves the longer ones out."""
+    prompts = data.prompts(path, encoding)
     what = f"prompts of {path} (with --response_len {cfg.response_len})"
-    return data.fit(prompts, [len(p) for p in prompts], room, cfg.drop_long, what)
+    return data.fit(prompts, [max(1, len(p)) for p in prompts], room, cfg.drop_long, what)
 
 
 def train(cfg: Config) -> None:
@@ -320,18 +327,23 @@ def train(cfg: Config) -> None:
     common.check_out(cfg)
     if cfg.batch_size % common.WORLD or cfg.minibatch_size % common.WORLD:
         raise InputError(f"--batch_size and --minibatch_size must be multiples of the {common.WORLD} processes")
+    if cfg.temperature == 0:
+        raise InputError("--temperature 0: a policy that always says the same cannot learn; give a number above 0")
     policy, encoding = common.load_gpt(cfg.init, device, "--init")
     room = policy.config.block_size - cfg.response_len
     prompts = load_prompts(cfg.data or tales.path("ppo"), encoding, room, cfg)
     if cfg.eval_data or not cfg.data:
         held_out = load_prompts(cfg.eval_data or tales.path("eval"), encoding, room, cfg)
     else:
-        order = random.Random(0).sample(range(len(prompts)), len(prompts))
-        n = max(1, min(cfg.eval_prompts, len(prompts) // 10))
-        held_out, prompts = [prompts[i] for i in order[:n]], [prompts[i] for i in order[n:]]
+        known = list(dict.fromkeys(map(tuple, prompts)))  # a prompt that comes twice falls on one side
+        chosen = set(random.Random(0).sample(known, min(cfg.eval_prompts, -(-len(known) // 10))))
+        held_out = [list(p) for p in known if p in chosen]
+        prompts = [p for p in prompts if tuple(p) not in chosen]
     held_out = held_out[: cfg.eval_prompts]
-    if not prompts:
-        raise InputError(f"--data {cfg.data}: one prompt is too few, since some are held out; give more")
+    if cfg.iterations and len(prompts) < cfg.batch_size:
+        raise InputError(
+            f"--batch_size {cfg.batch_size}: there are {len(prompts)} prompts to train on; give fewer or add some"
+        )
     names = cfg.judge.split(",") if cfg.judge else [] if cfg.data else ["data/tales.py:judge", "data/tales.py:grammar"]
     judges = {name.rpartition(":")[2]: common.load_function(name) for name in names}
 

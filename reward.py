@@ -13,6 +13,7 @@ all pairs of one prompt are one batch element, and each of its responses goes th
 import copy
 import math
 from dataclasses import dataclass
+from itertools import cycle, islice
 from pathlib import Path
 
 import tiktoken
@@ -68,7 +69,9 @@ def pairwise_loss(margin: Tensor, groups: list[data.Group]) -> Tensor:
 
 
 @torch.no_grad()
-def evaluate(model: ScalarModel, groups: list[data.Group], cfg: Config, device: torch.device, autocast: torch.autocast):
+def evaluate(
+    model: ScalarModel, groups: list[data.Group], cfg: Config, device: torch.device, autocast: torch.autocast
+) -> tuple[dict[str, float], list[tuple]]:
     """Held-out metrics, and ten rows (from, to, pairs, mean predicted, observed win rate) of a calibration table."""
     model.eval()
     margins, certain = [], []
@@ -117,14 +120,14 @@ def normalize(model: ScalarModel, rows: list[data.Row], device: torch.device, au
 def sample_and_compare(
     cfg: Config, source: str, policy: GPT, encoding: tiktoken.Encoding, autocast: torch.autocast
 ) -> Path:
-    """Sample the policy on the prompts of `source`, let the judge compare, and write the comparisons beside --out."""
+    """Sample the policy on the prompts of `source`, let the judge compare, write the comparisons beside --out."""
     judge = common.load_function(cfg.judge)
     texts = [row["prompt"] for row in data.read_jsonl(source, {"prompt": str})][: cfg.n_prompts or None]
     lengths = [len(encoding.encode_ordinary(text)) + cfg.response_len for text in texts]
     what = f"prompts of {source} (with --response_len {cfg.response_len})"
     texts = data.fit(texts, lengths, policy.config.block_size, cfg.drop_long, what)
-    target = Path(f"{cfg.out}.comparisons.jsonl")
-    if common.RANK == 0 and not (cfg.resume and target.exists()):
+    target = Path(f"{Path(cfg.out)}.comparisons.jsonl")
+    if common.RANK == 0:
         common.say(
             f"{cfg.init} answers {len(texts):,} prompts of {source}, {cfg.samples} times each; {cfg.judge} compares"
         )
@@ -149,9 +152,11 @@ def train(cfg: Config) -> None:
     source = cfg.data or tales.path("compare")
     given = not {"chosen", "ranked"}.isdisjoint(data.first_row(source))
     policy, encoding = common.load_gpt(cfg.init, device, "--init")
-    comparisons = (
-        source if given else common.first_alone(lambda: sample_and_compare(cfg, source, policy, encoding, autocast))
-    )
+    run = common.Run(cfg)
+    comparisons = source if given else Path(cfg.out) / "comparisons.jsonl"
+    fresh = not given and not run.state
+    if fresh:
+        comparisons = common.first_alone(lambda: sample_and_compare(cfg, source, policy, encoding, autocast))
     groups = data.comparisons(comparisons, encoding, policy.config.eos)[: cfg.n_prompts or None]
     lengths = [max(len(row.tokens) for row in group.rows) for group in groups]
     groups = data.fit(groups, lengths, policy.config.block_size, cfg.drop_long, f"comparisons of {comparisons}")
@@ -160,9 +165,10 @@ def train(cfg: Config) -> None:
     torch.manual_seed(cfg.seed)
     model = ScalarModel(copy.deepcopy(policy)).to(device)
     optimizer = common.adamw(model, cfg.lr, cfg.weight_decay)
-    run = common.Run(cfg)
     steps = max(1, len(groups) // cfg.batch_size)  # one epoch: a second one overfits (Stiennon et al. 2020, C.1)
     run.start(steps, model=model, optimizer=optimizer)
+    if fresh and common.RANK == 0:
+        comparisons.replace(run.folder / "comparisons.jsonl")
     n_pairs = sum(len(group.pairs) for group in groups)
     common.say(
         f"{comparisons} → {cfg.out}: {n_pairs:,} pairs of {len(groups):,} prompts, {len(held_out):,} prompts held out"
@@ -188,18 +194,23 @@ def train(cfg: Config) -> None:
         metrics = {"loss/train": common.total(loss).item(), "accuracy": accuracy, "grad_norm": norm.item(), "lr": lr}
         metrics |= run.speed(sum(len(row.tokens) for group in batch for row in group.rows))
         if step + 1 == steps:
-            metrics |= finish(model, policy, encoding, groups, held_out, cfg, device, autocast)
-        run.log(
-            step,
-            metrics,
-            show=("loss/train", "accuracy", "tokens_per_s") if step % 20 == 0 or step + 1 == steps else (),
-        )
-        if (step + 1) % 200 == 0 or step + 1 == steps:
+            metrics |= finish(model, policy, groups, held_out, cfg, device, autocast)
+        last = step + 1 == steps
+        run.log(step, metrics, show=("loss/train", "accuracy", "tokens_per_s") if step % 20 == 0 or last else ())
+        if (step + 1) % 200 == 0 or last:
             run.save(step + 1, model, encoding, {}, optimizer=optimizer)
     run.plot()
 
 
-def finish(model, policy, encoding, groups, held_out, cfg, device, autocast) -> dict[str, float]:
+def finish(
+    model: ScalarModel,
+    policy: GPT,
+    groups: list[data.Group],
+    held_out: list[data.Group],
+    cfg: Config,
+    device: torch.device,
+    autocast: torch.autocast,
+) -> dict[str, float]:
     """Report on held-out comparisons, then normalise the scores on fresh samples of the starting policy."""
     metrics, table = evaluate(model, held_out, cfg, device, autocast)
     common.say(f"\nheld-out accuracy {metrics['eval/accuracy']:.3f} ± {metrics['eval/accuracy_se']:.3f}", end="")
@@ -209,11 +220,12 @@ def finish(model, policy, encoding, groups, held_out, cfg, device, autocast) -> 
     for low, high, n, predicted, observed in table:
         common.say(f"{low:.1f} – {high:.1f}   {n:>8,}       {predicted:.3f}      {observed:.3f}")
     prompts = [row.tokens[: row.prompt_len] for row in (group.rows[0] for group in groups)]
-    prompts = [p for p in prompts if len(p) + cfg.response_len <= policy.config.block_size] * 512
+    prompts = [p for p in prompts if len(p) + cfg.response_len <= policy.config.block_size][:512]
     if not prompts:
         raise InputError(
             f"--response_len {cfg.response_len}: no prompt leaves room for it in the context; give a smaller one"
         )
+    prompts = list(islice(cycle(prompts), 512))
     rows = []
     for start in range(0, 512, 128):
         with autocast:

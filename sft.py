@@ -7,10 +7,12 @@
 What --data holds decides which it is: .txt or JSONL with "text", or JSONL with "prompt" and "completion".
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import tiktoken
 import torch
 
 import common
@@ -21,9 +23,7 @@ from model import GPT, GPTConfig
 
 @dataclass
 class Config:
-    data: str = (
-        ""  # .txt, JSONL "text", or JSONL "prompt" and "completion"; empty: pretrain, then fine-tune on the tales
-    )
+    data: str = ""  # .txt, JSONL "text", or JSONL "prompt" and "completion"; empty: both, on the tales
     init: str = ""  # run folder to start from; empty: random weights
     out: str = "out/sft"  # run folder to write
     seed: int = 0  # of weights, data order and samples
@@ -47,9 +47,13 @@ class Config:
     resume: bool = False  # continue the run in --out
 
 
-def prepare(cfg: Config, run: common.Run, device: torch.device):
+def prepare(
+    cfg: Config, run: common.Run, device: torch.device
+) -> tuple[GPT, tiktoken.Encoding, list[data.Row], Callable[[int], list[data.Row]], float]:
     """The model, its tokenizer, held-out rows, a function step → rows of that batch, and the batches in one epoch."""
     plain_text = Path(cfg.data).suffix != ".jsonl" or "text" in data.first_row(cfg.data)
+    if cfg.n_embd % cfg.n_head:
+        raise InputError(f"--n_embd {cfg.n_embd}: not a multiple of --n_head {cfg.n_head}; change one of the two")
     if cfg.init:
         model, encoding = common.load_gpt(cfg.init, device, "--init")
     else:
@@ -68,20 +72,15 @@ def prepare(cfg: Config, run: common.Run, device: torch.device):
         rows = data.fit(rows, [len(row.tokens) for row in rows], width, cfg.drop_long, f"rows of {cfg.data}")
         held_out, rows = data.hold_out(rows)
         lengths = [len(row.tokens) for row in rows]
-        return (
-            model,
-            encoding,
-            held_out,
-            partial(data.shuffled, rows, cfg.batch_size, cfg.seed, lengths),
-            len(rows) / cfg.batch_size,
-        )
+        batch = partial(data.shuffled, rows, cfg.batch_size, cfg.seed, lengths)
+        return model, encoding, held_out, batch, len(rows) / cfg.batch_size
 
     def tokenize():
         if common.RANK == 0 and not run.state:
             stream_file.unlink(missing_ok=True)
         return data.token_stream(cfg.data, encoding, eos, stream_file)
 
-    stream_file = Path(f"{cfg.out}.tokens")
+    stream_file = Path(f"{Path(cfg.out)}.tokens")
     stream = common.first_alone(tokenize)
     tail = min(len(stream) // 20, 64 * width)
     if tail < width + 1:
@@ -90,13 +89,8 @@ def prepare(cfg: Config, run: common.Run, device: torch.device):
         )
     held_out = data.windows(stream[-tail:], width, range(0, tail - width, width))
     stream = stream[:-tail]
-    return (
-        model,
-        encoding,
-        held_out,
-        partial(data.random_windows, stream, width, cfg.batch_size, cfg.seed),
-        len(stream) / width / cfg.batch_size,
-    )
+    batch = partial(data.random_windows, stream, width, cfg.batch_size, cfg.seed)
+    return model, encoding, held_out, batch, len(stream) / width / cfg.batch_size
 
 
 def next_token_loss(model: GPT, rows: list[data.Row], device: torch.device) -> torch.Tensor:

@@ -82,6 +82,8 @@ def first_row(path: str | Path) -> dict:
 
 def documents(path: str | Path) -> Iterator[str]:
     """The texts of a file, one at a time: a .txt is one document, handed over in pieces of whole lines."""
+    if Path(path).suffix not in (".txt", ".jsonl"):
+        raise InputError(f"{path}: neither .txt nor .jsonl; rename it to what it is")
     if Path(path).suffix == ".jsonl":
         columns = ["text"] if "text" in first_row(path) else ["prompt", "completion"]
         for row in iterate_jsonl(path, dict.fromkeys(columns, str)):
@@ -214,10 +216,17 @@ def encode_row(encoding: tiktoken.Encoding, eos: int, prompt: str, response: str
     return Row(start + encoding.encode_ordinary(response) + [eos] * ended, len(start))
 
 
+def _ended(path: str | Path, number: int, row: dict, column: str) -> bool:
+    ended = row.get(f"{column}_ended", True)
+    if not isinstance(ended, bool):
+        raise InputError(f'{path}: row {number}: "{column}_ended" is neither true nor false; mend the row')
+    return ended
+
+
 def completions(path: str | Path, encoding: tiktoken.Encoding, eos: int) -> list[Row]:
     return [
-        encode_row(encoding, eos, row["prompt"], row["completion"], row.get("completion_ended", True))
-        for row in iterate_jsonl(path, {"prompt": str, "completion": str})
+        encode_row(encoding, eos, row["prompt"], row["completion"], _ended(path, number, row, "completion"))
+        for number, row in enumerate(iterate_jsonl(path, {"prompt": str, "completion": str}), 1)
     ]
 
 
@@ -230,13 +239,14 @@ def comparisons(path: str | Path, encoding: tiktoken.Encoding, eos: int) -> list
     for number, row in enumerate(iterate_jsonl(path, {"prompt": str} | kind), 1):
         if "ranked" in kind:
             texts, ends = row["ranked"], row.get("ranked_ended", [True] * len(row["ranked"]))
-            if len(texts) < 2 or len(ends) != len(texts) or not all(isinstance(text, str) for text in texts):
+            if len(texts) < 2 or not all(isinstance(text, str) for text in texts):
                 raise InputError(f'{path}: row {number}: "ranked" must be two or more texts, best first; mend the row')
+            if not isinstance(ends, list) or len(ends) != len(texts) or not all(isinstance(e, bool) for e in ends):
+                raise InputError(
+                    f'{path}: row {number}: "ranked_ended" must be true or false for each text; mend the row'
+                )
         else:
-            texts, ends = (
-                [row["chosen"], row["rejected"]],
-                [row.get("chosen_ended", True), row.get("rejected_ended", True)],
-            )
+            texts, ends = [row[c] for c in kind], [_ended(path, number, row, c) for c in kind]
         if "ranked" in kind or row["prompt"] != previous:
             groups.append(Group([], [], []))
             index, previous = {}, row["prompt"]
@@ -328,6 +338,7 @@ def token_stream(path: str | Path, encoding: tiktoken.Encoding, eos: int, target
     dtype = np.uint16 if encoding.n_vocab <= 2**16 else np.uint32
     target = Path(target)
     if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
         whole = Path(path).suffix != ".jsonl"  # one document, in pieces
         with open(temporary, "wb") as out:

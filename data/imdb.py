@@ -75,7 +75,7 @@ def reviews(source: Path) -> Iterator[tuple[str, int]]:
                         yield archive.extractfile(member).read().decode("utf-8"), int(match[1] == "pos")
         except (OSError, tarfile.TarError, EOFError, zlib.error) as error:
             raise InputError(
-                f"{source}: cannot be read as a tar.gz ({error}); give the archive, a folder or JSONL"
+                f"{source}: cannot be read as a tar.gz ({type(error).__name__}); give the archive, its folder or JSONL"
             ) from None
 
 

@@ -29,8 +29,9 @@ def sample_responses(
     repeated = [encoding.encode_ordinary(prompt) for prompt in prompts for _ in range(samples)]
     generator = torch.Generator().manual_seed(seed)
     texts = []
-    for start in range(0, len(repeated), 512):
-        part = repeated[start : start + 512]
+    rows = max(1, 2**16 // model.config.block_size)  # bounds the cache
+    for start in range(0, len(repeated), rows):
+        part = repeated[start : start + rows]
         tokens, prompt_len, length = model.generate(part, response_len, temperature=temperature, generator=generator)
         for row, first, end in zip(tokens.tolist(), prompt_len.tolist(), length.tolist()):
             ended = row[end - 1] == model.config.eos
@@ -57,7 +58,7 @@ def simulate(
         for a, b in itertools.combinations(range(len(answers)), 2):
             if answers[a] == answers[b]:
                 continue
-            p = 1 / (1 + math.exp((scores[b] - scores[a]) / temperature))
+            p = 0.5 + 0.5 * math.tanh((scores[a] - scores[b]) / temperature / 2)  # σ, which cannot overflow
             if rng.random() >= p:
                 a, b, p = b, a, 1 - p
             (chosen, chosen_ended), (rejected, rejected_ended) = answers[a], answers[b]
@@ -67,4 +68,7 @@ def simulate(
 
 
 def write_rows(rows: list[dict], path: Path) -> None:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    """Write JSONL under a temporary name and rename it into place."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    temporary.replace(path)

@@ -63,4 +63,4 @@ def run(script: str, *options: object, cwd: Path = ROOT, **environment: str) -> 
 
     command = [sys.executable, str(ROOT / script), *map(str, options)]
     env = os.environ | {"PYTHONPATH": str(ROOT)} | environment
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=900)

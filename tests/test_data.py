@@ -76,6 +76,12 @@ def test_a_ranked_list_is_all_its_pairs(tmp_path, encoding):
     assert group.pairs == [(0, 1), (0, 2), (1, 2)] and len(group.rows) == 3
 
 
+def test_a_judge_on_any_scale_can_be_the_simulated_person():
+    answers = [[("aaa", True), ("a", True)]] * 50
+    rows = label.simulate(["p"] * 50, answers, lambda prompt, text: -1000 * len(text), 0.1, seed=0)
+    assert all(row["chosen"] == "a" and row["p_chosen"] == 1 for row in rows)
+
+
 @pytest.mark.parametrize(
     "content, message",
     [

@@ -161,6 +161,7 @@ def test_top_k_and_top_p_keep_exactly_their_set():
     uniform = torch.linspace(0, 0.9999, 5000, dtype=torch.float64)
     drawn = lambda **kw: set(sample(logits.expand(5000, -1), uniform, **kw).tolist())  # noqa: E731
     assert drawn(top_k=2) == {1, 2} and drawn(top_k=5) == {0, 1, 2, 3, 4}
+    assert drawn(top_p=0) == {1}
     assert drawn(top_p=0.6) == {1, 2} and drawn(top_p=0.7) == {1, 2, 3} and drawn(top_p=0.0001) == {1}
     assert drawn(top_p=0.9, top_k=1) == {1}
     tied = torch.zeros(5000, 4)

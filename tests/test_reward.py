@@ -67,8 +67,10 @@ def test_sampled_comparisons_are_written_as_a_persons_would_be(folders):
     more = ["--init", folders["sft"], "--response_len", 8, "--out", tmp / "rm", "--n_prompts", 40]
     done = run("reward.py", "--data", tmp / "prompts.jsonl", "--judge", tmp / "mine.py:longer", *more)
     assert done.returncode == 0, done.stderr
-    rows = data.read_jsonl(tmp / "rm.comparisons.jsonl", {"prompt": str, "chosen": str, "rejected": str})
+    rows = data.read_jsonl(tmp / "rm" / "comparisons.jsonl", {"prompt": str, "chosen": str, "rejected": str})
     assert len({row["prompt"] for row in rows}) == 40
+    again = run("reward.py", "--data", tmp / "prompts.jsonl", "--judge", tmp / "mine.py:longer", *more, "--resume")
+    assert again.returncode == 0 and "answers" not in again.stdout, again.stderr
     last = json.loads((tmp / "rm" / "metrics.jsonl").read_text().splitlines()[-1])
     assert 0.5 <= last["eval/accuracy_ceiling"] <= 1
 

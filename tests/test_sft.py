@@ -1,5 +1,6 @@
 """sft.py and the plumbing under every stage, run as a user runs them."""
 
+import dataclasses
 import json
 
 import pytest
@@ -7,6 +8,8 @@ import torch
 
 import common
 import data
+import ppo
+import reward
 import sft
 from tests.conftest import ROOT, run, write
 
@@ -76,6 +79,10 @@ BAD = [
     ("sft.py", ["--data", "empty.txt", "--out", "x"], "empty.txt"),
     ("sft.py", ["--data", "broken.jsonl", "--out", "x"], "broken.jsonl:2"),
     ("sft.py", ["--data", "text.jsonl", "--vocab_size", "9", "--out", "x"], "--vocab_size 9"),
+    ("sft.py", ["--data", "text.jsonl", "--n_head", "7", "--out", "x"], "--n_head 7"),
+    ("sft.py", ["--data", "text.jsonl", "--evals", "0", "--out", "x"], "--evals 0"),
+    ("sft.py", ["--data", "notes.md", "--out", "x"], "notes.md"),
+    ("sft.py", ["--data", "null.jsonl", "--init", "sft", "--out", "x"], "null.jsonl: row 1"),
     ("sft.py", ["--data", "text.jsonl", "--device", "cuda"], "--device cuda"),
     ("sft.py", ["--data", "text.jsonl", "--device", "toaster"], "--device toaster"),
     ("sft.py", ["--data", "text.jsonl", "--dtype", "int8"], "--dtype int8"),
@@ -86,7 +93,11 @@ BAD = [
     ("reward.py", ["--init", "sft", "--data", "prompts.jsonl", "--judge", "x.py:f"], "x.py:f"),
     ("reward.py", ["--init", "sft", "--data", "bad_ranked.jsonl", "--out", "x"], "bad_ranked.jsonl"),
     ("ppo.py", ["--init", "nowhere"], "--init nowhere"),
-    ("ppo.py", ["--init", "sft", "--data", "prompts.jsonl", "--response_len", "8", "--reward", "sft"], "sft"),
+    (
+        "ppo.py",
+        ["--init", "sft", "--data", "prompts.jsonl", "--response_len", "8", "--batch_size", "8", "--reward", "sft"],
+        "--reward sft",
+    ),
     ("ppo.py", ["--init", "sft", "--data", "text.jsonl", "--response_len", "8"], 'text.jsonl:1: no column "prompt"'),
     ("ppo.py", ["--init", "sft", "--data", "prompts.jsonl", "--response_len", "48"], "--drop_long"),
     ("model.py", ["nowhere", "--prompt", "a"], "nowhere"),
@@ -101,6 +112,8 @@ def test_bad_input_is_one_sentence_and_exit_code_2(folders, script, options, nam
     write(tmp / "bad_ranked.jsonl", [{"prompt": "a", "ranked": ["only one"]}])
     (tmp / "empty.txt").write_text("")
     (tmp / "broken.jsonl").write_text('{"text": "fine"}\n{"text": \n')
+    (tmp / "notes.md").write_text("some text")
+    write(tmp / "null.jsonl", [{"prompt": "a", "completion": "b", "completion_ended": None}])
     (tmp / "garbage").mkdir()
     (tmp / "garbage" / "model.pt").write_bytes(b"\x00garbage" * 99)
     before = {p: p.read_bytes() for p in tmp.rglob("*") if p.is_file()}
@@ -111,9 +124,14 @@ def test_bad_input_is_one_sentence_and_exit_code_2(folders, script, options, nam
     assert not (tmp / "x").exists()
 
 
-def test_the_help_shows_every_option_with_its_comment():
-    done = run("ppo.py", "--help")
-    assert done.returncode == 0 and "--kl_coef" in done.stdout and "charged per nat" in " ".join(done.stdout.split())
+@pytest.mark.parametrize("stage", [sft, reward, ppo])
+def test_the_help_shows_every_option_with_its_comment(stage):
+    done = run(f"{stage.__name__}.py", "--help")
+    shown = "".join(done.stdout.split())
+    lines = (ROOT / f"{stage.__name__}.py").read_text().split("class Config:")[1].split("\n\n\n")[0].strip().split("\n")
+    assert done.returncode == 0 and len(lines) == len(dataclasses.fields(stage.Config))
+    for line in lines:
+        assert "".join(line.partition("  # ")[2].split()) in shown, line
 
 
 def test_the_sampler_prints_two_models_side_by_side(folders):

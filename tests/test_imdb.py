@@ -1,0 +1,130 @@
+"""data/imdb.py: the three forms of its source, the download, and its two linear models, on a small made-up data set."""
+
+import hashlib
+import http.server
+import io
+import json
+import tarfile
+import threading
+
+import numpy as np
+import pytest
+
+from data import InputError, imdb
+from tests.conftest import run, write
+
+GOOD, BAD = "a wonderful film with great and moving acting", "an awful film with boring and terrible acting"
+
+
+def made_up_reviews(n=400):
+    rng = np.random.default_rng(0)
+    filler = "the of it story plot scene music camera actor night day house town".split()
+    for i in range(n):
+        words = list(rng.choice(filler, 30)) + (GOOD if i % 2 else BAD).split()
+        rng.shuffle(words)
+        yield f"Review {i}: " + " ".join(words) + "<br /><br />The end.", i % 2
+
+
+def make_tar(path, rows):
+    with tarfile.open(path, "w:gz") as archive:
+        for i, (text, label) in enumerate(rows):
+            name = f"aclImdb/{'train' if i % 3 else 'test'}/{'pos' if label else 'neg'}/{i}_{label * 9 + 1}.txt"
+            info = tarfile.TarInfo(name)
+            info.size = len(text.encode())
+            archive.addfile(info, io.BytesIO(text.encode()))
+        for name in ("aclImdb/train/unsup/0_0.txt", "aclImdb/README", "aclImdb/train/labeledBow.feat"):
+            info = tarfile.TarInfo(name)
+            info.size = 4
+            archive.addfile(info, io.BytesIO(b"none"))
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(imdb, "FOLDER", tmp_path / "imdb")
+    imdb._weights.cache_clear()
+    return tmp_path / "imdb"
+
+
+def test_tar_folder_and_jsonl_hold_the_same_reviews(tmp_path):
+    rows = list(made_up_reviews(30))
+    tar = make_tar(tmp_path / "a.tar.gz", rows)
+    with tarfile.open(tar) as archive:
+        archive.extractall(tmp_path / "unpacked", filter="data")
+    lines = write(tmp_path / "a.jsonl", [{"text": text, "label": label} for text, label in rows])
+    for source in (tar, tmp_path / "unpacked", lines):
+        assert sorted(imdb.reviews(source)) == sorted(rows)
+
+
+def test_splits_are_disjoint_prompts_are_openings_and_the_two_models_are_independent(tmp_path, folder):
+    imdb.prepare(make_tar(tmp_path / "a.tar.gz", made_up_reviews()))
+    read = lambda name: [json.loads(line) for line in open(folder / f"{name}.jsonl")]  # noqa: E731
+    texts = [row["text"] for row in read("pretrain")]
+    assert "<br" not in "".join(texts) and len(set(texts)) == len(texts)
+    openings = {name: [row["prompt"] for row in read(name)] for name in ("compare", "ppo", "eval")}
+    assert len(openings["compare"]) + len(openings["ppo"]) == len(texts)
+    assert not any(text.startswith(f"{prompt} ") for prompt in openings["eval"] if ":" in prompt for text in texts)
+    for name in openings:
+        assert all(2 <= len(prompt.split()) <= 6 for prompt in openings[name])
+    assert imdb.judge("", GOOD) == 1 and imdb.judge("", BAD) == 0
+    assert imdb.labeller("", GOOD) > 0.8 > 0.2 > imdb.labeller("", BAD)
+    assert not np.array_equal(np.load(folder / "judge.npy"), np.load(folder / "labeller.npy"))
+
+
+def test_a_judge_without_its_file_says_what_to_run(folder):
+    with pytest.raises(InputError, match="run python -m data.imdb first"):
+        imdb.judge("", "text")
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    content = b"x" * 3_000_000
+
+    def do_GET(self):
+        if self.path == "/missing":
+            return self.send_error(404)
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(self.content)))
+        self.end_headers()
+        self.wfile.write(self.content[: 1_000_000 if self.path == "/cut" else None])
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server():
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_a_download_arrives_whole_or_not_at_all(tmp_path, server):
+    md5 = hashlib.md5(Handler.content).hexdigest()
+    imdb.download(f"{server}/whole", tmp_path / "a", md5)
+    assert (tmp_path / "a").read_bytes() == Handler.content
+    for url, digest, words in (
+        (f"{server}/missing", md5, "404"),
+        (f"{server}/cut", md5, "wrong checksum|could not be downloaded"),
+        (f"{server}/whole", "0" * 32, "wrong checksum"),
+        ("http://127.0.0.1:9/closed", md5, "could not be downloaded"),
+    ):
+        with pytest.raises(InputError, match=words):
+            imdb.download(url, tmp_path / "b", digest)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize("content, words", [(None, "no such file"), (b"not a tar", "cannot be read as a tar.gz")])
+def test_a_bad_source_is_one_sentence(tmp_path, content, words):
+    source = tmp_path / "a.tar.gz"
+    if content:
+        source.write_bytes(content)
+    done = run("data/imdb.py", "--source", source)
+    assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_truncated_archive_is_one_sentence_too(tmp_path, folder):
+    tar = make_tar(tmp_path / "a.tar.gz", made_up_reviews())
+    tar.write_bytes(tar.read_bytes()[:5000])
+    with pytest.raises(InputError, match=r"cannot be read as a tar\.gz"):
+        imdb.prepare(tar)

@@ -1,0 +1,29 @@
+"""The whole loop as a newcomer runs it, with no argument: what README promises."""
+
+import re
+
+import pytest
+
+from tests.conftest import run
+
+pytestmark = pytest.mark.slow
+
+
+def table(output: str) -> dict[str, list[float]]:
+    """The closing table of ppo.py: its numbers before and after, by row."""
+    rows = re.findall(r"^(\S.*?)\s{2,}(-?\d+\.\d+) ± \S+\s+(-?\d+\.\d+) ±", output, re.MULTILINE)
+    return {name: [float(before), float(after)] for name, before, after in rows}
+
+
+def test_the_judge_rises_most_of_the_way_at_a_small_kl_and_without_the_kl_term_the_policy_strays_further(tmp_path):
+    for script in ("sft.py", "reward.py"):
+        done = run(script, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    with_kl, without = run("ppo.py", cwd=tmp_path), run("ppo.py", "--kl_coef", 0, "--out", "out/free", cwd=tmp_path)
+    assert with_kl.returncode == without.returncode == 0, with_kl.stderr + without.stderr
+    rows = table(with_kl.stdout)
+    before, after = rows["data/tales.py:judge"]
+    assert after - before >= 0.6 * (1 - before)
+    assert rows["ended by EOS"][1] >= 0.97 and rows["data/tales.py:grammar"][1] >= 0.95
+    kl, free_kl = rows["KL to the start (nats)"][1], table(without.stdout)["KL to the start (nats)"][1]
+    assert 0.5 < kl <= 6 and free_kl > 1.3 * kl
