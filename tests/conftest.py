@@ -1,6 +1,7 @@
 """What several tests share: a tiny model, a tiny tokenizer, and a script run as a user runs it."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -58,9 +59,13 @@ def write(path: Path, rows: list[dict]) -> Path:
     return path
 
 
-def run(script: str, *options: object, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
-    import os
+TORCHRUN = ["-c", "import sys; from torch.distributed.run import main; sys.exit(main())", "--nproc_per_node=2"]
+TORCHRUN += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]  # a free port
 
-    command = [sys.executable, str(ROOT / script), *map(str, options)]
-    env = os.environ | {"PYTHONPATH": str(ROOT)} | environment
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=900)
+
+def run(script: str, *options: object, cwd: Path = ROOT, processes: int = 1) -> subprocess.CompletedProcess:
+    """A script as a user runs it, with one process or with two under torchrun."""
+    launcher, threads = (TORCHRUN, {"OMP_NUM_THREADS": "1"}) if processes == 2 else ([], {})
+    command = [sys.executable, *launcher, str(ROOT / script), *map(str, options)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | threads
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=900)

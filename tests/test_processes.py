@@ -1,22 +1,10 @@
 """Two processes under torchrun: the same run as one, where the batch is the same."""
 
 import json
-import sys
 
 import pytest
 
-from tests.conftest import ROOT, run
-
-
-def torchrun(script, *options, cwd=ROOT):
-    launch = ["--nproc_per_node=2", "--master_port=0", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
-    code = "import sys; from torch.distributed.run import main; sys.exit(main())"
-    import os
-    import subprocess
-
-    command = [sys.executable, "-c", code, *launch, str(ROOT / script), *map(str, options)]
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+from tests.conftest import run
 
 
 def losses(folder):
@@ -28,7 +16,7 @@ def test_two_processes_train_as_one_does(folders, script, kind):
     tmp = folders["tmp"]
     options = ["--data", tmp / f"{kind}.jsonl", "--init", folders["sft"], "--batch_size", 6, "--lr", 1e-3]
     options += ["--response_len", 8] if script == "reward.py" else ["--evals", 1]
-    one, two = run(script, *options, "--out", tmp / "one"), torchrun(script, *options, "--out", tmp / "two")
+    one, two = run(script, *options, "--out", tmp / "one"), run(script, *options, "--out", tmp / "two", processes=2)
     assert one.returncode == two.returncode == 0, one.stderr + two.stderr
     assert losses(tmp / "two") == pytest.approx(losses(tmp / "one"), abs=1e-4)
 
@@ -46,7 +34,7 @@ def test_ppo_runs_on_two_processes_and_logs_the_whole_batch(folders):
         tmp / "p",
     ]
     options += ["--iterations", 2, "--batch_size", 8, "--minibatch_size", 4, "--response_len", 8, "--eval_prompts", 8]
-    done = torchrun("ppo.py", *options)
+    done = run("ppo.py", *options, processes=2)
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in (tmp / "p" / "metrics.jsonl").read_text().splitlines()]
     assert len(lines) == 2 and lines[1]["episode"] == 16
