@@ -345,7 +345,7 @@ def train(cfg: Config) -> None:
             f"--batch_size {cfg.batch_size}: there are {len(prompts)} prompts to train on; give fewer or add some"
         )
     names = cfg.judge.split(",") if cfg.judge else [] if cfg.data else ["data/tales.py:judge", "data/tales.py:grammar"]
-    judges = {name.rpartition(":")[2]: common.load_function(name) for name in names}
+    judges = {name: common.load_function(name) for name in names}
 
     # The nets: policy and its frozen copy; a frozen reward model (or a function), and a value net that starts as it.
     ref = common.freeze(copy.deepcopy(policy), autocast)

@@ -260,6 +260,20 @@ def test_evaluation_alone_writes_nothing(folders):
     assert before == {p.name: p.read_bytes() for p in (tmp / "ppo").iterdir() if p.suffix != ".png"}
 
 
+def test_a_judge_called_score_does_not_hide_behind_the_reward_models_score(folders):
+    tmp = folders["tmp"]
+    for name in ("one", "two"):
+        (tmp / f"{name}.py").write_text(f"def score(prompt, response):\n    return {len(name)} + ({name!r} == 'two')\n")
+    judge = f"{tmp}/one.py:score,{tmp}/two.py:score"
+    done = run(
+        "ppo.py", *options(folders, judge=judge, iterations=0, out=folders["sft"].parent / "sft2", init=tmp / "sft")
+    )
+    assert done.returncode == 2  # nothing there to evaluate
+    done = run("ppo.py", *options(folders, judge=judge, iterations=1, out=tmp / "ppo"))
+    assert done.returncode == 0, done.stderr
+    assert "one.py:score     3.000" in done.stdout and "two.py:score     4.000" in done.stdout
+
+
 def test_prompts_that_do_not_fit_are_counted_and_never_cut(folders):
     long = write(folders["tmp"] / "long.jsonl", [{"prompt": "ask me. " * n} for n in (1, 2, 50, 60)])
     done = run("ppo.py", *options(folders, data=long, out=folders["tmp"] / "x"))
