@@ -141,10 +141,11 @@ class GPT(nn.Module):
                 parts.append(checkpoint(self._chunk_logprobs, h, y, temperature, use_reentrant=False))
             else:
                 parts.append(self._chunk_logprobs(h, y, temperature))
-        return torch.zeros(mask.shape, device=tokens.device).masked_scatter(mask, torch.cat(parts))
+        chosen = torch.cat(parts)  # (N,)
+        return chosen.new_zeros(mask.shape).masked_scatter(mask, chosen)
 
     def _chunk_logprobs(self, hidden: Tensor, target: Tensor, temperature: float) -> Tensor:
-        return -F.cross_entropy(self.logits(hidden).float() / temperature, target, reduction="none")  # (n,)
+        return -F.cross_entropy(at_least_float32(self.logits(hidden)) / temperature, target, reduction="none")  # (n,)
 
     @torch.no_grad()
     def generate(
@@ -227,7 +228,7 @@ class ScalarModel(nn.Module):
 
     def scalar(self, hidden: Tensor) -> Tensor:
         """(…, C) → (…) in float32."""
-        return self.gain * self.head(hidden).squeeze(-1).float() + self.bias
+        return self.gain * at_least_float32(self.head(hidden).squeeze(-1)) + self.bias
 
     def scores(self, tokens: Tensor, length: Tensor) -> Tensor:
         """The score (B,) of each whole sequence, read at its last real token."""
@@ -248,6 +249,10 @@ def response_window(prompt_len: Tensor, length: Tensor) -> tuple[Tensor, Tensor]
     position = prompt_len[:, None] + torch.arange(R, device=length.device)  # (B, R)
     mask = position < length[:, None]
     return position.minimum(length[:, None] - 1).clamp(min=1), mask
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def gather_positions(x: Tensor, position: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiktoken
 import torch
@@ -52,6 +53,23 @@ def folders(tmp_path, gpt, encoding) -> dict[str, Path]:
     write(tmp_path / "comparisons.jsonl", chosen)
     write(tmp_path / "text.jsonl", [{"text": f"tell me a tale of {a} and {b}, {c}. " * 3} for a, b, c in pairs])
     return {name: tmp_path / name for name in ("sft", "reward")} | {"tmp": tmp_path}
+
+
+def ragged(rng: np.random.Generator, rows: int = 5, columns: int = 7) -> dict[str, torch.Tensor]:
+    """A random float64 batch for `ppo.estimate`."""
+    lengths = rng.integers(1, columns + 1, rows)
+    lengths[0] = columns
+    mask = torch.tensor(np.arange(columns) < lengths[:, None])
+    draw = lambda: torch.tensor(rng.normal(size=(rows, columns))) * mask  # noqa: E731
+    return {
+        "mask": mask, "logp": draw(), "ref_logp": draw(), "values": draw(),
+        "score": torch.tensor(rng.normal(size=rows)), "ended": torch.tensor(rng.random(rows) < 0.5),
+    }  # fmt: skip
+
+
+def flat(net: torch.nn.Module) -> torch.Tensor:
+    """All parameters of a net in one row."""
+    return torch.cat([p.detach().flatten() for p in net.parameters()])
 
 
 def write(path: Path, rows: list[dict]) -> Path:

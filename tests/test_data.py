@@ -139,12 +139,3 @@ def test_token_stream_is_the_documents_with_eos_behind_each(tmp_path, encoding):
     (tmp_path / "plain.txt").write_text("ask me.\nyes\n" * 3)
     stream = data.token_stream(tmp_path / "plain.txt", encoding, encoding.eot_token, tmp_path / "ids2")
     assert stream.tolist() == encoding.encode_ordinary("ask me.\nyes\n" * 3) + [encoding.eot_token]
-
-
-def test_simulated_people_choose_as_bradley_and_terry_say():
-    prompts, answers = ["p"] * 20_000, [[("aaa", True), ("a", True)]] * 20_000
-    rows = label.simulate(prompts, answers, lambda prompt, text: len(text) / 10, 0.25, seed=0)
-    share = np.mean([row["chosen"] == "aaa" for row in rows])
-    expected = 1 / (1 + np.exp(-0.2 / 0.25))
-    assert abs(share - expected) < 4 * np.sqrt(expected * (1 - expected) / 20_000)
-    assert all(abs(row["p_chosen"] - (expected if row["chosen"] == "aaa" else 1 - expected)) < 1e-3 for row in rows)

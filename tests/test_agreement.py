@@ -1,0 +1,162 @@
+"""Agreement with code and equations that are not ours: transformers' GPT-2, TRL, and float64 loops from the papers."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import ppo
+from tests.conftest import make_gpt, ragged
+
+seeds = st.integers(0, 2**32 - 1)
+shapes = st.tuples(seeds, st.integers(1, 6), st.integers(1, 9))  # of a ragged batch: seed, rows, columns
+
+
+def gpt2_of(ours):
+    """transformers' GPT-2 with our weights; (name, our parameter, its own, whether it keeps it transposed) of each."""
+    transformers, c = pytest.importorskip("transformers"), ours.config
+    shape = dict(vocab_size=c.vocab_size, n_positions=c.block_size, n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd)
+    shape |= dict(resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, bos_token_id=c.eos, eos_token_id=c.eos)
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape)).eval()
+    mine, pairs = dict(ours.named_parameters()), []
+    for name, other in theirs.transformer.named_parameters():
+        turned = ".c_" in name and name.endswith("weight")
+        with torch.no_grad():
+            other.copy_(mine[name].T if turned else mine[name])
+        pairs.append((name, mine[name], other, turned))
+    return theirs, pairs
+
+
+def losses(ours, theirs, tokens):
+    """The mean loss a token of both; ours is summed over the window that begins at the second token."""
+    B, T = tokens.shape
+    mine = -ours.logprobs(tokens, torch.ones(B, dtype=torch.long), torch.full((B,), T)).sum() / (B * (T - 1))
+    return mine, theirs(tokens, labels=tokens).loss
+
+
+@pytest.mark.parametrize("bf16, near", [(False, 1e-4), (True, 5e-2)])
+def test_logits_loss_and_gradients_agree_with_transformers_gpt2(bf16, near):
+    """float32 to 1e-4 of each tensor's norm; under bfloat16 autocast to 5e-2, as the two round in different places."""
+    ours = make_gpt(n_layer=3, n_head=4, n_embd=64)
+    theirs, pairs = gpt2_of(ours)
+    tokens = torch.randint(0, 61, (5, 29), generator=torch.Generator().manual_seed(1))
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        a, b = ours(tokens), theirs(tokens).logits
+        loss, other = losses(ours, theirs, tokens)
+    assert (a - b).norm() <= near * b.norm() and abs(loss - other) <= near * other
+    loss.backward()
+    other.backward()
+    for name, mine, other, turned in pairs:
+        g, h = mine.grad, other.grad.T if turned else other.grad
+        assert (g - h).norm() <= near * h.norm(), name  # by norm: the key bias has an exactly zero gradient
+
+
+def test_greedy_generation_agrees_with_transformers_token_for_token():
+    ours = make_gpt(n_layer=3, n_head=4, n_embd=64)
+    theirs, _ = gpt2_of(ours)
+    prompts = [[i, 2 * i % 60, 7][: 1 + i % 3] for i in range(12)]
+    tokens, _, length = ours.generate(prompts, 30, temperature=0)
+    for prompt, row, end in zip(prompts, tokens.tolist(), length.tolist()):
+        given = torch.tensor([prompt])
+        expected = theirs.generate(
+            given, attention_mask=torch.ones_like(given), max_new_tokens=30, do_sample=False, eos_token_id=60,
+            pad_token_id=60,
+        )  # fmt: skip
+        assert row[:end] == expected[0].tolist()
+
+
+def estimate_by_hand(batch, beta, cap, gamma, lam):
+    """Rewards, advantages (not whitened) and returns, as their defining sums (Ziegler et al. 2019, equation 2; Schulman
+    et al. 2016, equation 16), one number at a time."""
+    shape = batch["mask"].shape
+    rewards, advantages, returns = np.zeros(shape), np.zeros(shape), np.zeros(shape)
+    for b in range(shape[0]):
+        n = int(batch["mask"][b].sum())
+        score = float(batch["score"][b])
+        if not batch["ended"][b]:
+            score = min(score, cap)
+        for t in range(n):
+            rewards[b, t] = -beta * float(batch["logp"][b, t] - batch["ref_logp"][b, t]) + (score if t == n - 1 else 0)
+        for t in range(n):
+            for k in range(t, n):
+                after = float(batch["values"][b, k + 1]) if k + 1 < n else 0.0
+                delta = rewards[b, k] + gamma * after - float(batch["values"][b, k])
+                advantages[b, t] += (gamma * lam) ** (k - t) * delta
+            returns[b, t] = advantages[b, t] + float(batch["values"][b, t])
+    return rewards, advantages, returns
+
+
+@settings(deadline=None)
+@given(shapes, st.floats(0, 2), st.floats(-3, 3), st.floats(0, 1), st.floats(0, 1))
+def test_rewards_gae_returns_and_whitening_equal_the_papers_sums(shape, beta, cap, gamma, lam):
+    seed, rows, columns = shape
+    batch = ragged(np.random.default_rng(seed), rows, columns)
+    got = ppo.estimate(batch, beta, cap, ppo.Config(gamma=gamma, lam=lam))
+    rewards, advantages, returns = estimate_by_hand(batch, beta, cap, gamma, lam)
+    mask = batch["mask"].numpy()
+    real = advantages[mask]
+    white = np.where(mask, (advantages - real.mean()) / np.sqrt(real.var() + 1e-8), 0)
+    for name, expected in (("rewards", rewards), ("returns", returns), ("advantages", white)):
+        np.testing.assert_allclose(got[name].numpy(), expected, rtol=1e-6, atol=1e-6, err_msg=name)
+
+
+@settings(deadline=None)
+@given(shapes, st.floats(0.01, 0.9), st.floats(0.01, 2))
+def test_clipped_losses_equal_the_papers_equations_token_by_token(shape, cliprange, cliprange_value):
+    seed, *size = shape
+    rng = np.random.default_rng(seed)
+    logp, old, adv, values, old_values, returns = (torch.tensor(rng.normal(size=size)) for _ in range(6))
+    policy, _ = ppo.policy_loss(logp, old, adv, cliprange)
+    value = ppo.value_loss(values, old_values, returns, cliprange_value)
+    for at in np.ndindex(*size):
+        rho, a = math.exp(logp[at] - old[at]), float(adv[at])  # Schulman et al. 2017, equation 7
+        objective = min(rho * a, min(max(rho, 1 - cliprange), 1 + cliprange) * a)
+        assert float(policy[at]) == pytest.approx(-objective, rel=1e-9, abs=1e-9)
+        v, o, r = float(values[at]), float(old_values[at]), float(returns[at])
+        near = o + min(max(v - o, -cliprange_value), cliprange_value)
+        assert float(value[at]) == pytest.approx(0.5 * max((v - r) ** 2, (near - r) ** 2), rel=1e-9, abs=1e-9)
+
+
+@given(st.floats(0, 200), st.floats(0.1, 50), st.floats(0, 3), st.integers(1, 4096), st.integers(4096, 100_000))
+def test_adaptive_beta_follows_ziegler_et_al(kl, target, beta, episodes, horizon):
+    error = max(-0.2, min(0.2, (kl - target) / target))  # section 2.2
+    expected = beta * (1 + error * episodes / horizon)
+    assert ppo.adapt(beta, kl, episodes, ppo.Config(kl_target=target, horizon=horizon)) == pytest.approx(expected)
+    assert ppo.adapt(beta, kl, episodes, ppo.Config()) == beta
+
+
+@settings(deadline=None)
+@given(shapes)
+def test_whitening_and_masked_means_agree_with_trl(shape):
+    """TRL's variance is the unbiased one, n / (n − 1) of ours; its pads come out shifted and are filled afterwards."""
+    trl = pytest.importorskip("trl.experimental.ppo.ppo_trainer")
+    seed, rows, columns = shape
+    batch = ragged(np.random.default_rng(seed), rows, columns + 1)
+    x, mask = batch["values"], batch["mask"]
+    n = int(mask.sum())
+    expected = trl.masked_whiten(x, mask).masked_fill(~mask, 0) * math.sqrt(n / (n - 1))
+    torch.testing.assert_close(ppo.whiten(x, mask), expected, rtol=1e-5, atol=1e-5)
+    losses, _ = ppo.policy_loss(batch["logp"], batch["ref_logp"], x, 0.2)
+    torch.testing.assert_close((losses * mask).sum() / n, trl.masked_mean(losses, mask))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_log_probabilities_of_padded_responses_agree_with_trl(temperature):
+    """TRL pads prompts on the left and shifts positions by hand; its columns of responses line up with our window."""
+    trl = pytest.importorskip("trl.experimental.ppo.ppo_trainer")
+    ours = make_gpt()
+    theirs, _ = gpt2_of(ours)
+    prompts, pad = [[1], [2, 3, 4, 5], [6, 7]], 59  # an id that is neither prompted with nor sampled
+    tokens, prompt_len, length = ours.generate(prompts, 12, generator=torch.Generator().manual_seed(0))
+    assert 59 not in tokens
+    P, R = 4, int((length - prompt_len).max())
+    rows = torch.full((3, P + R), pad)
+    for b, (start, end) in enumerate(zip(prompt_len.tolist(), length.tolist())):
+        rows[b, P - start : P + end - start] = tokens[b, :end]
+    with torch.no_grad():
+        logits = trl.forward(theirs, rows, pad).logits[:, P - 1 : -1] / temperature
+        expected = trl.selective_log_softmax(logits, rows[:, P:]).masked_fill(rows[:, P:] == pad, 0)
+    torch.testing.assert_close(ours.logprobs(tokens, prompt_len, length, temperature), expected, rtol=0, atol=1e-4)

@@ -1,0 +1,511 @@
+"""Mistakes that RLHF code is known for, each one a test that states the fact which the mistake breaks.
+
+Above each test stands its mistake: the file, the right code, and what it looks like when it is wrong. `pytest -m slow`
+makes every one of them, in a copy of the project, and sees the test below it fail.
+"""
+
+import copy
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import common
+import data
+import ppo
+import reward
+import sft
+from data import InputError
+from model import GPT, GPTConfig, ScalarModel
+from tests.conftest import ROOT, flat, make_gpt, ragged, run, write
+
+CPU, OFF = torch.device("cpu"), torch.autocast("cpu", enabled=False)
+PROMPTS = [[1], [2, 3, 4, 5], [6, 7], [8, 9, 10], [60, 11], [12, 13]]  # 60 is EOS: one prompt has it inside
+MISTAKES: list[tuple[str, str, str, str]] = []  # test, file, right, wrong
+
+
+def mistake(file: str, right: str, wrong: str):
+    """Marks the test that must fail once `right`, which stands in `file` exactly once, is replaced by `wrong`."""
+
+    def mark(test):
+        MISTAKES.append((test.__name__, file, right, wrong))
+        return test
+
+    return mark
+
+
+@pytest.fixture
+def nets():
+    """A policy, its frozen copy, a value net and a reward model."""
+    policy = make_gpt()
+    ref = common.freeze(copy.deepcopy(policy), OFF)
+    torch.manual_seed(1)
+    return policy, ref, ScalarModel(copy.deepcopy(policy)).eval(), ScalarModel(copy.deepcopy(policy)).eval()
+
+
+def rollout(nets, cfg, prompts=PROMPTS):
+    policy, ref, value, scorer = nets
+    batch = ppo.rollout(policy, prompts, cfg, torch.Generator().manual_seed(0))
+    return batch | ppo.read(batch, policy, ref, value, ppo.scorer(scorer, None), cfg)
+
+
+def update(nets, batch, cfg, lr=0.0):
+    """ppo.py's own update by plain gradient descent, so that a step is the gradient."""
+    policy, _, value, _ = nets
+    optimizers = [torch.optim.SGD(net.parameters(), lr=lr) for net in (policy, value)]
+    return ppo.update(policy, value, *optimizers, batch, lr, cfg, OFF, seed=0)
+
+
+def train_ppo(folders, **options):
+    """ppo.py on the tiny folders; the rows of its metrics.jsonl."""
+    given = {"data": folders["tmp"] / "prompts.jsonl", "init": folders["sft"], "reward": folders["reward"]}
+    given |= {"iterations": 3, "batch_size": 8, "minibatch_size": 4, "response_len": 8, "eval_prompts": 8}
+    given |= {"out": folders["tmp"] / "ppo"} | options
+    ppo.train(common.parse(ppo.Config, [str(word) for name, value in given.items() for word in (f"--{name}", value)]))
+    return common.read_metrics(given["out"])
+
+
+# 1
+@mistake("ppo.py", 'out["logp"][index, :r] = logp', 'out["logp"][: len(index), :r] = logp')  # sorted rows, not put back
+@mistake("ppo.py", "ratio = (logp - old_logp).exp()", "ratio = (logp - old_logp.roll(1, 1)).exp()")
+def test_ratio_is_one_and_kl_is_zero_before_the_first_update(nets):
+    cfg = ppo.Config(response_len=16, minibatch_size=3, epochs=2, lr=0.0)
+    batch = rollout(nets, cfg)
+    assert torch.equal(batch["logp"], batch["ref_logp"]) and batch["logp"].any()
+    metrics = update(nets, batch | ppo.estimate(batch, 0.1, -1.0, cfg), cfg)
+    assert abs(metrics["val/ratio"] - 1) < 1e-5 and metrics["policy/clipfrac_avg"] == 0
+    assert metrics["policy/approxkl_avg"] < 1e-10
+
+
+# 2
+@mistake("ppo.py", "policy.eval().requires_grad_(True)", "policy.train().requires_grad_(True)")
+@mistake("common.py", "model.eval().requires_grad_(False)", "model.train().requires_grad_(False)")
+def test_dropout_is_off_in_the_policy_and_in_the_reference(folders, gpt, encoding):
+    gpt.config.dropout = 0.5
+    common.save_model(gpt, encoding, folders["sft"] / "model.pt")
+    (line,) = train_ppo(folders, iterations=1, lr=0.0)
+    assert line["objective/kl"] == 0 and line["policy/approxkl_avg"] < 1e-10
+
+
+# 3
+@mistake("model.py", "mask = position < length[:, None]", "mask = position <= length[:, None]")
+@mistake("model.py", "prompt_len[:, None] + torch.arange(R, device", "prompt_len[:, None] + 1 + torch.arange(R, device")
+def test_the_window_is_every_response_token_from_the_first_to_eos_and_no_pad(nets):
+    batch = rollout(nets, ppo.Config(response_len=16))
+    for row, start, end, logp in zip(batch["tokens"], batch["prompt_len"], batch["length"], batch["logp"]):
+        whole = nets[0](row[None, :end]).double().log_softmax(-1)[0]  # the chain rule, on the row alone
+        expected = [whole[t - 1, row[t]].item() for t in range(int(start), int(end))]
+        assert logp[: len(expected)].tolist() == pytest.approx(expected, abs=1e-5)
+        assert not logp[len(expected) :].any()
+
+
+# 4
+@mistake("data/__init__.py", "encoding.encode_ordinary(response) + [eos] * ended", "encoding.encode_ordinary(response)")
+@mistake(
+    "model.py",
+    "n_new += ~done\n            done |= token == config.eos",
+    "done |= token == config.eos\n            n_new += ~done",
+)
+def test_eos_is_learned_in_stage_1_and_is_the_last_token_of_a_response_that_ended(gpt, encoding):
+    row = data.encode_row(encoding, gpt.config.eos, "ask me", " yes")
+    logp = gpt(torch.tensor([row.tokens])).log_softmax(-1)[0]
+    ids = encoding.encode_ordinary("ask me") + encoding.encode_ordinary(" yes") + [gpt.config.eos]
+    expected = -sum(logp[t - 1, ids[t]].item() for t in range(row.prompt_len, len(ids)))
+    assert sft.next_token_loss(gpt, [row], CPU).item() == pytest.approx(expected, abs=1e-4)
+    batch = ppo.rollout(make_gpt(), PROMPTS * 20, ppo.Config(response_len=40), torch.Generator().manual_seed(0))
+    ended = batch["tokens"].gather(1, batch["length"][:, None] - 1)[:, 0] == 60
+    assert torch.equal(ended, batch["ended"]) and 20 < ended.sum() < 120
+    for row, start, end in zip(batch["tokens"], batch["prompt_len"], batch["length"]):
+        assert 60 not in row[start : end - 1]
+
+
+# 5
+@mistake(
+    "model.py",
+    "position, mask = response_window(prompt_len, length)  # (B, R)\n        before",
+    "position, mask = response_window(prompt_len, length)  # (B, R)\n        mask = mask & (tokens.gather(1, position) != self.config.eos)\n        before",
+)
+@mistake(
+    "model.py",
+    "gather_positions(self.trunk.hidden(tokens), length[:, None] - 1)",
+    "gather_positions(self.trunk.hidden(tokens), (tokens != self.config.eos).sum(1, keepdim=True) - 1)",
+)
+def test_a_pad_may_be_eos_and_eos_is_not_a_pad(nets):
+    policy, _, value, _ = nets
+    tokens = torch.tensor([[60, 5, 6, 60, 60, 60], [7, 8, 9, 60, 11, 60]])  # EOS opens, stands inside, ends and pads
+    prompt_len, length = torch.tensor([1, 4]), torch.tensor([4, 6])
+    logp, scores = policy.logprobs(tokens, prompt_len, length), value.scores(tokens, length)
+    for b in range(2):
+        n, whole = int(length[b]), policy(tokens[b : b + 1, : length[b]]).log_softmax(-1)[0]
+        expected = [whole[t - 1, tokens[b, t]].item() for t in range(int(prompt_len[b]), n)]
+        assert logp[b, : len(expected)].tolist() == pytest.approx(expected, abs=1e-5)
+        at_eos = value.scalar(value.trunk.hidden(tokens[b : b + 1, :n])[0, -1])
+        assert scores[b].item() == pytest.approx(at_eos.item(), abs=1e-5)
+
+
+# 6
+@mistake("model.py", "is_causal=mask is None", "is_causal=False")
+def test_a_row_is_the_same_alone_and_beside_longer_rows(nets):
+    policy, _, value, _ = nets
+    batch = rollout(nets, ppo.Config(response_len=12))
+    tokens, prompt_len, length = batch["tokens"], batch["prompt_len"], batch["length"]
+    tokens[torch.arange(tokens.shape[1]) >= length[:, None]] = 17  # pads may be anything
+    logp, values = policy.logprobs(tokens, prompt_len, length), value.values(tokens, prompt_len, length)
+    scores = value.scores(tokens, length)
+    for b in range(len(tokens)):
+        n, r = int(length[b]), int(length[b] - prompt_len[b])
+        alone = tokens[b : b + 1, :n], prompt_len[b : b + 1], length[b : b + 1]
+        torch.testing.assert_close(logp[b, :r], policy.logprobs(*alone)[0], rtol=0, atol=1e-5)
+        torch.testing.assert_close(values[b, :r], value.values(*alone)[0], rtol=0, atol=1e-5)
+        torch.testing.assert_close(scores[b], value.scores(alone[0], alone[2])[0], rtol=0, atol=1e-5)
+
+
+# 7
+@mistake("model.py", "(prompt_len + t)[:, None], cache", "torch.full_like(prompt_len, P + t)[:, None], cache")
+@mistake("model.py", "seen[:, None, None, : P + t + 1]", "torch.ones_like(seen)[:, None, None, : P + t + 1]")
+def test_a_ragged_batch_is_decoded_as_each_prompt_is_alone(nets):
+    policy = nets[0]
+    tokens, prompt_len, length = policy.generate(PROMPTS, 20, temperature=0)
+    for b, prompt in enumerate(PROMPTS):
+        row = list(prompt)
+        while len(row) < len(prompt) + 20:  # no cache, no batch, no padding
+            row.append(int(policy(torch.tensor([row]))[0, -1].argmax()))
+            if row[-1] == policy.config.eos:
+                break
+        assert tokens[b, : length[b]].tolist() == row and prompt_len[b] == len(prompt)
+
+
+# 8
+@mistake("ppo.py", "logp = policy.logprobs(*where, cfg.temperature)  # (b, r)", "logp = policy.logprobs(*where)")
+@mistake("ppo.py", "ref.logprobs(*where, cfg.temperature)", "ref.logprobs(*where)")
+@mistake("ppo.py", "policy.logprobs(*where, cfg.temperature), value.values", "policy.logprobs(*where), value.values")
+@mistake("ppo.py", "cfg.response_len, temperature=cfg.temperature", "cfg.response_len")
+def test_the_temperature_is_in_the_sampling_in_the_ratio_and_in_the_reference(nets):
+    cfg = ppo.Config(response_len=1, minibatch_size=10_000, epochs=1, temperature=0.5)
+    batch = rollout(nets, cfg, [[1, 2, 3]] * 20_000)
+    expected = (nets[0](torch.tensor([[1, 2, 3]]))[0, -1].double() / 0.5).log_softmax(-1)
+    for name in ("logp", "ref_logp"):
+        torch.testing.assert_close(batch[name][:, 0].double(), expected[batch["tokens"][:, 3]], rtol=0, atol=1e-5)
+    top = int(expected.argmax())
+    p = expected[top].exp().item()
+    assert abs((batch["tokens"][:, 3] == top).double().mean() - p) < 5 * math.sqrt(p * (1 - p) / 20_000)
+    metrics = update(nets, batch | ppo.estimate(batch, 0.1, -1.0, cfg), cfg)
+    assert metrics["policy/approxkl_avg"] < 1e-10
+
+
+# 9
+@mistake("ppo.py", "generator=generator)\n", "generator=generator, top_k=20)\n")
+def test_responses_are_drawn_from_the_whole_softmax_that_scores_them(nets):
+    n = 20_000
+    batch = rollout(nets, ppo.Config(response_len=1), [[1, 2, 3]] * n)
+    p = nets[0](torch.tensor([[1, 2, 3]]))[0, -1].double().softmax(-1).detach()
+    counts = batch["tokens"][:, 3].bincount(minlength=61)
+    statistic = float(((counts - p * n) ** 2 / (p * n)).sum())
+    assert p.min() * n > 5 and statistic < 60 + 5 * math.sqrt(2 * 60)  # chi-square with 60 degrees of freedom, 5 sigma
+
+
+# 10
+@mistake("model.py", "self.trunk.hidden(tokens), position - 1)) * mask", "self.trunk.hidden(tokens), position)) * mask")
+@mistake("ppo.py", "next_value = values[:, r + 1]", "next_value = values[:, r]")
+def test_a_value_is_that_of_the_state_before_its_token(nets):
+    cfg = ppo.Config(response_len=16, lam=0.0)
+    batch = rollout(nets, cfg)
+    got = ppo.estimate(batch, 0.0, math.inf, cfg)
+    for b, (start, end) in enumerate(zip(batch["prompt_len"].tolist(), batch["length"].tolist())):
+        before = [
+            nets[2].scalar(nets[2].trunk.hidden(batch["tokens"][b : b + 1, :t]))[0, -1] for t in range(start, end)
+        ]
+        targets = before[1:] + [batch["score"][b]]  # with λ = 0 a return is the next value, and the score at the end
+        assert batch["values"][b, : end - start].tolist() == pytest.approx([v.item() for v in before], abs=1e-5)
+        assert got["returns"][b, : end - start].tolist() == pytest.approx([v.item() for v in targets], abs=1e-5)
+
+
+# 11
+@mistake("ppo.py", "mask.sum().to(x.dtype), (x * mask).sum()", "torch.tensor(mask.numel()).to(x.dtype), x.sum()")
+@mistake("ppo.py", "whiten(advantages, mask),", "whiten(whiten(advantages, mask) + values, mask),")
+def test_whitened_advantages_have_mean_0_and_variance_1_over_real_tokens_and_keep_their_order():
+    for seed in range(5):
+        batch = ragged(np.random.default_rng(seed))
+        got, mask = ppo.estimate(batch, 0.3, -1.0, ppo.Config()), batch["mask"]
+        white, plain = got["advantages"][mask], (got["returns"] - batch["values"])[mask]
+        assert (
+            abs(white.mean()) < 1e-9 and abs(white.var(correction=0) - 1) < 1e-6 and not got["advantages"][~mask].any()
+        )
+        torch.testing.assert_close(white, (plain - plain.mean()) / plain.std(correction=0), rtol=1e-6, atol=1e-6)
+
+
+# 12
+@mistake("ppo.py", "returns = (advantages + values) * mask", "returns = (whiten(advantages, mask) + values) * mask")
+def test_returns_are_the_rewards_still_to_come_not_made_from_whitened_advantages():
+    batch = ragged(np.random.default_rng(0))
+    got = ppo.estimate(batch, 0.3, -1.0, ppo.Config(gamma=1.0, lam=1.0))
+    for rewards, returns, mask in zip(got["rewards"], got["returns"], batch["mask"]):
+        n = int(mask.sum())
+        assert returns[:n].tolist() == pytest.approx([rewards[t:n].sum().item() for t in range(n)], abs=1e-9)
+
+
+# 13
+@mistake("ppo.py", 'adapt(kl_coef, metrics["objective/kl"]', 'adapt(kl_coef, metrics["policy/approxkl_avg"]')
+def test_adaptive_beta_follows_the_kl_to_the_reference_not_the_updates_own(folders):
+    options = {"iterations": 6, "lr": 0.02, "kl_target": 0.5, "horizon": 100, "kl_coef": 0.3}
+    lines = train_ppo(folders, **options)
+    beta = 0.3
+    for line in lines:
+        assert line["kl_coef"] == pytest.approx(beta, rel=1e-6)
+        error = min(max(line["objective/kl"] / 0.5 - 1, -0.2), 0.2)  # Ziegler et al. 2019, section 2.2
+        beta *= 1 + error * 8 / 100
+    assert lines[0]["objective/kl"] == 0 and lines[-1]["objective/kl"] > 1  # it went both ways
+
+
+# 14
+@mistake(
+    "ppo.py",
+    'kl = ((batch["logp"] - batch["ref_logp"]) * batch["mask"]).sum(1)  # (B,) nats',
+    'kl = ((batch["logp"] - batch["ref_logp"]) * batch["mask"]).sum(1) / batch["mask"].sum(1)',
+)
+@mistake("ppo.py", '- batch["ref_logp"])  # (B, R)', '- batch["ref_logp"]) / mask.sum(1, keepdim=True)  # (B, R)')
+def test_a_responses_kl_is_the_sum_over_its_tokens_and_all_of_it_is_charged(nets):
+    policy, ref, value, scorer = nets
+    policy = make_gpt(seed=5)
+    batch = rollout((policy, ref, value, scorer), ppo.Config(response_len=16))
+    got = ppo.estimate(batch, 0.3, math.inf, ppo.Config())
+    total = 0.0
+    for b, (start, end) in enumerate(zip(batch["prompt_len"].tolist(), batch["length"].tolist())):
+        row = batch["tokens"][b : b + 1, :end]
+        mine, theirs = (net(row).log_softmax(-1)[0, range(start - 1, end - 1), row[0, start:]] for net in (policy, ref))
+        kl = (mine.sum() - theirs.sum()).item()
+        assert got["rewards"][b].sum().item() == pytest.approx(batch["score"][b].item() - 0.3 * kl, abs=1e-3)
+        total += kl
+    metrics = ppo.rollout_metrics(batch | got, [], 0.3)
+    assert metrics["objective/kl"] == pytest.approx(total / len(PROMPTS), abs=1e-3)
+
+
+# 15
+@mistake("ppo.py", "pg = (losses * mask).sum() / n_tokens", "pg = (losses * mask).sum() / mask.sum()")
+@mistake("ppo.py", "* mask).sum() / n_tokens\n                pg", "* mask).sum() / mask.sum()\n                pg")
+@mistake("reward.py", "pairwise_loss(margin, part) / len(batch)", "pairwise_loss(margin, part) / len(part)")
+@mistake(
+    "sft.py",
+    "next_token_loss(model, part, device) / n_targets",
+    "next_token_loss(model, part, device) / count_targets(part)",
+)
+def test_how_a_batch_is_split_does_not_change_its_step(nets, folders):
+    cfg = ppo.Config(response_len=16, minibatch_size=3, epochs=1)
+    batch = rollout(nets, cfg)
+    batch |= ppo.estimate(batch, 0.1, -1.0, cfg)
+    steps = []
+    for cfg.micro_batch_size in (0, 1, 2):
+        copied = copy.deepcopy(nets)
+        update(copied, batch, cfg, lr=0.1)
+        steps.append(torch.cat([flat(copied[i]) - flat(nets[i]) for i in (0, 2)]))
+    for step in steps[1:]:
+        assert (step - steps[0]).norm() < 1e-5 * steps[0].norm()
+    for script, config, kind in ((sft, sft.Config, "pairs"), (reward, reward.Config, "comparisons")):
+        norms = []
+        for size in (0, 3):
+            options = (
+                f"--data {folders['tmp']}/{kind}.jsonl --init {folders['sft']} --out {folders['tmp']}/{kind}{size}"
+            )
+            options += f" --micro_batch_size {size} --batch_size 8" + " --response_len 8" * (script is reward)
+            script.train(common.parse(config, options.split()))
+            norms.append(common.read_metrics(folders["tmp"] / f"{kind}{size}")[0]["grad_norm"])
+        assert norms[1] == pytest.approx(norms[0], rel=1e-5)
+
+
+# 16
+@mistake(
+    "ppo.py",
+    "0.5 * torch.maximum((values - returns).square(), (clipped - returns).square())",
+    "0.5 * (clipped - returns).square()",
+)
+def test_a_value_clipped_on_the_wrong_side_still_gets_a_gradient():
+    values = torch.tensor([1.0], requires_grad=True)  # moved away from its return, by more than the clip range
+    ppo.value_loss(values, torch.tensor([0.0]), torch.tensor([-1.0]), 0.2).sum().backward()
+    assert values.grad.item() == 2.0
+
+
+# 17
+@mistake(
+    "ppo.py",
+    "                pg.backward()\n                (cfg.vf_coef * vf).backward()",
+    "                torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)\n                cfg = replace(cfg, max_grad_norm=0.0)\n                pg.backward()\n                (cfg.vf_coef * vf).backward()",
+)
+@mistake(
+    "common.py",
+    'nn.utils.clip_grad_norm_(model.parameters(), max_norm or float("inf"))\n',
+    "nn.utils.get_total_norm([p.grad for p in model.parameters()])\n",
+)
+def test_gradients_are_clipped_after_backward_each_net_by_itself(nets):
+    cfg = ppo.Config(response_len=16, minibatch_size=6, epochs=1, max_grad_norm=0.01)
+    batch = rollout(nets, cfg)
+    batch |= ppo.estimate(batch, 0.1, -1.0, cfg)
+    before = [flat(nets[i]) for i in (0, 2)]
+    update(nets, batch, cfg, lr=1.0)
+    for net, start in zip((nets[0], nets[2]), before):
+        assert (flat(net) - start).norm().item() == pytest.approx(0.01, rel=1e-2)
+
+
+# 18
+@mistake("ppo.py", "ref = common.freeze(copy.deepcopy(policy), autocast)", "ref = common.freeze(policy, autocast)")
+@mistake("ppo.py", "value, cap = copy.deepcopy(reward), -1.0", "value, cap = reward, -1.0")
+def test_frozen_copy_and_reward_model_end_bit_identical_to_how_they_began(folders, monkeypatch):
+    kept, freeze = [], common.freeze
+    monkeypatch.setattr(common, "freeze", lambda m, a: kept.append((freeze(m, a), copy.deepcopy(m.state_dict()))) or m)
+    train_ppo(folders, lr=0.01)
+    assert len(kept) == 2
+    for net, before in kept:
+        assert all(torch.equal(before[name], x) for name, x in net.state_dict().items())
+    started, ended = common.load_gpt(folders["sft"])[0], common.load_gpt(folders["tmp"] / "ppo")[0]
+    assert not torch.equal(flat(started), flat(ended))
+
+
+# 19
+@mistake(
+    "ppo.py",
+    'lambda batch: reward.scores(batch["tokens"], batch["length"])',
+    "lambda batch: reward.scores(*data.pad([data.encode_row(encoding, 0, *pair) for pair in texts(batch, encoding)])[::2])",
+)
+def test_the_tokens_that_are_scored_are_those_that_were_sampled(gpt, encoding):
+    scorer = ScalarModel(copy.deepcopy(gpt)).eval()
+    nets, cfg = (gpt, gpt, scorer, scorer), ppo.Config(response_len=16)
+    batch = ppo.rollout(gpt, [encoding.encode_ordinary("ask me")] * 32, cfg, torch.Generator().manual_seed(0))
+    batch |= ppo.read(batch, *nets[:3], ppo.scorer(scorer, encoding), cfg)
+    again = [encoding.encode_ordinary(text) for _, text in ppo.texts(batch, encoding)]
+    sampled = [row[s:e].tolist() for row, s, e in zip(batch["tokens"], batch["prompt_len"], batch["length"])]
+    assert sum(a != b for a, b in zip(again, sampled)) > 16  # text would not give these tokens back
+    for row, end, score in zip(batch["tokens"], batch["length"], batch["score"]):
+        alone = scorer.scalar(scorer.trunk.hidden(row[None, :end])[0, -1])
+        assert score.item() == pytest.approx(alone.item(), abs=1e-5)
+
+
+# 20
+@mistake("data/__init__.py", "    if dropped and not drop_long:", "    if False:")
+@mistake(
+    "ppo.py", "prompts = data.prompts(path, encoding)", "prompts = [p[:room] for p in data.prompts(path, encoding)]"
+)
+def test_prompts_that_do_not_fit_are_counted_and_never_cut(folders):
+    long = write(folders["tmp"] / "long.jsonl", [{"prompt": "ask me. " * n} for n in (1, 2, 50, 60)])
+    with pytest.raises(InputError, match="2 of 4 prompts .*--drop_long"):
+        train_ppo(folders, data=long)
+
+
+# 21
+@mistake("common.py", "return items[RANK::WORLD]", "return items[: len(items) // WORLD]")
+@mistake("ppo.py", "common.generator(cfg.seed, 1, step, common.RANK)", "common.generator(cfg.seed, 1, step)")
+def test_every_process_answers_prompts_of_its_own_with_chance_of_its_own(folders):
+    tmp = folders["tmp"]
+    code = f"import json, os\ndef seen(prompt, response):\n    with open('{tmp}/rank' + os.environ.get('RANK', ''), 'a') as file:\n        file.write(json.dumps([prompt, response]) + '\\n')\n    return 0\n"
+    (tmp / "mine.py").write_text(code)
+    options = ["--init", folders["sft"], "--reward", folders["reward"], "--judge", f"{tmp}/mine.py:seen"]
+    options += ["--iterations", 1, "--batch_size", 16, "--minibatch_size", 16, "--response_len", 8, "--eval_prompts", 1]
+    for kind, rows in (("many", data.read_jsonl(tmp / "prompts.jsonl", {})), ("one", [{"prompt": "ask me."}] * 32)):
+        given = ["--data", write(tmp / f"{kind}.jsonl", rows), "--eval_data", tmp / "prompts.jsonl"]
+        for processes in (1, 2):
+            done = run("ppo.py", *given, *options, "--out", tmp / f"{kind}{processes}", processes=processes)
+            assert done.returncode == 0, done.stderr
+        alone, first, second = (
+            [json.loads(line) for line in (tmp / f"rank{rank}").read_text().splitlines()] for rank in ("", 0, 1)
+        )
+        alone, first, second = alone[:16], first[:8], second[:8]  # without the evaluation
+        assert sorted(p for p, _ in first + second) == sorted(p for p, _ in alone)
+        if kind == "one":
+            assert first != second
+        for rank in ("", 0, 1):
+            (tmp / f"rank{rank}").unlink()
+
+
+# 22
+@mistake(
+    "ppo.py",
+    '"policy_optimizer": policy_optimizer, "value_optimizer": value_optimizer}',
+    '"policy_optimizer": policy_optimizer}',
+)
+@mistake("ppo.py", 'run.state["kl_coef"] if run.state else cfg.kl_coef', "cfg.kl_coef")
+@mistake(
+    "ppo.py",
+    "data.shuffled(prompts, cfg.batch_size, cfg.seed, None, step)",
+    "data.shuffled(prompts, cfg.batch_size, cfg.seed, None, step - run.step)",
+)
+def test_a_run_that_was_stopped_and_resumed_is_the_run_that_was_not(folders, monkeypatch):
+    options = {"iterations": 4, "save_every": 2, "kl_target": 0.5, "horizon": 100, "lr": 0.01}
+    whole = train_ppo(folders, **options, out=folders["tmp"] / "whole")
+    save = common.Run.save
+
+    def save_then_die(self, *args, **parts):
+        save(self, *args, **parts)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(common.Run, "save", save_then_die)
+    with pytest.raises(KeyboardInterrupt):
+        train_ppo(folders, **options)
+    monkeypatch.setattr(common.Run, "save", save)
+    with open(folders["tmp"] / "ppo" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 2, "objective/kl": 99}\n{"step": 3, "obj')  # a third step that was never saved
+    monkeypatch.setattr(common, "parse", lambda *a, parse=common.parse: setattr(c := parse(*a), "resume", True) or c)
+    resumed = train_ppo(folders, **options)
+    timeless = [
+        [{k: v for k, v in line.items() if "time/" not in k and k != "tokens_per_s"} for line in lines]
+        for lines in (whole, resumed)
+    ]
+    assert timeless[0] == timeless[1] and len(resumed) == 4
+
+
+# 23
+@mistake("model.py", "std=1 / math.sqrt(trunk.config.n_embd + 1)", "std=1 / (trunk.config.n_embd + 1)")
+def test_the_scalar_head_starts_with_std_one_over_root_of_width_plus_one():
+    torch.manual_seed(0)
+    head = ScalarModel(GPT(GPTConfig(vocab_size=10, block_size=4, n_layer=1, n_head=1, n_embd=4095))).head
+    assert abs(head.weight.std().item() * 64 - 1) < 0.05 and head.bias.item() == 0
+
+
+# 24
+@mistake(
+    "model.py",
+    "gather_positions(self.trunk.hidden(tokens), length[:, None] - 1)",
+    "gather_positions(self.trunk.hidden(tokens), length[:, None] * 0 + tokens.shape[1] - 1)",
+)
+def test_the_score_is_read_at_the_last_real_token(nets):
+    scorer = nets[3]
+    rows = [data.Row([1, 2, 3], 1), data.Row([4, 5, 6, 7, 8, 9, 10, 60], 2)]
+    tokens, _, length = data.pad(rows)
+    for row, score in zip(rows, scorer.scores(tokens, length)):
+        at_end = scorer.scalar(scorer.trunk.hidden(torch.tensor([row.tokens]))[0, -1])
+        assert score.item() == pytest.approx(at_end.item(), abs=1e-5)
+
+
+# 25
+@mistake(
+    "sft.py",
+    "return -model.logprobs(*data.pad(rows, device)).sum()",
+    "tokens, prompt_len, length = data.pad(rows, device)\n    return -model.logprobs(tokens, torch.ones_like(prompt_len), length).sum()",
+)
+def test_the_fine_tuning_loss_leaves_the_prompt_out(gpt, encoding):
+    rows = [
+        data.encode_row(encoding, gpt.config.eos, prompt, " yes") for prompt in ("ask me", "tell me a tale of a fox")
+    ]
+    expected = 0.0
+    for row in rows:
+        logp = gpt(torch.tensor([row.tokens])).log_softmax(-1)[0]
+        expected -= sum(logp[t - 1, row.tokens[t]].item() for t in range(row.prompt_len, len(row.tokens)))
+    assert sft.next_token_loss(gpt, rows, CPU).item() == pytest.approx(expected, abs=1e-4)
+    assert sft.count_targets(rows) == sum(len(encoding.encode_ordinary(" yes")) + 1 for _ in rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("test, file, right, wrong", MISTAKES, ids=[f"{m[0]}-{i}" for i, m in enumerate(MISTAKES)])
+def test_the_mistake_is_caught(tmp_path, test, file, right, wrong):
+    shutil.copytree(ROOT, tmp_path / "copy", ignore=shutil.ignore_patterns(".*", "out", "__pycache__"))
+    source = (tmp_path / "copy" / file).read_text()
+    assert source.count(right) == 1, f"{file} no longer holds, once, the line that this mistake changes"
+    (tmp_path / "copy" / file).write_text(source.replace(right, wrong))
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/test_mistakes.py::{test}"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(command, cwd=tmp_path / "copy", env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1 and "1 failed" in done.stdout, f"{test} passes with its mistake made\n{done.stdout}"
+    assert "SyntaxError" not in done.stdout and "NameError" not in done.stdout, done.stdout
