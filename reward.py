@@ -34,14 +34,14 @@ class Config:
     out: str = "out/reward"  # run folder to write
     judge: str = "data/tales.py:judge"  # the simulated person, FILE.py:function, where --data holds prompts alone
     label_temperature: float = 0.1  # of the simulated person's choices: 0.1 judges 0.1 better right in 73%
-    samples: int = 4  # responses sampled for each prompt, where --data holds prompts alone
+    samples: int = 8  # responses sampled for each prompt, where --data holds prompts alone
     n_prompts: int = 0  # use the first so many prompts of --data; 0: all
     seed: int = 0  # of samples, labels, head and data order
     device: str = "auto"  # auto, cpu, cuda or mps
     dtype: str = "auto"  # auto, float32 or bfloat16 (autocast)
     response_len: int = 64  # longest sampled response, in tokens
     temperature: float = 1.0  # of the samples
-    batch_size: int = 8  # prompts a step, each with all its responses, over all processes
+    batch_size: int = 4  # prompts a step, each with all its responses, over all processes
     micro_batch_size: int = 0  # prompts in one forward; 0: the whole batch
     lr: float = 2e-3  # peak of the learning rate
     warmup: int = 10  # steps of warm-up

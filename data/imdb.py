@@ -104,6 +104,11 @@ def fit(texts: list[str], labels: list[int]) -> np.ndarray:
     return torch.cat([weight[:, 0], bias]).detach().numpy()
 
 
+def stretches(text: str) -> list[str]:
+    """The text cut into pieces of about the length that will be judged."""
+    return [text[start : start + RESPONSE] for start in range(0, len(text), RESPONSE)]
+
+
 def probability(weights: np.ndarray, text: str) -> float:
     """The linear model's probability that a text is positive."""
     row = features(text)
@@ -160,15 +165,10 @@ def prepare(source: Path) -> None:
     write("ppo", prompts(texts[half:]))
     write("eval", prompts(order(parts["eval"])))
     for name in ("labeller", "judge"):
-        pieces = [(text[:RESPONSE], label) for text, label in parts[name]]
-        pieces += [(text[-RESPONSE:], label) for text, label in parts[name]]
+        pieces = [(piece, label) for text, label in parts[name] for piece in [text, *stretches(text)]]
         weights = fit(*map(list, zip(*pieces)))
         np.save(FOLDER / f"{name}.npy", weights)
-        right = [
-            (probability(weights, piece) > 0.5) == label
-            for text, label in parts["eval"]
-            for piece in (text[:RESPONSE], text[-RESPONSE:])
-        ]
+        right = [(probability(weights, p) > 0.5) == label for t, label in parts["eval"] for p in stretches(t)]
         whole = [(probability(weights, text) > 0.5) == label for text, label in parts["eval"]]
         print(f"{name}: right on {np.mean(right):.3f} of held-out stretches, {np.mean(whole):.3f} of held-out reviews")
 

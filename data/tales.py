@@ -142,7 +142,7 @@ def rows() -> dict[str, list[dict]]:
     rng = random.Random(SEED)
     wishes = [dict(zip(SLOTS, words)) for words in itertools.product(*(WORDS[slot] for slot in SLOTS))]
     rng.shuffle(wishes)
-    tuning, comparing, ppo, evaluation = wishes[:4_000], wishes[4_000:7_000], wishes[7_000:9_800], wishes[9_800:10_312]
+    tuning, comparing, ppo, evaluation = wishes[:4_000], wishes[4_000:5_000], wishes[5_000:9_800], wishes[9_800:10_312]
     return {
         "pretrain": [
             {"text": (PROMPT.format(**w) if rng.random() < 0.5 else "") + write_story(w, rng)}
