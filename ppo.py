@@ -47,10 +47,10 @@ class Config:
     seed: int = 0  # of prompts, samples and minibatches
     device: str = "auto"  # auto, cpu, cuda or mps
     dtype: str = "auto"  # auto, float32 or bfloat16 (autocast)
-    iterations: int = 30  # rounds of answer → score → update; 0: only evaluate
+    iterations: int = 32  # rounds of answer → score → update; 0: only evaluate
     batch_size: int = 128  # prompts an iteration, over all processes
     epochs: int = 4  # passes over an iteration's answers
-    minibatch_size: int = 64  # answers an optimizer step, over all processes
+    minibatch_size: int = 32  # answers an optimizer step, over all processes
     micro_batch_size: int = 0  # answers in one forward; 0: the whole minibatch
     response_len: int = 64  # longest answer, in tokens
     temperature: float = 1.0  # of sampling and, alike, of all log-probabilities

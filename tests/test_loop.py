@@ -15,15 +15,20 @@ def table(output: str) -> dict[str, list[float]]:
     return {name: [float(before), float(after)] for name, before, after in rows}
 
 
-def test_the_judge_rises_most_of_the_way_at_a_small_kl_and_without_the_kl_term_the_policy_strays_further(tmp_path):
+def test_the_judge_rises_at_a_small_kl_and_without_the_kl_term_the_reward_model_is_hacked(tmp_path):
     for script in ("sft.py", "reward.py"):
         done = run(script, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
-    with_kl, without = run("ppo.py", cwd=tmp_path), run("ppo.py", "--kl_coef", 0, "--out", "out/free", cwd=tmp_path)
+    accuracy, ceiling = map(float, re.search(r"accuracy (\S+) ± .* allows (\S+)\)", done.stdout).groups())
+    assert accuracy > ceiling - 0.05
+    with_kl, without = run("ppo.py", cwd=tmp_path), run("ppo.py", "--kl_coef", 0, "--out", "out/hacked", cwd=tmp_path)
     assert with_kl.returncode == without.returncode == 0, with_kl.stderr + without.stderr
-    rows = table(with_kl.stdout)
+    rows, hacked = table(with_kl.stdout), table(without.stdout)
     before, after = rows["data/tales.py:judge"]
     assert after - before >= 0.6 * (1 - before)
     assert rows["ended by EOS"][1] >= 0.97 and rows["data/tales.py:grammar"][1] >= 0.95
-    kl, free_kl = rows["KL to the start (nats)"][1], table(without.stdout)["KL to the start (nats)"][1]
-    assert 0.5 < kl <= 6 and free_kl > 1.3 * kl
+    assert 0.5 < rows["KL to the start (nats)"][1] <= 6
+    assert hacked["score"][1] > rows["score"][1]  # more of what was asked for,
+    assert hacked["data/tales.py:judge"][1] < after - 0.1  # less of what was meant,
+    assert hacked["data/tales.py:grammar"][1] < rows["data/tales.py:grammar"][1] - 0.05  # in worse language
+    assert hacked["KL to the start (nats)"][1] > 2 * rows["KL to the start (nats)"][1]

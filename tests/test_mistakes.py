@@ -334,7 +334,7 @@ def test_a_value_clipped_on_the_wrong_side_still_gets_a_gradient():
 @mistake(
     "ppo.py",
     "                pg.backward()\n                (cfg.vf_coef * vf).backward()",
-    "                torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)\n                cfg = replace(cfg, max_grad_norm=0.0)\n                pg.backward()\n                (cfg.vf_coef * vf).backward()",
+    "                torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)\n                cfg = copy.copy(cfg)\n                cfg.max_grad_norm = 0.0\n                pg.backward()\n                (cfg.vf_coef * vf).backward()",
 )
 @mistake(
     "common.py",
