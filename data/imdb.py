@@ -3,10 +3,10 @@
     python -m data.imdb                          download it (84 MB) and write the files to out/data/imdb
     python -m data.imdb --source FILE_OR_DIR     from the tar.gz, its unpacked folder, or JSONL with "text" and "label"
 
-Writes text to pretrain on, prompts of 2–8 tokens (as in the sentiment task of Rafailov et al. 2023), and two linear
-models of sentiment fitted on disjoint reviews: `labeller` plays the person who compares, `judge` only measures. Reviews
-are split by their text: 60% to pretrain on, which also give the prompts of comparing and PPO; 15% to fit each linear
-model; 10% for evaluation prompts and for the linear models' held-out accuracy.
+Writes text to pretrain on, prompts of 2–4 words (2–8 tokens, as in the sentiment task of Rafailov et al. 2023), and two
+linear models of sentiment fitted on disjoint reviews: `labeller` plays the person who compares, `judge` only measures.
+Reviews are split by their text: 60% to pretrain on, which also give the prompts of comparing and PPO; 15% to fit each
+linear model; 10% for evaluation prompts and for the linear models' held-out accuracy.
 """
 
 import argparse
@@ -154,10 +154,10 @@ def prepare(source: Path) -> None:
         temporary.replace(FOLDER / f"{name}.jsonl")
         print(f"{FOLDER / name}.jsonl: {len(rows):,} rows")
 
-    # A prompt is the first 2–6 words: 2–8 tokens of a vocabulary of a few thousand, near enough.
+    # A prompt is the first 2–4 words: mostly 2–8 tokens of a vocabulary of a few thousand.
     rng = np.random.default_rng(0)
     order = lambda rows: [rows[i][0] for i in rng.permutation(len(rows))]  # noqa: E731
-    prompts = lambda texts: [{"prompt": " ".join(t.split()[: rng.integers(2, 7)])} for t in texts]  # noqa: E731
+    prompts = lambda texts: [{"prompt": " ".join(t.split()[: rng.integers(2, 5)])} for t in texts]  # noqa: E731
     write("pretrain", [{"text": text} for text, _ in parts["pretrain"]])
     texts = order(parts["pretrain"])
     half = len(texts) // 2
