@@ -24,7 +24,7 @@ LETTERS, R, CAP, BATCH = "abcde", 4, -1.0, 1024
 ENDED = ["".join(word) for n in range(R) for word in itertools.product(LETTERS, repeat=n)]
 CUT = ["".join(word) for word in itertools.product(LETTERS, repeat=R)]
 SCORE = dict(zip(ENDED + CUT, np.random.default_rng(0).normal(size=len(ENDED + CUT)).tolist()))
-BETAS = (0.5, 0.35, 0.25)  # the optimum is 0.34, 0.60 and 0.86 from the start in total variation
+BETAS = (1.0, 0.6, 0.3)  # the optimum is 0.34, 0.57 and 0.86 from the start in total variation
 
 
 def score(prompt: str, response: str) -> float:
@@ -40,7 +40,7 @@ def world(folder: Path) -> Path:
         special_tokens={"<|endoftext|>": 5},
     )
     torch.manual_seed(0)
-    policy = GPT(GPTConfig(vocab_size=6, block_size=1 + R, n_layer=2, n_head=4, n_embd=64, eos=5))
+    policy = GPT(GPTConfig(vocab_size=6, block_size=1 + R, n_layer=2, n_head=2, n_embd=32, eos=5))
     for p in policy.parameters():
         if p.dim() > 1:
             torch.nn.init.normal_(p, std=0.1)
@@ -90,7 +90,8 @@ def settle(folder: Path, beta: float, seed: int, **options: object) -> tuple[np.
     options = {
         "init": folder / "start", "data": folder / "prompts.jsonl", "eval_data": folder / "prompts.jsonl", "out": out,
         "reward": f"{__file__}:score", "unended_cap": CAP, "response_len": R, "eval_prompts": 1, "device": "cpu",
-        "batch_size": BATCH, "minibatch_size": 512, "iterations": 120, "lr": 3e-3, "kl_coef": beta, "seed": seed,
+        "batch_size": BATCH, "minibatch_size": 256, "iterations": 180, "epochs": 2, "lr": 2e-3, "kl_coef": beta,
+        "seed": seed,
     } | options  # fmt: skip
     ppo.train(common.parse(ppo.Config, [str(word) for name, value in options.items() for word in (f"--{name}", value)]))
     return log_probabilities(out), common.read_metrics(out)[-1]
@@ -100,7 +101,7 @@ RUNS = [(beta, seed) for beta in BETAS for seed in range(3)]
 
 
 @pytest.mark.parametrize(
-    "beta, seed", [pytest.param(*run, marks=[] if run == (0.35, 0) else pytest.mark.slow) for run in RUNS]
+    "beta, seed", [pytest.param(*run, marks=[] if run == (0.6, 0) else pytest.mark.slow) for run in RUNS]
 )
 def test_ppo_reaches_the_exact_optimum_of_kl_regularised_reward(tmp_path, beta, seed):
     """98% of the way from J(π₀) to J*, at a total variation of 0.05 from π* (0.10 where it is far from the start)."""
@@ -135,7 +136,9 @@ def draw(target: str) -> None:
             axis.plot(*place(best), "o", markerfacecolor="none", color="0.4", markersize=11)
             for seed in range(3):
                 reached, _ = settle(Path(folder), beta, seed)
-                axis.plot(*place(reached), "x", color="C3", label="ppo.py, three seeds" if beta + seed == 0.5 else None)
+                axis.plot(
+                    *place(reached), "x", color="C3", label="ppo.py, three seeds" if (beta, seed) == (1.0, 0) else None
+                )
                 before, after = objective(start, start, beta), objective(reached, start, beta)
                 print(
                     f"| {beta} | {seed} | {distance(start, best):.2f} | {(after - before) / (most - before):.3f} |"
