@@ -24,7 +24,7 @@ LETTERS, R, CAP, BATCH = "abcde", 4, -1.0, 1024
 ENDED = ["".join(word) for n in range(R) for word in itertools.product(LETTERS, repeat=n)]
 CUT = ["".join(word) for word in itertools.product(LETTERS, repeat=R)]
 SCORE = dict(zip(ENDED + CUT, np.random.default_rng(0).normal(size=len(ENDED + CUT)).tolist()))
-BETAS = (1.0, 0.6, 0.3)  # the optimum is 0.34, 0.57 and 0.86 from the start in total variation
+BETAS = (1.0, 0.6, 0.3)  # the optimum is 0.34, 0.56 and 0.86 from the start in total variation
 
 
 def score(prompt: str, response: str) -> float:
