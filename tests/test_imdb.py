@@ -67,7 +67,7 @@ def test_splits_are_disjoint_prompts_are_openings_and_the_two_models_are_indepen
     for name in openings:
         assert all(2 <= len(prompt.split()) <= 4 for prompt in openings[name])
     assert imdb.judge("", GOOD) == 1 and imdb.judge("", BAD) == 0
-    assert imdb.labeller("", GOOD) > 0.8 > 0.2 > imdb.labeller("", BAD)
+    assert imdb.labeller("", GOOD) > 0.6 > 0.4 > imdb.labeller("", BAD)
     assert not np.array_equal(np.load(folder / "judge.npy"), np.load(folder / "labeller.npy"))
 
 
