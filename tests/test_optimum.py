@@ -133,7 +133,7 @@ def draw(target: str) -> None:
         axis.plot(*zip(*curve), color="0.6", label="exact optimum, every β")
         for beta in BETAS:
             best, most = optimum(start, beta)
-            axis.plot(*place(best), "o", markerfacecolor="none", color="0.4", markersize=11)
+            axis.plot(*place(best), "o", color="0.85", markersize=11)
             for seed in range(3):
                 reached, _ = settle(Path(folder), beta, seed)
                 axis.plot(
