@@ -130,7 +130,7 @@ def test_adaptive_beta_follows_ziegler_et_al(kl, target, beta, episodes, horizon
 
 @settings(deadline=None)
 @given(shapes)
-def test_whitening_and_masked_means_agree_with_trl(shape):
+def test_whitening_agrees_with_trl(shape):
     """TRL's variance is the unbiased one, n / (n − 1) of ours; its pads come out shifted and are filled afterwards."""
     trl = pytest.importorskip("trl.experimental.ppo.ppo_trainer")
     seed, rows, columns = shape
@@ -139,8 +139,6 @@ def test_whitening_and_masked_means_agree_with_trl(shape):
     n = int(mask.sum())
     expected = trl.masked_whiten(x, mask).masked_fill(~mask, 0) * math.sqrt(n / (n - 1))
     torch.testing.assert_close(ppo.whiten(x, mask), expected, rtol=1e-5, atol=1e-5)
-    losses, _ = ppo.policy_loss(batch["logp"], batch["ref_logp"], x, 0.2)
-    torch.testing.assert_close((losses * mask).sum() / n, trl.masked_mean(losses, mask))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])

@@ -119,10 +119,11 @@ def test_eos_is_learned_in_stage_1_and_is_the_last_token_of_a_response_that_ende
     expected = -sum(logp[t - 1, ids[t]].item() for t in range(row.prompt_len, len(ids)))
     assert sft.next_token_loss(gpt, [row], CPU).item() == pytest.approx(expected, abs=1e-4)
     batch = ppo.rollout(make_gpt(), PROMPTS * 20, ppo.Config(response_len=40), torch.Generator().manual_seed(0))
-    ended = batch["tokens"].gather(1, batch["length"][:, None] - 1)[:, 0] == 60
-    assert torch.equal(ended, batch["ended"]) and 20 < ended.sum() < 120
-    for row, start, end in zip(batch["tokens"], batch["prompt_len"], batch["length"]):
-        assert 60 not in row[start : end - 1]
+    assert 20 < batch["ended"].sum() < 120
+    for row, start, end, ended in zip(*(batch[name].tolist() for name in ("tokens", "prompt_len", "length", "ended"))):
+        assert 60 not in row[start : end - 1] and (row[end - 1] == 60) == ended == (
+            end - start < 40 or row[end - 1] == 60
+        )
 
 
 # 5
@@ -253,14 +254,15 @@ def test_returns_are_the_rewards_still_to_come_not_made_from_whitened_advantages
 # 13
 @mistake("ppo.py", 'adapt(kl_coef, metrics["objective/kl"]', 'adapt(kl_coef, metrics["policy/approxkl_avg"]')
 def test_adaptive_beta_follows_the_kl_to_the_reference_not_the_updates_own(folders):
-    options = {"iterations": 6, "lr": 0.02, "kl_target": 0.5, "horizon": 100, "kl_coef": 0.3}
+    options = {"iterations": 8, "lr": 0.02, "kl_target": 0.5, "horizon": 100, "kl_coef": 0.3}
     lines = train_ppo(folders, **options)
     beta = 0.3
     for line in lines:
         assert line["kl_coef"] == pytest.approx(beta, rel=1e-6)
         error = min(max(line["objective/kl"] / 0.5 - 1, -0.2), 0.2)  # Ziegler et al. 2019, section 2.2
         beta *= 1 + error * 8 / 100
-    assert lines[0]["objective/kl"] == 0 and lines[-1]["objective/kl"] > 1  # it went both ways
+    betas = [line["kl_coef"] for line in lines]
+    assert min(betas) < betas[0] and betas[-1] > min(betas)  # it went both ways
 
 
 # 14
@@ -296,7 +298,7 @@ def test_a_responses_kl_is_the_sum_over_its_tokens_and_all_of_it_is_charged(nets
     "next_token_loss(model, part, device) / count_targets(part)",
 )
 def test_how_a_batch_is_split_does_not_change_its_step(nets, folders):
-    cfg = ppo.Config(response_len=16, minibatch_size=3, epochs=1)
+    cfg = ppo.Config(response_len=16, minibatch_size=3, epochs=1, max_grad_norm=0.0)
     batch = rollout(nets, cfg)
     batch |= ppo.estimate(batch, 0.1, -1.0, cfg)
     steps = []
@@ -369,7 +371,7 @@ def test_frozen_copy_and_reward_model_end_bit_identical_to_how_they_began(folder
 @mistake(
     "ppo.py",
     'lambda batch: reward.scores(batch["tokens"], batch["length"])',
-    "lambda batch: reward.scores(*data.pad([data.encode_row(encoding, 0, *pair) for pair in texts(batch, encoding)])[::2])",
+    "lambda batch: reward.scores(*data.pad([data.encode_row(encoding, encoding.eot_token, *pair, end) for pair, end in zip(texts(batch, encoding), batch['ended'].tolist())])[::2])",
 )
 def test_the_tokens_that_are_scored_are_those_that_were_sampled(gpt, encoding):
     scorer = ScalarModel(copy.deepcopy(gpt)).eval()
@@ -377,7 +379,8 @@ def test_the_tokens_that_are_scored_are_those_that_were_sampled(gpt, encoding):
     batch = ppo.rollout(gpt, [encoding.encode_ordinary("ask me")] * 32, cfg, torch.Generator().manual_seed(0))
     batch |= ppo.read(batch, *nets[:3], ppo.scorer(scorer, encoding), cfg)
     again = [encoding.encode_ordinary(text) for _, text in ppo.texts(batch, encoding)]
-    sampled = [row[s:e].tolist() for row, s, e in zip(batch["tokens"], batch["prompt_len"], batch["length"])]
+    ends = batch["length"] - batch["ended"].long()  # without EOS
+    sampled = [row[s:e].tolist() for row, s, e in zip(batch["tokens"], batch["prompt_len"], ends)]
     assert sum(a != b for a, b in zip(again, sampled)) > 16  # text would not give these tokens back
     for row, end, score in zip(batch["tokens"], batch["length"], batch["score"]):
         alone = scorer.scalar(scorer.trunk.hidden(row[None, :end])[0, -1])
@@ -454,6 +457,8 @@ def test_a_run_that_was_stopped_and_resumed_is_the_run_that_was_not(folders, mon
         for lines in (whole, resumed)
     ]
     assert timeless[0] == timeless[1] and len(resumed) == 4
+    ended = [flat(common.load_gpt(folders["tmp"] / name)[0]) for name in ("whole", "ppo")]
+    assert torch.equal(*ended)
 
 
 # 23
@@ -508,4 +513,4 @@ def test_the_mistake_is_caught(tmp_path, test, file, right, wrong):
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(command, cwd=tmp_path / "copy", env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1 and "1 failed" in done.stdout, f"{test} passes with its mistake made\n{done.stdout}"
-    assert "SyntaxError" not in done.stdout and "NameError" not in done.stdout, done.stdout
+    assert "AssertionError" in done.stdout or "DID NOT RAISE" in done.stdout, f"{test} only crashes\n{done.stdout}"

@@ -10,7 +10,7 @@ import common
 import ppo
 import reward
 import sft
-from tests.conftest import ROOT, run, write
+from tests.conftest import ROOT, flat, run, write
 
 CPU = torch.device("cpu")
 
@@ -39,6 +39,26 @@ def test_pretraining_then_fine_tuning_lowers_the_loss_and_repeats_bit_for_bit(fo
     assert {"model.pt", "best.pt", "state.pt", "metrics.jsonl", "samples.txt"} <= {
         p.name for p in (tmp / "tuned").iterdir()
     }
+
+
+def test_a_run_that_was_stopped_and_resumed_is_the_run_that_was_not(folders, monkeypatch):
+    tmp, save = folders["tmp"], common.Run.save
+    given = ["--data", tmp / "pairs.jsonl", "--init", folders["sft"], "--evals", 2]
+    options = lambda *more: common.parse(sft.Config, [str(word) for word in [*given, *more]])  # noqa: E731
+    sft.train(options("--out", tmp / "whole"))
+
+    def save_then_die(self, *args, **parts):
+        save(self, *args, **parts)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(common.Run, "save", save_then_die)
+    with pytest.raises(KeyboardInterrupt):
+        sft.train(options("--out", tmp / "cut"))
+    monkeypatch.setattr(common.Run, "save", save)
+    assert len(metrics(tmp / "cut")) < len(metrics(tmp / "whole"))
+    sft.train(options("--out", tmp / "cut", "--resume"))
+    assert metrics(tmp / "cut") == metrics(tmp / "whole")
+    assert torch.equal(*(flat(common.load_gpt(tmp / name)[0]) for name in ("cut", "whole")))
 
 
 def test_an_earlier_run_is_kept_and_a_foreign_folder_is_refused(folders):
