@@ -403,23 +403,18 @@ def test_prompts_that_do_not_fit_are_counted_and_never_cut(folders):
 @mistake("ppo.py", "common.generator(cfg.seed, 1, step, common.RANK)", "common.generator(cfg.seed, 1, step)")
 def test_every_process_answers_prompts_of_its_own_with_chance_of_its_own(folders):
     tmp = folders["tmp"]
-    code = f"import json, os\ndef seen(prompt, response):\n    with open('{tmp}/rank' + os.environ.get('RANK', ''), 'a') as file:\n        file.write(json.dumps([prompt, response]) + '\\n')\n    return 0\n"
+    code = f"import json, os\ndef seen(prompt, response):\n    with open('{tmp}/rank' + os.environ['RANK'], 'a') as file:\n        file.write(json.dumps([prompt, response]) + '\\n')\n    return 0\n"
     (tmp / "mine.py").write_text(code)
     options = ["--init", folders["sft"], "--reward", folders["reward"], "--judge", f"{tmp}/mine.py:seen"]
     options += ["--iterations", 1, "--batch_size", 16, "--minibatch_size", 16, "--response_len", 8, "--eval_prompts", 1]
     for kind, rows in (("many", data.read_jsonl(tmp / "prompts.jsonl", {})), ("one", [{"prompt": "ask me."}] * 32)):
         given = ["--data", write(tmp / f"{kind}.jsonl", rows), "--eval_data", tmp / "prompts.jsonl"]
-        for processes in (1, 2):
-            done = run("ppo.py", *given, *options, "--out", tmp / f"{kind}{processes}", processes=processes)
-            assert done.returncode == 0, done.stderr
-        alone, first, second = (
-            [json.loads(line) for line in (tmp / f"rank{rank}").read_text().splitlines()] for rank in ("", 0, 1)
-        )
-        alone, first, second = alone[:16], first[:8], second[:8]  # without the evaluation
-        assert sorted(p for p, _ in first + second) == sorted(p for p, _ in alone)
-        if kind == "one":
-            assert first != second
-        for rank in ("", 0, 1):
+        done = run("ppo.py", *given, *options, "--out", tmp / kind, processes=2)
+        assert done.returncode == 0, done.stderr
+        first, second = ([json.loads(x) for x in (tmp / f"rank{r}").read_text().splitlines()][:8] for r in (0, 1))
+        assert len({prompt for prompt, _ in first + second}) == (16 if kind == "many" else 1)
+        assert first != second
+        for rank in (0, 1):
             (tmp / f"rank{rank}").unlink()
 
 
