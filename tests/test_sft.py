@@ -74,6 +74,7 @@ def test_an_earlier_run_is_kept_and_a_foreign_folder_is_refused(folders):
     assert (tmp / "mine" / "thesis.txt").read_text() == "all I have"
 
 
+MISSING = "mps" if torch.cuda.is_available() else "cuda"  # no machine has both
 BAD = [
     ("sft.py", ["--colour", "red"], "--colour"),
     ("sft.py", ["--lr", "fast"], "--lr"),
@@ -86,7 +87,7 @@ BAD = [
     ("sft.py", ["--data", "text.jsonl", "--evals", "0", "--out", "x"], "--evals 0"),
     ("sft.py", ["--data", "notes.md", "--out", "x"], "notes.md"),
     ("sft.py", ["--data", "null.jsonl", "--init", "sft", "--out", "x"], "null.jsonl: row 1"),
-    ("sft.py", ["--data", "text.jsonl", "--device", "cuda"], "--device cuda"),
+    ("sft.py", ["--data", "text.jsonl", "--device", MISSING], f"--device {MISSING}: there is none"),
     ("sft.py", ["--data", "text.jsonl", "--device", "toaster"], "--device toaster"),
     ("sft.py", ["--data", "text.jsonl", "--dtype", "int8"], "--dtype int8"),
     ("sft.py", ["--data", "pairs.jsonl", "--init", "reward", "--out", "x"], "reward"),
@@ -110,8 +111,6 @@ BAD = [
 @pytest.mark.parametrize("script, options, named", BAD)
 def test_bad_input_is_one_sentence_and_exit_code_2(folders, script, options, named):
     tmp = folders["tmp"]
-    if "cuda" in options and torch.cuda.is_available():
-        pytest.skip("this machine has the GPU that the test says is missing")
     write(tmp / "bad_ranked.jsonl", [{"prompt": "a", "ranked": ["only one"]}])
     (tmp / "empty.txt").write_text("")
     (tmp / "broken.jsonl").write_text('{"text": "fine"}\n{"text": \n')
