@@ -7,6 +7,7 @@ import inspect
 import json
 import os
 import re
+import resource
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -28,9 +29,7 @@ from model import GPT, GPTConfig, ScalarModel
 
 # --- command line ---------------------------------------------------------------------------------------------------
 
-ABOVE_ZERO = (
-    "samples batch_size minibatch_size epochs response_len block_size n_layer n_head n_embd label_temperature".split()
-)
+ABOVE_ZERO = "samples batch_size minibatch_size epochs response_len n_layer n_head n_embd label_temperature".split()
 ABOVE_ZERO += ["eval_prompts", "save_every", "evals", "horizon"]
 
 
@@ -231,7 +230,13 @@ def save_model(model: GPT | ScalarModel, encoding: tiktoken.Encoding, path: Path
     save_file(content, path)
 
 
-def _load(folder: str | Path, option: str, device: torch.device) -> tuple[dict, bool]:
+def load(
+    folder: str | Path, device: torch.device | str = "cpu", option: str = "", kind: type | None = None
+) -> tuple[GPT | ScalarModel, tiktoken.Encoding]:
+    """The model of a run folder (or of a .pt file) in eval mode, and its tokenizer.
+
+    Raises InputError where there is none, or where it is not of the `kind` that `option` wants.
+    """
     path = Path(folder) / "model.pt" if Path(folder).suffix != ".pt" else Path(folder)
     if not path.exists():
         raise InputError(
@@ -239,33 +244,39 @@ def _load(folder: str | Path, option: str, device: torch.device) -> tuple[dict, 
         )
     try:
         saved = torch.load(path, map_location=device, weights_only=True)
-        return saved, "head.weight" in saved["model"]
+        scalar = "head.weight" in saved["model"]
     except Exception as error:  # torch.load raises many kinds
         raise InputError(
             f"{path}: not a checkpoint of this project ({type(error).__name__}); name another run folder"
         ) from None
+    if kind is GPT and scalar:
+        raise InputError(f"{option} {folder}: holds a reward model; give a run folder of sft.py or ppo.py")
+    if kind is ScalarModel and not scalar:
+        raise InputError(f"{option} {folder}: holds a language model; give a run folder of reward.py")
+    with torch.device("meta"):  # no memory yet: the saved tensors become the parameters
+        model = GPT(GPTConfig(**saved["config"]))
+        model = ScalarModel(model) if scalar else model
+    model.load_state_dict(saved["model"], assign=True)
+    return model.eval(), encoding_from_state(saved["tokenizer"])
 
 
 def load_gpt(folder: str | Path, device: torch.device | str = "cpu", option: str = "") -> tuple[GPT, tiktoken.Encoding]:
-    """The language model of a run folder (or of a .pt file) in eval mode, and its tokenizer."""
-    saved, scalar = _load(folder, option, device)
-    if scalar:
-        raise InputError(f"{option} {folder}: holds a reward model; give a run folder of sft.py or ppo.py")
-    model = GPT(GPTConfig(**saved["config"])).to(device)
-    model.load_state_dict(saved["model"])
-    return model.eval(), encoding_from_state(saved["tokenizer"])
+    return load(folder, device, option, GPT)
 
 
 def load_scalar(
     folder: str | Path, device: torch.device | str = "cpu", option: str = ""
 ) -> tuple[ScalarModel, tiktoken.Encoding]:
-    """The reward model of a run folder (or of a .pt file) in eval mode, and its tokenizer."""
-    saved, scalar = _load(folder, option, device)
-    if not scalar:
-        raise InputError(f"{option} {folder}: holds a language model; give a run folder of reward.py")
-    model = ScalarModel(GPT(GPTConfig(**saved["config"]))).to(device)
-    model.load_state_dict(saved["model"])
-    return model.eval(), encoding_from_state(saved["tokenizer"])
+    return load(folder, device, option, ScalarModel)
+
+
+def context(cfg: Any, model: GPT) -> int:
+    """The longest sequence in tokens: --block_size, or the model's whole context where that is 0."""
+    if cfg.block_size > model.config.block_size:
+        raise InputError(
+            f"--block_size {cfg.block_size}: {cfg.init} has a context of {model.config.block_size}; give less"
+        )
+    return cfg.block_size or model.config.block_size
 
 
 class Run:
@@ -369,10 +380,11 @@ class Run:
                 file.write(f"step {step}  {text}\n")
             print(f"    “{text}”", flush=True)
 
-    def plot(self) -> None:
-        """curves.png from metrics.jsonl, where matplotlib is installed."""
+    def finish(self, device: torch.device) -> None:
+        """Say the most memory that was taken; draw curves.png from metrics.jsonl, where matplotlib is installed."""
         if RANK > 0:
             return
+        say(f"peak memory: {peak_memory(device):.2f} GiB")
         if importlib.util.find_spec("matplotlib") is None:
             return say(f"pip install matplotlib, and the next run draws {self.folder}/curves.png")
         import matplotlib
@@ -398,6 +410,14 @@ class Run:
             axis.axis("off")
         figure.savefig(self.folder / "curves.png", dpi=110)
         pyplot.close(figure)
+
+
+def peak_memory(device: torch.device) -> float:
+    """The most memory that this process has held so far, in GiB: of the GPU where it uses one, else of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most / (2**30 if sys.platform == "darwin" else 2**20)  # bytes on macOS, KiB on Linux
 
 
 def read_metrics(folder: str | Path) -> list[dict]:

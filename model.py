@@ -1,6 +1,6 @@
-"""The GPT that every stage shares: GPT-2's architecture, written out.
+"""The GPT that every stage shares, written out: GPT-2's architecture, and the Llama family's where its config says so.
 
-    GPT           trunk and tied output layer: hidden states, logits, log-probabilities of chosen tokens, generation
+    GPT           trunk and output layer: hidden states, logits, log-probabilities of chosen tokens, generation
     ScalarModel   the same trunk under a scalar head: the reward model and the value net
 
 Layout. Sequences are right-padded: tokens (B, T), prompt_len (B,), length (B,). No training or scoring forward needs
@@ -22,6 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+Rotary = tuple[Tensor, Tensor] | None  # cos and sin, where positions are rotary
+
 
 @dataclass
 class GPTConfig:
@@ -32,48 +34,85 @@ class GPTConfig:
     n_embd: int = 768
     dropout: float = 0.0  # stage 1 only; stages 2 and 3 run in eval mode
     eos: int = 50256  # id of the token that ends a text
+    # The defaults are GPT-2's choices. What the Llama family does otherwise:
+    n_kv_head: int = 0  # key and value heads, each shared by a group of query heads (Ainslie et al. 2023); 0: n_head
+    n_inner: int = 0  # width inside the MLP; 0: 4 n_embd
+    swiglu: bool = False  # SiLU-gated MLP (Shazeer 2020) in place of GELU
+    bias: bool = True  # in linear layers
+    qkv_bias: bool = True  # in the one that makes queries, keys and values
+    rms_norm: bool = False  # RMSNorm (Zhang and Sennrich 2019) in place of LayerNorm
+    norm_eps: float = 1e-5
+    rope_theta: float = 0.0  # base of rotary positions (Su et al. 2021); 0: learned position embeddings
+    tied: bool = True  # the output layer is the token embedding
 
 
 class Attention(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.n_head, self.dropout = config.n_head, config.dropout
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.n_head, self.n_kv_head = config.n_head, config.n_kv_head or config.n_head
+        self.head_size, self.dropout = config.n_embd // config.n_head, config.dropout
+        n_qkv = (self.n_head + 2 * self.n_kv_head) * self.head_size
+        self.c_attn = nn.Linear(config.n_embd, n_qkv, bias=config.qkv_bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
-    def forward(self, x: Tensor, cache: Tensor | None, start: int, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, rotary: Rotary, cache: Tensor | None, start: int, mask: Tensor | None) -> Tensor:
         B, T, C = x.shape
-        q, k, v = (
-            self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
-        )  # (B, H, T, D) each
+        heads = self.c_attn(x).view(B, T, -1, self.head_size).transpose(1, 2)  # (B, H + 2 K, T, D)
+        q, k, v = heads.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=1)  # (B, H, T, D), (B, K, T, D) twice
+        if rotary is not None:
+            q, k = rotate(q, *rotary), rotate(k, *rotary)
         if cache is not None:
             cache[0, :, :, start : start + T], cache[1, :, :, start : start + T] = k, v
-            k, v = cache[0, :, :, : start + T], cache[1, :, :, : start + T]  # (B, H, start + T, D)
-        p = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p, is_causal=mask is None)
+            k, v = cache[0, :, :, : start + T], cache[1, :, :, : start + T]  # (B, K, start + T, D)
+        p, grouped = self.dropout if self.training else 0.0, self.n_kv_head < self.n_head
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=p, is_causal=mask is None, enable_gqa=grouped)
         return F.dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)), p)
 
 
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.dropout = config.dropout
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.dropout, self.swiglu = config.dropout, config.swiglu
+        n_inner = config.n_inner or 4 * config.n_embd
+        self.c_fc = nn.Linear(config.n_embd, n_inner * (2 if config.swiglu else 1), bias=config.bias)
+        self.c_proj = nn.Linear(n_inner, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")), self.dropout, self.training)
+        x = self.c_fc(x)  # (B, T, 4 C), or gate and value side by side
+        if self.swiglu:
+            gate, value = x.chunk(2, dim=-1)
+            x = F.silu(gate) * value
+        else:
+            x = F.gelu(x, approximate="tanh")
+        return F.dropout(self.c_proj(x), self.dropout, self.training)
 
 
 class Block(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.ln_1, self.attn = nn.LayerNorm(config.n_embd), Attention(config)
-        self.ln_2, self.mlp = nn.LayerNorm(config.n_embd), MLP(config)
+        self.ln_1, self.attn = norm(config), Attention(config)
+        self.ln_2, self.mlp = norm(config), MLP(config)
 
-    def forward(self, x: Tensor, cache: Tensor | None, start: int, mask: Tensor | None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), cache, start, mask)
+    def forward(self, x: Tensor, rotary: Rotary, cache: Tensor | None, start: int, mask: Tensor | None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), rotary, cache, start, mask)
         return x + self.mlp(self.ln_2(x))
+
+
+def norm(config: GPTConfig) -> nn.Module:
+    return (nn.RMSNorm if config.rms_norm else nn.LayerNorm)(config.n_embd, eps=config.norm_eps)
+
+
+def rotary_angles(position: Tensor, head_size: int, theta: float) -> tuple[Tensor, Tensor]:
+    """cos and sin of position · theta^(−2i / D) in float32: (1, T, D/2) of position (T,), (B, 1, 1, D/2) of (B, 1)."""
+    frequency = theta ** (-torch.arange(0, head_size, 2, device=position.device) / head_size)  # (D/2,)
+    angle = (position[..., None] * frequency).unsqueeze(-3)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x (B, H, T, D) with channels i and i + D/2 turned by angle i: the half-split convention of published weights."""
+    a, b = x.chunk(2, dim=-1)  # (B, H, T, D/2) each
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).type_as(x)
 
 
 class GPT(nn.Module):
@@ -81,11 +120,16 @@ class GPT(nn.Module):
         super().__init__()
         if config.n_embd % config.n_head:
             raise ValueError(f"n_embd {config.n_embd} is not a multiple of n_head {config.n_head}")
+        if config.n_kv_head and config.n_head % config.n_kv_head:
+            raise ValueError(f"n_head {config.n_head} is not a multiple of n_kv_head {config.n_kv_head}")
         self.config = config
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # also the output layer (tied)
-        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        if not config.rope_theta:
+            self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.ln_f = nn.LayerNorm(config.n_embd)
+        self.ln_f = norm(config)
+        if not config.tied:
+            self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         for name, parameter in self.named_parameters():  # Radford et al. 2019, section 2.3
             if name.endswith("c_proj.weight"):  # two residual additions a layer: keep their sum's variance at 1
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer))
@@ -112,14 +156,19 @@ class GPT(nn.Module):
             raise ValueError(f"{start + T} tokens do not fit the context of {self.config.block_size}")
         if position is None:
             position = torch.arange(T, device=tokens.device)
-        x = F.dropout(self.wte(tokens) + self.wpe(position), self.config.dropout, self.training)  # (B, T, C)
+        x, rotary, config = self.wte(tokens), None, self.config  # (B, T, C)
+        if config.rope_theta:
+            rotary = rotary_angles(position, config.n_embd // config.n_head, config.rope_theta)
+        else:
+            x = x + self.wpe(position)
+        x = F.dropout(x, config.dropout, self.training)
         for i, block in enumerate(self.h):
-            x = block(x, None if cache is None else cache[i], start, mask)
+            x = block(x, rotary, None if cache is None else cache[i], start, mask)
         return self.ln_f(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits (…, V) at hidden states (…, C)."""
-        return F.linear(hidden, self.wte.weight)
+        return F.linear(hidden, self.wte.weight if self.config.tied else self.lm_head.weight)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits (B, T, V). For a look at the whole; the stages use `logprobs`, which never makes this tensor."""
@@ -179,11 +228,11 @@ class GPT(nn.Module):
 
         # The cache holds prompts in columns 0…P-1 and step t of every row in column P + t; `seen` hides the gap that a
         # short prompt leaves between the two.
-        head_size = config.n_embd // config.n_head
+        n_kv_head, head_size = config.n_kv_head or config.n_head, config.n_embd // config.n_head
         dtype = (
             torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else self.wte.weight.dtype
         )
-        cache = torch.empty(config.n_layer, 2, B, config.n_head, P + N, head_size, device=device, dtype=dtype)
+        cache = torch.empty(config.n_layer, 2, B, n_kv_head, P + N, head_size, device=device, dtype=dtype)
         seen = torch.arange(P + N, device=device) < prompt_len[:, None]  # (B, P + N)
         hidden = self.hidden(tokens[:, :P], cache=cache)  # (B, P, C)
         hidden = gather_positions(hidden, prompt_len[:, None] - 1)  # (B, 1, C)
@@ -216,6 +265,7 @@ class ScalarModel(nn.Module):
     def __init__(self, trunk: GPT):
         super().__init__()
         self.trunk = trunk
+        trunk.lm_head = None  # an untied output layer is not needed here
         self.head = nn.Linear(trunk.config.n_embd, 1)
         nn.init.normal_(self.head.weight, std=1 / math.sqrt(trunk.config.n_embd + 1))  # Stiennon et al. 2020, C.1
         nn.init.zeros_(self.head.bias)
@@ -296,12 +346,13 @@ class Config:
 
 def main() -> None:
     import common
+    from data import encode_prompt
 
     cfg, folder = common.parse(Config, positional="DIR")
     device = common.pick_device(cfg.device)
     for name in filter(None, [folder, cfg.compare]):
         model, encoding = common.load_gpt(name, device)
-        prompt = encoding.encode_ordinary(cfg.prompt)
+        prompt = encode_prompt(encoding, cfg.prompt)
         room = model.config.block_size - max(1, len(prompt))
         if room < 1:
             raise common.InputError(

@@ -66,7 +66,8 @@ class Config:
     max_grad_norm: float = 1.0  # gradients are clipped to this, each net's by itself; 0: not clipped
     score_clip: float = 0.0  # scores are clipped to ± this; 0: not clipped
     unended_cap: float | None = None  # highest score without EOS; default −1, or inf for a function
-    drop_long: bool = False  # leave out prompts that with the response do not fit the context
+    block_size: int = 0  # longest prompt and answer together, in tokens; 0: the model's context
+    drop_long: bool = False  # leave out prompts that with the answer exceed that
     eval_prompts: int = 512  # held-out prompts to evaluate on
     save_every: int = 20  # iterations between checkpoints
     resume: bool = False  # continue the run in --out
@@ -111,7 +112,7 @@ def read(
     return out
 
 
-def scorer(reward: ScalarModel | Judge, encoding: tiktoken.Encoding) -> Callable[[Batch], Tensor]:
+def scorer(reward: ScalarModel | Judge, encoding: tiktoken.Encoding, eos: int) -> Callable[[Batch], Tensor]:
     """A function batch → scores (B,), from a reward model or from a Python function (prompt, response) -> float.
 
     A reward model reads the very tokens that were sampled; only a function gets text.
@@ -119,7 +120,7 @@ def scorer(reward: ScalarModel | Judge, encoding: tiktoken.Encoding) -> Callable
     if isinstance(reward, ScalarModel):
         return lambda batch: reward.scores(batch["tokens"], batch["length"])
     return lambda batch: torch.tensor(
-        [float(reward(*pair)) for pair in texts(batch, encoding)], device=batch["tokens"].device
+        [float(reward(*pair)) for pair in texts(batch, encoding, eos)], device=batch["tokens"].device
     )
 
 
@@ -135,11 +136,11 @@ def select(batch: Batch, index: Tensor) -> Batch:
     return {name: x if x.dim() == 1 else x[:, : t if name == "tokens" else r] for name, x in part.items()}
 
 
-def texts(batch: Batch, encoding: tiktoken.Encoding) -> list[tuple[str, str]]:
+def texts(batch: Batch, encoding: tiktoken.Encoding, eos: int) -> list[tuple[str, str]]:
     """(prompt, response) of every row as text, without the EOS."""
     pairs = []
     for row, start, end, ended in zip(*(batch[name].tolist() for name in ("tokens", "prompt_len", "length", "ended"))):
-        prompt = [] if row[:start] == [encoding.eot_token] else row[:start]  # what an empty prompt starts from
+        prompt = [] if row[:start] == [eos] else row[:start]  # what an empty prompt starts from
         pairs.append((encoding.decode(prompt), encoding.decode(row[start : end - ended])))
     return pairs
 
@@ -285,7 +286,7 @@ def evaluate(
         with autocast:
             batch = rollout(policy, prompts[start : start + 128], cfg, common.generator(cfg.seed, 9, start))
             batch |= read(batch, policy, ref, None, score, cfg)
-        pairs = texts(batch, encoding)
+        pairs = texts(batch, encoding, policy.config.eos)
         new = {name: [float(judge(*pair)) for pair in pairs] for name, judge in judges.items()}
         new["score"] = batch["score"].tolist()
         new["KL to the start (nats)"] = ((batch["logp"] - batch["ref_logp"]) * batch["mask"]).sum(1).tolist()
@@ -330,7 +331,7 @@ def train(cfg: Config) -> None:
     if cfg.temperature == 0:
         raise InputError("--temperature 0: a policy that always says the same cannot learn; give a number above 0")
     policy, encoding = common.load_gpt(cfg.init, device, "--init")
-    room = policy.config.block_size - cfg.response_len
+    room = common.context(cfg, policy) - cfg.response_len
     prompts = load_prompts(cfg.data or tales.path("ppo"), encoding, room, cfg)
     if cfg.eval_data or not cfg.data:
         held_out = load_prompts(cfg.eval_data or tales.path("eval"), encoding, room, cfg)
@@ -360,15 +361,15 @@ def train(cfg: Config) -> None:
             raise InputError(
                 f"--reward {cfg.reward}: was trained with another vocabulary than {cfg.init}; train it from that policy"
             )
-        if reward.config.block_size < policy.config.block_size:
+        if reward.config.block_size < room + cfg.response_len:
             raise InputError(
-                f"--reward {cfg.reward}: its context is shorter than that of {cfg.init}; train it from that policy"
+                f"--reward {cfg.reward}: its context is shorter than that of {cfg.init}; give a smaller --block_size"
             )
         value, cap = copy.deepcopy(reward), -1.0
         reward = common.freeze(reward, autocast)
     value.eval().requires_grad_(True)
     cap = cap if cfg.unended_cap is None else cfg.unended_cap
-    score = scorer(reward, encoding)
+    score = scorer(reward, encoding, policy.config.eos)
     policy_optimizer = common.adamw(policy, cfg.lr, 0.0, eps=1e-5)
     value_optimizer = common.adamw(value, cfg.lr, 0.0, eps=1e-5)
 
@@ -393,7 +394,7 @@ def train(cfg: Config) -> None:
             seed = common.seed_of(cfg.seed, 2, step, common.RANK)
             losses = update(policy, value, policy_optimizer, value_optimizer, batch, lr, cfg, autocast, seed)  # 4
 
-        pairs = texts(batch, encoding)
+        pairs = texts(batch, encoding, policy.config.eos)
         judged = [float(next(iter(judges.values()))(*pair)) for pair in pairs] if judges else []
         metrics = rollout_metrics(batch, judged, kl_coef) | losses  # 5
         metrics |= {"lr": lr, "episode": (step + 1) * cfg.batch_size} | run.times
@@ -420,7 +421,7 @@ def train(cfg: Config) -> None:
         before = evaluate(ref, ref, held_out, score, judges, encoding, cfg, autocast)
         after = evaluate(policy, ref, held_out, score, judges, encoding, cfg, autocast)
         common.say(report(before, after, judges))
-    run.plot()
+    run.finish(device)
 
 
 def main() -> None:

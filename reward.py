@@ -47,7 +47,8 @@ class Config:
     warmup: int = 10  # steps of warm-up
     weight_decay: float = 0.0  # on matrices
     max_grad_norm: float = 1.0  # gradients are clipped to this; 0: not clipped
-    drop_long: bool = False  # leave out comparisons longer than the context
+    block_size: int = 0  # longest prompt and response together, in tokens; 0: the model's context
+    drop_long: bool = False  # leave out comparisons longer than that
     resume: bool = False  # continue the run in --out
 
 
@@ -123,9 +124,9 @@ def sample_and_compare(
     """Sample the policy on the prompts of `source`, let the judge compare, write the comparisons beside --out."""
     judge = common.load_function(cfg.judge)
     texts = [row["prompt"] for row in data.read_jsonl(source, {"prompt": str})][: cfg.n_prompts or None]
-    lengths = [len(encoding.encode_ordinary(text)) + cfg.response_len for text in texts]
+    lengths = [len(data.encode_prompt(encoding, text)) + cfg.response_len for text in texts]
     what = f"prompts of {source} (with --response_len {cfg.response_len})"
-    texts = data.fit(texts, lengths, policy.config.block_size, cfg.drop_long, what)
+    texts = data.fit(texts, lengths, common.context(cfg, policy), cfg.drop_long, what)
     target = Path(f"{Path(cfg.out)}.comparisons.jsonl")
     if common.RANK == 0:
         common.say(
@@ -159,7 +160,7 @@ def train(cfg: Config) -> None:
         comparisons = common.first_alone(lambda: sample_and_compare(cfg, source, policy, encoding, autocast))
     groups = data.comparisons(comparisons, encoding, policy.config.eos)[: cfg.n_prompts or None]
     lengths = [max(len(row.tokens) for row in group.rows) for group in groups]
-    groups = data.fit(groups, lengths, policy.config.block_size, cfg.drop_long, f"comparisons of {comparisons}")
+    groups = data.fit(groups, lengths, common.context(cfg, policy), cfg.drop_long, f"comparisons of {comparisons}")
     held_out, groups = data.hold_out(groups, share=10)
 
     torch.manual_seed(cfg.seed)
@@ -199,7 +200,7 @@ def train(cfg: Config) -> None:
         run.log(step, metrics, show=("loss/train", "accuracy", "tokens_per_s") if step % 20 == 0 or last else ())
         if (step + 1) % 200 == 0 or last:
             run.save(step + 1, model, encoding, {}, optimizer=optimizer)
-    run.plot()
+    run.finish(device)
 
 
 def finish(

@@ -36,10 +36,10 @@ class Config:
     warmup: int = 20  # steps of warm-up
     weight_decay: float = 0.1  # on matrices
     max_grad_norm: float = 1.0  # gradients are clipped to this; 0: not clipped
-    drop_long: bool = False  # leave out rows longer than the context
+    block_size: int = 0  # longest row, in tokens; 0: the context of --init. Without --init the context; 0: 128
+    drop_long: bool = False  # leave out rows longer than that
     evals: int = 5  # times that held-out loss and a sample are shown and the run is saved
     vocab_size: int = 1024  # of the byte-level BPE learned from --data; 0: GPT-2's vocabulary (without --init)
-    block_size: int = 128  # context in tokens (without --init)
     n_layer: int = 2  # (without --init)
     n_head: int = 4  # (without --init)
     n_embd: int = 192  # (without --init)
@@ -63,9 +63,9 @@ def prepare(
             encoding = data.gpt2_encoding()
         else:
             encoding = data.learn_bpe(data.documents(cfg.data), cfg.vocab_size)
-        shape = (cfg.block_size, cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.dropout)
+        shape = (cfg.block_size or 128, cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.dropout)
         model = GPT(GPTConfig(encoding.n_vocab, *shape, encoding.eot_token)).to(device)
-    eos, width = model.config.eos, model.config.block_size
+    eos, width = model.config.eos, common.context(cfg, model)
 
     if not plain_text:
         rows = data.completions(cfg.data, encoding, eos)
@@ -148,14 +148,14 @@ def train(cfg: Config) -> None:
         if due:
             row = held_out[step % len(held_out)]
             prompt = row.tokens[: row.prompt_len if row.prompt_len > 1 else 8]
-            room = model.config.block_size - len(prompt)
+            room = common.context(cfg, model) - len(prompt)
             tokens, _, _ = model.generate([prompt], min(room, 96), generator=common.generator(cfg.seed, step))
             run.sample(step + 1, encoding.decode(tokens[0].tolist()))
             if metrics["loss/held_out"] < best:
                 best = metrics["loss/held_out"]
                 run.save_best(model, encoding)
             run.save(step + 1, model, encoding, values={"best": best}, optimizer=optimizer)
-    run.plot()
+    run.finish(device)
 
 
 def main() -> None:

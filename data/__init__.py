@@ -7,12 +7,20 @@
 
 A text is complete and gets EOS, unless the row says otherwise: "completion_ended", "chosen_ended", "rejected_ended"
 (true or false) or "ranked_ended" (a list) mark a sample that the length limit cut. Further columns are ignored.
-Nothing is stripped: the space between a prompt and its completion is part of one of the two.
+Nothing is stripped: the space between a prompt and its completion is part of one of the two. Special tokens count as
+such in prompts alone.
 """
 
+import hashlib
 import heapq
+import http.client
 import json
 import os
+import re
+import sys
+import time
+import urllib.error
+import urllib.request
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -26,6 +34,7 @@ from torch import Tensor
 
 SPLIT = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""  # GPT-2's words
 EOS_TEXT = "<|endoftext|>"
+HUB = "https://huggingface.co"
 
 
 class InputError(Exception):
@@ -44,6 +53,58 @@ def _lines(path: str | Path) -> Iterator[tuple[int, str]]:
         raise InputError(f"{path}: {error.strerror or error}; give a file that can be read") from None
     except UnicodeDecodeError:
         raise InputError(f"{path}:{number}: not UTF-8; save the file as UTF-8") from None
+
+
+def download(url: str, target: Path, checksum: str | None, tries: int = 3) -> None:
+    """Fetch `url` into `target` with progress; `checksum` is "sha256:…" or "md5:…", None for none.
+
+    Raises InputError where it cannot be had whole; nothing is left at `target` then.
+    """
+    temporary = target.with_name(f"{target.name}.{os.getpid()}.part")
+    kind, _, expected = (checksum or "md5:").partition(":")
+    for attempt in range(tries):
+        digest, done = hashlib.new(kind), 0
+        try:
+            with urllib.request.urlopen(url, timeout=60) as response, open(temporary, "wb") as file:
+                size = int(response.headers.get("Content-Length") or 0)
+                while chunk := response.read(2**20):
+                    file.write(chunk)
+                    digest.update(chunk)
+                    done += len(chunk)
+                    if sys.stderr.isatty():
+                        print(f"\r{target.name}: {done / 1e6:.0f} of {size / 1e6:.0f} MB ", end="", file=sys.stderr)
+            if size and done < size:
+                problem = f"only {done:,} of {size:,} bytes came"
+            elif expected and digest.hexdigest() != expected:
+                problem = f"{done:,} bytes came with the wrong checksum"
+            else:
+                temporary.replace(target)
+                return
+        except (OSError, http.client.HTTPException) as error:
+            problem = f"could not be downloaded ({error})"
+            if isinstance(error, urllib.error.HTTPError) and error.code < 500:
+                break
+        finally:
+            temporary.unlink(missing_ok=True)
+        time.sleep(attempt < tries - 1)
+    raise InputError(f"{url}: {problem}; try again later, or fetch it by other means")
+
+
+def download_from_hub(repository: str, file: str, target: Path) -> None:
+    """Fetch a file of a Hugging Face repository into `target`.
+
+    The sha256 of a large one is in its Git LFS pointer, which the hub itself serves; the content comes from elsewhere.
+    """
+    url = f"{HUB}/{repository}/raw/main/{file}"
+    pointer = target.with_name(f"{target.name}.{os.getpid()}.pointer")
+    try:
+        download(url, pointer, None)
+        oid = re.search(r"^oid (sha256:[0-9a-f]{64})$", pointer.read_text(errors="replace"), re.MULTILINE)
+    finally:
+        pointer.unlink(missing_ok=True)
+    if not oid and target.suffix != ".json":
+        raise InputError(f"{url}: names no sha256; try again later, or fetch it by other means")
+    download(f"{HUB}/{repository}/resolve/main/{file}", target, oid and oid[1])
 
 
 def iterate_jsonl(path: str | Path, columns: dict[str, type]) -> Iterator[dict]:
@@ -210,9 +271,17 @@ class Group(NamedTuple):
     certainty: list[float]  # the probability, where the labels were simulated, of the likelier outcome; else nan
 
 
+def encode_prompt(encoding: tiktoken.Encoding, prompt: str) -> list[int]:
+    """Special tokens that stand in a prompt, as the turns of a chat template do, are what they say.
+
+    In completions and documents they are ordinary text, so that no model learns to write them from being quoted.
+    """
+    return encoding.encode(prompt, allowed_special="all")
+
+
 def encode_row(encoding: tiktoken.Encoding, eos: int, prompt: str, response: str, ended: bool = True) -> Row:
     """Prompt and response are encoded each by itself, as they will be when the response is sampled."""
-    start = encoding.encode_ordinary(prompt) or [eos]
+    start = encode_prompt(encoding, prompt) or [eos]
     return Row(start + encoding.encode_ordinary(response) + [eos] * ended, len(start))
 
 
@@ -263,7 +332,7 @@ def comparisons(path: str | Path, encoding: tiktoken.Encoding, eos: int) -> list
 
 
 def prompts(path: str | Path, encoding: tiktoken.Encoding) -> list[list[int]]:
-    return [encoding.encode_ordinary(row["prompt"]) for row in iterate_jsonl(path, {"prompt": str})]
+    return [encode_prompt(encoding, row["prompt"]) for row in iterate_jsonl(path, {"prompt": str})]
 
 
 def fit(items: list, lengths: list[int], room: int, drop_long: bool, what: str) -> list:

@@ -11,13 +11,11 @@ linear model; 10% for evaluation prompts and for the linear models' held-out acc
 
 import argparse
 import functools
-import hashlib
 import json
 import os
 import re
 import sys
 import tarfile
-import urllib.request
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,35 +24,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import InputError, iterate_jsonl
+from data import InputError, download, iterate_jsonl
 
 URL = "https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz"
-MD5 = "7c2ac02c03563afcf9b574c7e56c153a"
+CHECKSUM = "md5:7c2ac02c03563afcf9b574c7e56c153a"
 FOLDER = Path(__file__).resolve().parent.parent / "out/data/imdb"
 BUCKETS = 2**18  # hashed words and word pairs
 RESPONSE = 200  # characters: the linear models are fitted on stretches as long as what they will judge
-
-
-def download(url: str, target: Path, md5: str) -> None:
-    """Fetch `url` into `target` with progress. Raises InputError where it cannot be had whole; nothing is left then."""
-    temporary = target.with_name(target.name + ".part")
-    digest, done = hashlib.md5(), 0
-    try:
-        with urllib.request.urlopen(url, timeout=60) as response, open(temporary, "wb") as file:
-            size = int(response.headers.get("Content-Length") or 0)
-            while chunk := response.read(2**20):
-                file.write(chunk)
-                digest.update(chunk)
-                done += len(chunk)
-                if sys.stderr.isatty():
-                    print(f"\r{target.name}: {done / 1e6:.0f} of {size / 1e6:.0f} MB", end="", file=sys.stderr)
-        if digest.hexdigest() != md5:
-            raise InputError(f"{url}: {done:,} bytes came with the wrong checksum; try again, or give --source")
-        temporary.replace(target)
-    except OSError as error:
-        raise InputError(f"{url}: could not be downloaded ({error}); try again, or give --source") from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def reviews(source: Path) -> Iterator[tuple[str, int]]:
@@ -182,7 +158,7 @@ def main() -> None:
             source = FOLDER / "aclImdb_v1.tar.gz"
             if not source.exists():
                 FOLDER.mkdir(parents=True, exist_ok=True)
-                download(URL, source, MD5)
+                download(URL, source, CHECKSUM)
         elif not source.exists():
             raise InputError(f"--source {source}: no such file or folder; give the tar.gz, its folder, or JSONL")
         prepare(source)

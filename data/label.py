@@ -13,6 +13,7 @@ import numpy as np
 import tiktoken
 import torch
 
+from data import encode_prompt
 from model import GPT
 
 
@@ -26,10 +27,10 @@ def sample_responses(
     seed: int,
 ) -> list[list[tuple[str, bool]]]:
     """`samples` responses to each prompt, as (text, whether it ended with EOS before `response_len` tokens)."""
-    repeated = [encoding.encode_ordinary(prompt) for prompt in prompts for _ in range(samples)]
+    repeated = [ids for prompt in prompts for ids in [encode_prompt(encoding, prompt)] * samples]
     generator = torch.Generator().manual_seed(seed)
     texts = []
-    rows = max(1, 2**16 // model.config.block_size)  # bounds the cache
+    rows = max(1, 2**16 // (max(map(len, repeated)) + response_len))  # bounds the cache
     for start in range(0, len(repeated), rows):
         part = repeated[start : start + rows]
         tokens, prompt_len, length = model.generate(part, response_len, temperature=temperature, generator=generator)

@@ -1,9 +1,11 @@
 """What several tests share: a tiny model, a tiny tokenizer, and a script run as a user runs it."""
 
+import http.server
 import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +31,11 @@ def gpt(encoding) -> GPT:
     return make_gpt(vocab_size=encoding.n_vocab, eos=encoding.eot_token)
 
 
+LLAMA = dict(n_head=4, n_kv_head=2, n_inner=48, swiglu=True, bias=False, qkv_bias=False, rms_norm=True)
+LLAMA |= dict(norm_eps=1e-6, rope_theta=5e3, tied=False)
+FAMILIES = {"gpt2": {}, "llama": LLAMA, "llama, tied": LLAMA | {"tied": True}, "qwen2": LLAMA | {"qkv_bias": True}}
+
+
 def make_gpt(seed: int = 0, vocab_size: int = 61, eos: int = 60, **shape) -> GPT:
     torch.manual_seed(seed)
     shape = dict(block_size=48, n_layer=2, n_head=2, n_embd=32) | shape
@@ -36,6 +43,15 @@ def make_gpt(seed: int = 0, vocab_size: int = 61, eos: int = 60, **shape) -> GPT
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.15)
+    return model
+
+
+def uneven(model: torch.nn.Module) -> torch.nn.Module:
+    """The model with norms and biases that are not all ones and zeros, so that leaving one out shows."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() < 2:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
     return model
 
 
@@ -75,6 +91,35 @@ def flat(net: torch.nn.Module) -> torch.Tensor:
 def write(path: Path, rows: list[dict]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Serves `files`, path → content; a path under /cut/ is cut short, and one under /late/ fails the first time."""
+
+    def do_GET(self):
+        content, path = self.server.files.get(self.path.removeprefix("/cut").removeprefix("/late")), self.path
+        if path.startswith("/late/") and path not in self.server.asked:
+            self.server.asked.add(path)
+            return self.send_error(503)
+        if content is None:
+            return self.send_error(404)
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content[: len(content) // 2 if path.startswith("/cut/") else None])
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server():
+    """A local HTTP server: its `url`, and `files`, what it serves."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.url, server.files, server.asked = f"http://127.0.0.1:{server.server_port}", {}, set()
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
 
 
 TORCHRUN = ["-c", "import sys; from torch.distributed.run import main; sys.exit(main())", "--nproc_per_node=2"]

@@ -1,33 +1,32 @@
-"""Agreement with code and equations that are not ours: transformers' GPT-2, TRL, and float64 loops from the papers."""
+"""Agreement with code and equations that are not ours: transformers, TRL, and float64 loops from the papers."""
 
 import math
 
 import numpy as np
 import pytest
+import tiktoken
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import data
 import ppo
-from tests.conftest import make_gpt, ragged
+from data import weights
+from tests.conftest import FAMILIES, make_gpt, ragged, uneven
 
 seeds = st.integers(0, 2**32 - 1)
+BYTES = {bytes([i]): i for i in range(256)}
 shapes = st.tuples(seeds, st.integers(1, 6), st.integers(1, 9))  # of a ragged batch: seed, rows, columns
 
 
-def gpt2_of(ours):
-    """transformers' GPT-2 with our weights; (name, our parameter, its own, whether it keeps it transposed) of each."""
-    transformers, c = pytest.importorskip("transformers"), ours.config
-    shape = dict(vocab_size=c.vocab_size, n_positions=c.block_size, n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd)
-    shape |= dict(resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, bos_token_id=c.eos, eos_token_id=c.eos)
-    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape)).eval()
-    mine, pairs = dict(ours.named_parameters()), []
-    for name, other in theirs.transformer.named_parameters():
-        turned = ".c_" in name and name.endswith("weight")
-        with torch.no_grad():
-            other.copy_(mine[name].T if turned else mine[name])
-        pairs.append((name, mine[name], other, turned))
-    return theirs, pairs
+def twin(ours, folder):
+    """transformers' model with our weights, by way of a Hugging Face folder."""
+    transformers = pytest.importorskip("transformers")
+    names = {f"<|{i}|>": i for i in range(256, ours.config.vocab_size)}
+    encoding = tiktoken.Encoding("bytes", pat_str=data.SPLIT, mergeable_ranks=BYTES, special_tokens=names)
+    folder.mkdir()
+    weights.write_model(ours, encoding, folder)
+    return transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
 
 
 def losses(ours, theirs, tokens):
@@ -37,33 +36,38 @@ def losses(ours, theirs, tokens):
     return mine, theirs(tokens, labels=tokens).loss
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("bf16, near", [(False, 1e-4), (True, 5e-2)])
-def test_logits_loss_and_gradients_agree_with_transformers_gpt2(bf16, near):
+def test_logits_loss_and_gradients_agree_with_transformers(tmp_path, family, bf16, near):
     """float32 to 1e-4 of each tensor's norm; under bfloat16 autocast to 5e-2, as the two round in different places."""
-    ours = make_gpt(n_layer=3, n_head=4, n_embd=64)
-    theirs, pairs = gpt2_of(ours)
-    tokens = torch.randint(0, 61, (5, 29), generator=torch.Generator().manual_seed(1))
+    ours = uneven(make_gpt(vocab_size=261, eos=260, n_layer=3, n_embd=64, **{"n_head": 4} | FAMILIES[family]))
+    theirs = twin(ours, tmp_path / "hf")
+    tokens = torch.randint(0, 261, (5, 29), generator=torch.Generator().manual_seed(1))
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         a, b = ours(tokens), theirs(tokens).logits
         loss, other = losses(ours, theirs, tokens)
     assert (a - b).norm() <= near * b.norm() and abs(loss - other) <= near * other
     loss.backward()
     other.backward()
-    for name, mine, other, turned in pairs:
-        g, h = mine.grad, other.grad.T if turned else other.grad
+    mine, parameters = dict(ours.named_parameters()), dict(theirs.named_parameters())
+    for name, parts, turned in weights.tensors(ours.config, scalar=False):
+        others = [parameters.pop(part).grad for part in parts]
+        g, h = mine.pop(name).grad, torch.cat([other.T if turned else other for other in others])
         assert (g - h).norm() <= near * h.norm(), name  # by norm: the key bias has an exactly zero gradient
+    assert not mine and not parameters
 
 
-def test_greedy_generation_agrees_with_transformers_token_for_token():
-    ours = make_gpt(n_layer=3, n_head=4, n_embd=64)
-    theirs, _ = gpt2_of(ours)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_generation_agrees_with_transformers_token_for_token(tmp_path, family):
+    ours = uneven(make_gpt(vocab_size=261, eos=260, n_layer=3, n_embd=64, **{"n_head": 4} | FAMILIES[family]))
+    theirs = twin(ours, tmp_path / "hf")
     prompts = [[i, 2 * i % 60, 7][: 1 + i % 3] for i in range(12)]
     tokens, _, length = ours.generate(prompts, 30, temperature=0)
     for prompt, row, end in zip(prompts, tokens.tolist(), length.tolist()):
         given = torch.tensor([prompt])
         expected = theirs.generate(
-            given, attention_mask=torch.ones_like(given), max_new_tokens=30, do_sample=False, eos_token_id=60,
-            pad_token_id=60,
+            given, attention_mask=torch.ones_like(given), max_new_tokens=30, do_sample=False, eos_token_id=260,
+            pad_token_id=260,
         )  # fmt: skip
         assert row[:end] == expected[0].tolist()
 
@@ -142,11 +146,11 @@ def test_whitening_agrees_with_trl(shape):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_log_probabilities_of_padded_responses_agree_with_trl(temperature):
+def test_log_probabilities_of_padded_responses_agree_with_trl(tmp_path, temperature):
     """TRL pads prompts on the left and shifts positions by hand; its columns of responses line up with our window."""
     trl = pytest.importorskip("trl.experimental.ppo.ppo_trainer")
-    ours = make_gpt()
-    theirs, _ = gpt2_of(ours)
+    ours = make_gpt(vocab_size=261, eos=260)
+    theirs = twin(ours, tmp_path / "hf")
     prompts, pad = [[1], [2, 3, 4, 5], [6, 7]], 59  # an id that is neither prompted with nor sampled
     tokens, prompt_len, length = ours.generate(prompts, 12, generator=torch.Generator().manual_seed(0))
     assert 59 not in tokens

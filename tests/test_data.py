@@ -1,5 +1,6 @@
 """data/: what is read, what is refused, the tokenizer, the batches."""
 
+import hashlib
 import json
 
 import numpy as np
@@ -139,3 +140,22 @@ def test_token_stream_is_the_documents_with_eos_behind_each(tmp_path, encoding):
     (tmp_path / "plain.txt").write_text("ask me.\nyes\n" * 3)
     stream = data.token_stream(tmp_path / "plain.txt", encoding, encoding.eot_token, tmp_path / "ids2")
     assert stream.tolist() == encoding.encode_ordinary("ask me.\nyes\n" * 3) + [encoding.eot_token]
+
+
+def test_a_download_arrives_whole_or_not_at_all(tmp_path, server):
+    content = b"x" * 3_000_000
+    server.files["/file"] = content
+    sha256, md5 = (f"{kind}:{hashlib.new(kind, content).hexdigest()}" for kind in ("sha256", "md5"))
+    for url, checksum in (("/file", sha256), ("/file", md5), ("/file", None), ("/late/file", sha256)):
+        data.download(server.url + url, tmp_path / "a", checksum)
+        assert (tmp_path / "a").read_bytes() == content
+        (tmp_path / "a").unlink()
+    for url, checksum, words in (
+        (f"{server.url}/missing", md5, "404"),
+        (f"{server.url}/cut/file", None, "only 1,500,000 of 3,000,000 bytes"),
+        (f"{server.url}/file", "sha256:" + "0" * 64, "wrong checksum"),
+        ("http://127.0.0.1:9/closed", md5, "could not be downloaded"),
+    ):
+        with pytest.raises(data.InputError, match=words):
+            data.download(url, tmp_path / "b", checksum, tries=1)
+    assert not list(tmp_path.iterdir())

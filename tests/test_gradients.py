@@ -20,7 +20,7 @@ def prepared(cfg):
     torch.manual_seed(1)
     value, scorer = ScalarModel(copy.deepcopy(policy)).eval(), ScalarModel(copy.deepcopy(ref)).eval()
     batch = ppo.rollout(policy, PROMPTS, cfg, torch.Generator().manual_seed(0))
-    batch |= ppo.read(batch, policy, ref, value, ppo.scorer(scorer, None), cfg)
+    batch |= ppo.read(batch, policy, ref, value, ppo.scorer(scorer, None, 60), cfg)
     return policy, value, batch | ppo.estimate(batch, 0.1, -1.0, cfg)
 
 

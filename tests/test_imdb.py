@@ -1,11 +1,8 @@
 """data/imdb.py: the three forms of its source, the download, and its two linear models, on a small made-up data set."""
 
-import hashlib
-import http.server
 import io
 import json
 import tarfile
-import threading
 
 import numpy as np
 import pytest
@@ -74,44 +71,6 @@ def test_splits_are_disjoint_prompts_are_openings_and_the_two_models_are_indepen
 def test_a_judge_without_its_file_says_what_to_run(folder):
     with pytest.raises(InputError, match="run python -m data.imdb first"):
         imdb.judge("", "text")
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    content = b"x" * 3_000_000
-
-    def do_GET(self):
-        if self.path == "/missing":
-            return self.send_error(404)
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(self.content)))
-        self.end_headers()
-        self.wfile.write(self.content[: 1_000_000 if self.path == "/cut" else None])
-
-    def log_message(self, *args):
-        pass
-
-
-@pytest.fixture
-def server():
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-
-
-def test_a_download_arrives_whole_or_not_at_all(tmp_path, server):
-    md5 = hashlib.md5(Handler.content).hexdigest()
-    imdb.download(f"{server}/whole", tmp_path / "a", md5)
-    assert (tmp_path / "a").read_bytes() == Handler.content
-    for url, digest, words in (
-        (f"{server}/missing", md5, "404"),
-        (f"{server}/cut", md5, "wrong checksum|could not be downloaded"),
-        (f"{server}/whole", "0" * 32, "wrong checksum"),
-        ("http://127.0.0.1:9/closed", md5, "could not be downloaded"),
-    ):
-        with pytest.raises(InputError, match=words):
-            imdb.download(url, tmp_path / "b", digest)
-    assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
 @pytest.mark.parametrize("content, words", [(None, "no such file"), (b"not a tar", "cannot be read as a tar.gz")])

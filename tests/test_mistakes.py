@@ -52,7 +52,7 @@ def nets():
 def rollout(nets, cfg, prompts=PROMPTS):
     policy, ref, value, scorer = nets
     batch = ppo.rollout(policy, prompts, cfg, torch.Generator().manual_seed(0))
-    return batch | ppo.read(batch, policy, ref, value, ppo.scorer(scorer, None), cfg)
+    return batch | ppo.read(batch, policy, ref, value, ppo.scorer(scorer, None, 60), cfg)
 
 
 def update(nets, batch, cfg, lr=0.0):
@@ -377,8 +377,8 @@ def test_the_tokens_that_are_scored_are_those_that_were_sampled(gpt, encoding):
     scorer = ScalarModel(copy.deepcopy(gpt)).eval()
     nets, cfg = (gpt, gpt, scorer, scorer), ppo.Config(response_len=16)
     batch = ppo.rollout(gpt, [encoding.encode_ordinary("ask me")] * 32, cfg, torch.Generator().manual_seed(0))
-    batch |= ppo.read(batch, *nets[:3], ppo.scorer(scorer, encoding), cfg)
-    again = [encoding.encode_ordinary(text) for _, text in ppo.texts(batch, encoding)]
+    batch |= ppo.read(batch, *nets[:3], ppo.scorer(scorer, encoding, encoding.eot_token), cfg)
+    again = [encoding.encode_ordinary(text) for _, text in ppo.texts(batch, encoding, encoding.eot_token)]
     ends = batch["length"] - batch["ended"].long()  # without EOS
     sampled = [row[s:e].tolist() for row, s, e in zip(batch["tokens"], batch["prompt_len"], ends)]
     assert sum(a != b for a, b in zip(again, sampled)) > 16  # text would not give these tokens back

@@ -20,7 +20,7 @@ PROMPTS = [[1], [2, 3, 4, 5], [6, 7], [8, 9, 10], [11], [12, 13]]
 def make_batch(policy, ref, value, cfg, prompts=PROMPTS, seed=0):
     batch = ppo.rollout(policy, prompts, cfg, torch.Generator().manual_seed(seed))
     reward = ScalarModel(copy.deepcopy(ref)).eval()
-    return batch | ppo.read(batch, policy, ref, value, ppo.scorer(reward, None), cfg)
+    return batch | ppo.read(batch, policy, ref, value, ppo.scorer(reward, None, 60), cfg)
 
 
 @pytest.fixture

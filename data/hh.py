@@ -1,0 +1,132 @@
+"""Anthropic's HH (Bai et al. 2022): dialogues with an assistant, two last answers each, and which a person preferred.
+
+    python -m data.hh                                download the helpful-base set and write its files to out/data/hh
+    python -m data.hh --sets harmless-base,…         other sets: helpful-online, helpful-rejection-sampled
+    python -m data.hh --source FILE …                from .jsonl or .jsonl.gz files that you have
+    python -m data.hh --chatml                       turns as <|im_start|>user … <|im_end|>, for models tuned to those
+
+A dialogue up to its last "Assistant:" is the prompt, each of the two answers a whole text that EOS ends. Written are
+pairs to fine-tune on (the chosen answers), comparisons, and prompts for PPO; of every tenth opening
+question there are prompts for evaluation alone. The texts hold offensive language.
+"""
+
+import argparse
+import gzip
+import json
+import os
+import re
+import sys
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from data import InputError, download_from_hub, iterate_jsonl
+
+FOLDER = Path(__file__).resolve().parent.parent / "out/data/hh"
+SETS = ("helpful-base", "helpful-online", "helpful-rejection-sampled", "harmless-base")
+TURN = re.compile(r"\n\n(Human|Assistant):")
+
+
+def rows(source: Path) -> Iterator[dict]:
+    """The rows of a .jsonl or .jsonl.gz file, each with "chosen" and "rejected"."""
+    columns = {"chosen": str, "rejected": str}
+    if source.suffix != ".gz":
+        yield from iterate_jsonl(source, columns)
+        return
+    plain = FOLDER / f"{source.stem}.{os.getpid()}.tmp"
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    try:
+        plain.write_bytes(gzip.decompress(source.read_bytes()))
+        yield from iterate_jsonl(plain, columns)
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{source}: cannot be read as gzip ({type(error).__name__}); fetch it again") from None
+    finally:
+        plain.unlink(missing_ok=True)
+
+
+def turns(text: str) -> list[tuple[str, str]]:
+    """(Human or Assistant, what was said) of every turn, the texts stripped of the spaces around them."""
+    parts = TURN.split(text)
+    return [(who, said.strip()) for who, said in zip(parts[1::2], parts[2::2])]
+
+
+def comparison(row: dict, chatml: bool) -> dict | str:
+    """A row as "prompt", "chosen", "rejected" and "opening", or why it is left out."""
+    chosen, rejected = turns(row["chosen"]), turns(row["rejected"])
+    if chosen[:-1] != rejected[:-1]:
+        return "the two dialogues part before the last answer"
+    if not chosen or not rejected or (chosen[-1][0], rejected[-1][0]) != ("Assistant", "Assistant") or len(chosen) < 2:
+        return "a dialogue that does not end with the assistant"
+    before, good, bad = chosen[:-1], chosen[-1][1], rejected[-1][1]
+    if not good or not bad:
+        return "an empty answer"
+    if good == bad:
+        return "two answers that are the same"
+    if chatml:
+        said = [f"<|im_start|>{'user' if who == 'Human' else 'assistant'}\n{text}<|im_end|>\n" for who, text in before]
+        prompt, space = "".join(said) + "<|im_start|>assistant\n", ""
+    else:
+        prompt, space = "".join(f"\n\n{who}: {text}" for who, text in before) + "\n\nAssistant:", " "
+    return {"prompt": prompt, "chosen": space + good, "rejected": space + bad, "opening": before[0][1]}
+
+
+def prepare(sources: list[Path], chatml: bool) -> None:
+    left_out: Counter[str] = Counter()
+    kept: dict[str, list[dict]] = {"train": [], "eval": []}
+    for source in sources:
+        for row in rows(source):
+            pair = comparison(row, chatml)
+            if isinstance(pair, str):
+                left_out[pair] += 1
+            else:
+                kept["eval" if zlib.crc32(pair.pop("opening").encode()) % 10 == 0 else "train"].append(pair)
+    for why, n in left_out.most_common():
+        print(f"left out, {why}: {n:,}")
+    if not kept["train"] or not kept["eval"]:
+        raise InputError(f"{sources[0]}: too few dialogues to hold some out; give a whole file")
+    FOLDER.mkdir(parents=True, exist_ok=True)
+
+    def write(name: str, content: list[dict]) -> None:
+        temporary = FOLDER / f"{name}.{os.getpid()}.tmp"
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in content))
+        temporary.replace(FOLDER / f"{name}.jsonl")
+        print(f"{FOLDER / name}.jsonl: {len(content):,} rows")
+
+    def prompts(pairs: list[dict]) -> list[dict]:
+        return [{"prompt": prompt} for prompt in dict.fromkeys(pair["prompt"] for pair in pairs)]
+
+    write("sft", [{"prompt": pair["prompt"], "completion": pair["chosen"]} for pair in kept["train"]])
+    write("compare", kept["train"])
+    write("ppo", prompts(kept["train"]))
+    write("eval", prompts(kept["eval"]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Anthropic's HH comparisons")
+    parser.add_argument("--source", type=Path, nargs="+", help=".jsonl or .jsonl.gz files with chosen and rejected")
+    parser.add_argument("--sets", default=SETS[0], help=f"comma-separated, of {', '.join(SETS)}")
+    parser.add_argument("--chatml", action="store_true", help="write turns as <|im_start|>user … <|im_end|>")
+    options = parser.parse_args()
+    try:
+        sources = options.source
+        for source in sources or []:
+            if not source.is_file():
+                raise InputError(f"--source {source}: no such file; give a .jsonl or .jsonl.gz")
+        if sources is None:
+            if unknown := set(options.sets.split(",")) - set(SETS):
+                raise InputError(f"--sets {options.sets}: there is no {min(unknown)}; give some of {', '.join(SETS)}")
+            files = [f"{name}/{part}.jsonl.gz" for name in options.sets.split(",") for part in ("train", "test")]
+            sources = [FOLDER / file.replace("/", ".") for file in files]
+            for file, target in zip(files, sources):
+                if not target.exists():
+                    FOLDER.mkdir(parents=True, exist_ok=True)
+                    download_from_hub("datasets/Anthropic/hh-rlhf", file, target)
+        prepare(sources, options.chatml)
+    except InputError as error:
+        print(f"data.hh: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,482 @@
+"""Other projects' checkpoints, in and out.
+
+    python -m data.weights gpt2 out/gpt2         download GPT-2 (gpt2-medium, gpt2-large, gpt2-xl) into a run folder
+    python -m data.weights FOLDER out/NAME       a Hugging Face folder → a run folder that every stage's --init takes
+    python -m data.weights out/ppo FOLDER        a run folder → a Hugging Face folder for AutoModel and AutoTokenizer
+
+Read and written: GPT-2, and of the Llama family Llama and Qwen 2, as language models or as sequence classifiers of one
+label (reward models); byte-level BPE tokenizers. Anything else is refused by name. Weights become float32. A chat
+template stays where it is: its turns can be written into prompts, where special tokens are understood.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import regex  # tiktoken's own dependency
+import tiktoken
+import torch
+from torch import Tensor
+
+import common
+from data import SPLIT, InputError, download_from_hub, gpt2_encoding
+from model import GPT, GPTConfig, ScalarModel
+
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "plainrlhf"
+PUBLISHED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+
+# What config.json must say, where it says anything, for model.py to compute the same.
+REQUIRED = {
+    "gpt2": {
+        "activation_function": ["gelu_new", "gelu_pytorch_tanh"], "scale_attn_weights": [True],
+        "scale_attn_by_inverse_layer_idx": [False], "add_cross_attention": [False],
+    },
+    "llama": {"hidden_act": ["silu"], "attention_bias": [False], "mlp_bias": [False]},
+    "qwen2": {"hidden_act": ["silu"], "use_sliding_window": [False]},
+}  # fmt: skip
+CLASSES = {  # of a language model, and of a reward model
+    "gpt2": ("GPT2LMHeadModel", "GPT2ForSequenceClassification"),
+    "llama": ("LlamaForCausalLM", "LlamaForSequenceClassification"),
+    "qwen2": ("Qwen2ForCausalLM", "Qwen2ForSequenceClassification"),
+}
+
+
+def needs(package: str):
+    """Import an optional package, or say what to install."""
+    try:
+        return __import__(package, fromlist=["_"])
+    except ImportError:
+        raise InputError(f"Hugging Face folders need {package.split('.')[0]}: pip install safetensors") from None
+
+
+# --- names: which of their tensors make up each of ours ---------------------------------------------------------------
+
+
+def tensors(config: GPTConfig, scalar: bool) -> Iterator[tuple[str, list[str], bool]]:
+    """(our name, their names, whether theirs are transposed) of every weight; several are concatenated, in that order.
+
+    GPT-2's linear layers are stored as (in, out). The head of a reward model is called `score` and has no bias.
+    """
+    llama = bool(config.rope_theta)
+    base, layers = ("model.", "model.layers") if llama else ("transformer.", "transformer.h")
+    yield "wte.weight", [f"{base}{'embed_tokens' if llama else 'wte'}.weight"], False
+    if not llama:
+        yield "wpe.weight", [f"{base}wpe.weight"], False
+    names = {
+        "ln_1": ["input_layernorm"], "attn.c_attn": [f"self_attn.{x}_proj" for x in "qkv"],
+        "attn.c_proj": ["self_attn.o_proj"], "ln_2": ["post_attention_layernorm"],
+        "mlp.c_fc": ["mlp.gate_proj", "mlp.up_proj"], "mlp.c_proj": ["mlp.down_proj"],
+    }  # fmt: skip
+    for i in range(config.n_layer):
+        for ours, theirs in names.items():
+            biased = not config.rms_norm if "ln" in ours else config.qkv_bias if "c_attn" in ours else config.bias
+            for kind in ["weight", "bias"] if biased else ["weight"]:
+                full = [f"{layers}.{i}.{name}.{kind}" for name in (theirs if llama else [ours])]
+                yield f"h.{i}.{ours}.{kind}", full, not llama and "ln" not in ours and kind == "weight"
+    for kind in ["weight"] if config.rms_norm else ["weight", "bias"]:
+        yield f"ln_f.{kind}", [f"{base}{'norm' if llama else 'ln_f'}.{kind}"], False
+    if scalar:
+        yield "head.weight", ["score.weight"], False
+    elif not config.tied:
+        yield "lm_head.weight", ["lm_head.weight"], False
+
+
+# --- config.json ------------------------------------------------------------------------------------------------------
+
+
+def read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); give a whole Hugging Face folder") from None
+
+
+def read_config(path: Path) -> tuple[GPTConfig, bool]:
+    """Our config from a config.json, and whether the model is a sequence classifier. `eos` is left at 0."""
+    c = read_json(path)
+    kind, architecture = c.get("model_type"), (c.get("architectures") or ["an unnamed architecture"])[0]
+    if architecture not in CLASSES.get(kind, ()):
+        known = ", ".join(name for names in CLASSES.values() for name in names)
+        raise InputError(f"{path}: {architecture} ({kind}) is not supported; supported are {known}")
+    scalar = architecture == CLASSES[kind][1]
+    for name, allowed in REQUIRED[kind].items():
+        if c.get(name, allowed[0]) not in allowed:
+            raise InputError(f"{path}: {name} {json.dumps(c[name])} is not supported, only {json.dumps(allowed[0])} is")
+    if scalar and (len(c["id2label"]) if "id2label" in c else c.get("num_labels", 2)) != 1:
+        raise InputError(f"{path}: a classifier of several labels is not a reward model; give one of one label")
+    if kind == "gpt2":
+        return GPTConfig(
+            c["vocab_size"], c["n_positions"], c["n_layer"], c["n_head"], c["n_embd"], eos=0,
+            n_inner=c.get("n_inner") or 0, norm_eps=c["layer_norm_epsilon"], tied=c.get("tie_word_embeddings", True),
+        ), scalar  # fmt: skip
+    rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
+    form = rope.get("rope_type", rope.get("type", "default"))
+    if form != "default":
+        raise InputError(f'{path}: rotary positions of type "{form}" are not supported, only "default" ones are')
+    heads, width = c["num_attention_heads"], c["hidden_size"]
+    if (c.get("head_dim") or width // heads) * heads != width:
+        raise InputError(
+            f"{path}: head_dim {c['head_dim']} is not supported, only hidden_size / num_attention_heads is"
+        )
+    return GPTConfig(
+        c["vocab_size"], c["max_position_embeddings"], c["num_hidden_layers"], heads, width, eos=0,
+        n_kv_head=c.get("num_key_value_heads") or heads, n_inner=c["intermediate_size"], swiglu=True, bias=False,
+        qkv_bias=kind == "qwen2", rms_norm=True, norm_eps=c["rms_norm_eps"],
+        rope_theta=float(rope.get("rope_theta") or c.get("rope_theta") or 10000.0),
+        tied=c.get("tie_word_embeddings", False),
+    ), scalar  # fmt: skip
+
+
+def config_json(config: GPTConfig, scalar: bool) -> dict:
+    """A config.json for our config; the inverse of `read_config`."""
+    kind = "gpt2" if not config.rope_theta else "qwen2" if config.qkv_bias else "llama"
+    c = {
+        "architectures": [CLASSES[kind][scalar]], "model_type": kind, "dtype": "float32",
+        "vocab_size": config.vocab_size, "bos_token_id": config.eos, "eos_token_id": config.eos,
+        "tie_word_embeddings": config.tied,
+    }  # fmt: skip
+    if scalar:
+        c |= {"id2label": {"0": "score"}, "label2id": {"score": 0}}
+    if kind == "gpt2":
+        return c | {
+            "n_positions": config.block_size, "n_layer": config.n_layer, "n_head": config.n_head,
+            "n_embd": config.n_embd, "n_inner": config.n_inner or None, "activation_function": "gelu_new",
+            "layer_norm_epsilon": config.norm_eps,
+            "resid_pdrop": config.dropout, "embd_pdrop": config.dropout, "attn_pdrop": config.dropout,
+        }  # fmt: skip
+    return c | {
+        "max_position_embeddings": config.block_size, "num_hidden_layers": config.n_layer,
+        "num_attention_heads": config.n_head, "num_key_value_heads": config.n_kv_head or config.n_head,
+        "hidden_size": config.n_embd, "intermediate_size": config.n_inner or 4 * config.n_embd, "hidden_act": "silu",
+        "rms_norm_eps": config.norm_eps, "rope_theta": config.rope_theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+    }  # fmt: skip
+
+
+# --- tokenizer.json ---------------------------------------------------------------------------------------------------
+
+# Byte-level vocabularies write a byte as a printable character: itself where it is one, else the next from U+0100 on.
+_PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_OTHERS = [b for b in range(256) if b not in _PRINTABLE]
+CHARACTER = {b: chr(b) for b in _PRINTABLE} | {b: chr(256 + i) for i, b in enumerate(_OTHERS)}
+BYTE = {character: byte for byte, character in CHARACTER.items()}
+
+
+def read_tokenizer(path: Path) -> tiktoken.Encoding:
+    """A tokenizer.json's byte-level BPE as a tiktoken.Encoding, its added tokens as special ones.
+
+    tiktoken merges in the order of the ids, so the merges must be listed in that order, which byte-level vocabularies
+    are. Raises InputError, by name, for a tokenizer, a pre-tokenizer or an added token that this cannot express.
+    """
+    if not path.exists():
+        raise InputError(f"{path}: is not there; save the tokenizer there as a fast one")
+    spec = read_json(path)
+    model, added = spec["model"], {token["content"]: token for token in spec.get("added_tokens", [])}
+    vocab = {token: i for token, i in model["vocab"].items() if token not in added} if model["type"] == "BPE" else {}
+    if not vocab or model.get("byte_fallback") or not BYTE.keys() >= set("".join(vocab)):
+        raise InputError(f"{path}: a tokenizer of type {model['type']} is not supported unless it is a byte-level BPE")
+    ranks = {bytes(BYTE[character] for character in token): i for token, i in vocab.items()}
+    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+    order = [vocab.get(a + b, -1) for a, b in merges]
+    if order != sorted(set(order)):
+        raise InputError(f"{path}: a vocabulary whose ids are not in the order of its merges is not supported")
+    if (normalizer := (spec.get("normalizer") or {}).get("type")) not in (None, "NFC"):
+        raise InputError(f"{path}: normalizer {normalizer} is not supported; remove it, or give another tokenizer")
+    for name, token in added.items():
+        if token.get("lstrip") or token.get("rstrip") or token.get("single_word"):
+            raise InputError(f"{path}: added token {name} with lstrip, rstrip or single_word is not supported")
+    pattern = split_pattern(spec["pre_tokenizer"], lacking(ranks, path), path)
+    if normalizer:
+        print(f"{path}: normalizer NFC is left out; a text that is not in NFC gets other tokens than in transformers")
+    if '"SpecialToken"' in json.dumps(spec.get("post_processor")):
+        print(f"{path}: adds tokens to every text, which is not done here; write them into your prompts")
+    special = {name: token["id"] for name, token in added.items()}
+    return tiktoken.Encoding("bpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+
+
+def lacking(ranks: dict[bytes, int], path: Path) -> list[tuple[str, str]]:
+    """(first, last) of the characters that a vocabulary has no bytes for: control characters, unassigned planes."""
+    ranges = []
+    for byte in (b for b in range(256) if bytes([b]) not in ranks):
+        if byte < 128:
+            ranges.append((chr(byte), chr(byte)))
+        elif 0xF1 <= byte <= 0xF3:  # opens the characters of four planes
+            ranges.append((chr((byte & 7) << 18), chr((byte & 7) << 18 | 0x3FFFF)))
+        elif byte not in (0xC0, 0xC1, *range(0xF5, 256)):  # which occur in no UTF-8 text
+            raise InputError(f"{path}: a vocabulary without byte {byte:#x} is not supported")
+    return ranges
+
+
+def split_pattern(pre_tokenizer: dict | None, lacks: list[tuple[str, str]], path: Path) -> str:
+    """The pattern whose matches are the words that BPE is applied to; no word holds a character of `lacks`.
+
+    Known are GPT-2's own pattern, the same behind a step that splits off every digit, and a Split by any pattern.
+    Characters that the vocabulary lacks are dropped, as transformers drops them (which joins what stands around them).
+    """
+    steps = pre_tokenizer or {"type": "none"}
+    *before, last = steps["pretokenizers"] if steps["type"] == "Sequence" else [steps]
+    split = {"behavior": "Isolated", "invert": False} | (before[0] if before else {})
+    if last["type"] == "ByteLevel" and not last["add_prefix_space"]:
+        if last.get("use_regex", True) and before in ([], [{"type": "Digits", "individual_digits": True}]):
+            pattern = SPLIT
+            if before:
+                pattern = pattern.replace(r" ?\p{N}+", r"\p{N}").replace(r"|\s+(?!\S)", r"|\s+(?=\p{N})|\s+(?!\S)")
+            unknown = "".join(f"{regex.escape(a)}-{regex.escape(z)}" for a, z in lacks)
+            return pattern.replace(r"[^\s\p{L}\p{N}]", rf"[^\s\p{{L}}\p{{N}}{unknown}]")
+        if split["type"] == "Split" and split["behavior"] == "Isolated" and not split["invert"] and len(before) == 1:
+            pattern = split["pattern"].get("Regex", "")
+            if pattern and not last.get("use_regex", True) and not any(regex.search(pattern, a) for a, _ in lacks):
+                return pattern
+    raise InputError(
+        f"{path}: pre-tokenizer {' + '.join(step['type'] for step in [*before, last])}, with its options, is not "
+        "supported; ByteLevel, Digits + ByteLevel and Split + ByteLevel are"
+    )
+
+
+def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
+    """The merges that made a vocabulary: each token, put together with the earlier ones only, is two parts at last."""
+    merges = []
+    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+        parts = [token[i : i + 1] for i in range(len(token))]
+        while len(parts) > 2:
+            best = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], rank))
+            if ranks.get(parts[best] + parts[best + 1], rank) >= rank:
+                raise InputError(f"the token {token!r} is not made of two others; this vocabulary cannot be exported")
+            parts[best : best + 2] = [parts[best] + parts[best + 1]]
+        if len(parts) == 2:
+            merges.append((parts[0], parts[1]))
+    return merges
+
+
+def tokenizer_json(encoding: tiktoken.Encoding) -> dict:
+    """A tokenizer.json for an encoding; the inverse of `read_tokenizer`."""
+    ranks = encoding._mergeable_ranks
+    text = lambda token: "".join(CHARACTER[b] for b in token)  # noqa: E731
+    flags = dict.fromkeys(["single_word", "lstrip", "rstrip", "normalized"], False) | {"special": True}
+    special = sorted(encoding._special_tokens.items(), key=lambda item: item[1])
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    split = {"type": "Split", "pattern": {"Regex": encoding._pat_str}, "behavior": "Isolated", "invert": False}
+    return {
+        "version": "1.0", "truncation": None, "padding": None,
+        "added_tokens": [{"id": i, "content": name} | flags for name, i in special],
+        "normalizer": None, "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, level]},
+        "post_processor": None, "decoder": level | {"use_regex": True},
+        "model": {
+            "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": "",
+            "end_of_word_suffix": "", "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
+            "vocab": {text(token): i for token, i in ranks.items()} | encoding._special_tokens,
+            "merges": [[text(a), text(b)] for a, b in merges_of(ranks)],
+        },
+    }  # fmt: skip
+
+
+# --- in ---------------------------------------------------------------------------------------------------------------
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of model.safetensors (one file or shards) or of pytorch_model.bin."""
+    index = folder / "model.safetensors.index.json"
+    paths = [folder / "model.safetensors"]
+    if index.exists():
+        paths = [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+    if not paths[0].exists() and (folder / "pytorch_model.bin").exists():
+        paths = [folder / "pytorch_model.bin"]
+    found: dict[str, Tensor] = {}
+    for path in paths:
+        if not path.exists():
+            raise InputError(f"{path}: is not there; give a whole Hugging Face folder")
+        try:
+            if path.suffix == ".bin":
+                found |= torch.load(path, map_location="cpu", weights_only=True)
+            else:
+                found |= needs("safetensors.torch").load_file(path)
+        except InputError:
+            raise
+        except Exception as error:  # both raise many kinds
+            raise InputError(f"{path}: cannot be read ({type(error).__name__}: {error}); fetch it again") from None
+    return found
+
+
+def read_model(folder: Path) -> tuple[GPT | ScalarModel, tiktoken.Encoding]:
+    """A Hugging Face folder as our model, in float32, and its tokenizer."""
+    encoding = read_tokenizer(folder / "tokenizer.json")
+    config, scalar = read_config(folder / "config.json")
+    config.eos = eos_id(folder, encoding)
+    model = load(config, scalar, read_tensors(folder), str(folder))
+    if scalar:
+        model.bias.fill_(read_json(folder / "config.json").get("score_bias", 0.0))
+    return model, fill_gaps(encoding, config.vocab_size, folder)
+
+
+def eos_id(folder: Path, encoding: tiktoken.Encoding) -> int:
+    """The id of the token that ends a text: tokenizer_config.json's eos_token, else config.json's eos_token_id."""
+    name = None
+    if (path := folder / "tokenizer_config.json").exists():
+        name = read_json(path).get("eos_token")
+        name = name.get("content") if isinstance(name, dict) else name
+    if name in encoding._special_tokens:
+        return encoding._special_tokens[name]
+    eos = read_json(folder / "config.json").get("eos_token_id")
+    if eos is None:
+        raise InputError(
+            f"{folder}: neither tokenizer_config.json nor config.json names an EOS token; add eos_token_id"
+        )
+    return eos[0] if isinstance(eos, list) else eos
+
+
+def fill_gaps(encoding: tiktoken.Encoding, vocab_size: int, folder: Path) -> tiktoken.Encoding:
+    """The encoding with a special token for each id that the model has a row for and the tokenizer no name."""
+    used = set(encoding._mergeable_ranks.values()) | set(encoding._special_tokens.values())
+    if max(used) >= vocab_size:
+        raise InputError(
+            f"{folder}: the tokenizer has ids up to {max(used)}, the model only {vocab_size} rows for them"
+        )
+    names = {f"<|unused_{i}|>": i for i in range(vocab_size) if i not in used}
+    return tiktoken.Encoding(
+        encoding.name, pat_str=encoding._pat_str, mergeable_ranks=encoding._mergeable_ranks,
+        special_tokens=encoding._special_tokens | names,
+    )  # fmt: skip
+
+
+def load(config: GPTConfig, scalar: bool, found: dict[str, Tensor], source: str) -> GPT | ScalarModel:
+    """A model with `found`, their tensors, in it. Raises InputError where one is missing, unknown or misshapen."""
+    found = {re.sub(r"^(transformer|model)\.", "", name): x for name, x in found.items()}
+    state = {}
+    for ours, theirs, transposed in tensors(config, scalar):
+        parts = []
+        for name in theirs:
+            name = re.sub(r"^(transformer|model)\.", "", name)
+            if name not in found:
+                raise InputError(f"{source}: has no tensor {name}; give a whole checkpoint")
+            part = found.pop(name).float()
+            parts.append(part.T if transposed else part)
+        state[ours] = torch.cat(parts).contiguous()
+    buffers = re.compile(r"attn\.(masked_)?bias$|rotary_emb\.inv_freq$" + ("|^lm_head.weight$" if config.tied else ""))
+    if rest := [name for name in found if not buffers.search(name)]:
+        raise InputError(f"{source}: holds {rest[0]}, which no supported architecture has; nothing was written")
+    with torch.device("meta"):
+        model = GPT(replace(config, tied=config.tied or scalar))
+    with torch.no_grad():
+        shapes = {name: p.shape for name, p in model.named_parameters()}
+        for name, x in state.items():
+            if name in shapes and x.shape != shapes[name]:
+                raise InputError(
+                    f"{source}: {name} is of shape {tuple(x.shape)}, config.json asks {tuple(shapes[name])}"
+                )
+        model.load_state_dict({n: x for n, x in state.items() if n != "head.weight"}, assign=True)
+        if scalar:
+            model = ScalarModel(model)
+            model.head.weight.copy_(state["head.weight"])
+    return model.eval()
+
+
+def published(name: str) -> tuple[GPT, tiktoken.Encoding]:
+    """GPT-2 as OpenAI published it, from Hugging Face's copy, which is downloaded once and kept in a cache."""
+    folder, encoding = CACHE / name, gpt2_encoding()
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "config.json").exists():
+        download_from_hub(f"openai-community/{name}", "config.json", folder / "config.json")
+    if not (folder / "model.safetensors").exists():
+        download_from_hub(f"openai-community/{name}", "model.safetensors", folder / "model.safetensors")
+    config, _ = read_config(folder / "config.json")
+    config.eos = encoding.eot_token
+    return load(config, False, read_tensors(folder), name), encoding
+
+
+# --- out --------------------------------------------------------------------------------------------------------------
+
+
+def write_model(model: GPT | ScalarModel, encoding: tiktoken.Encoding, folder: Path) -> None:
+    """A Hugging Face folder: config.json, model.safetensors, tokenizer.json, tokenizer_config.json.
+
+    transformers' classifiers have no place for a constant. GPT-2's final norm has a bias that takes it; RMSNorm has
+    none, so there the exported score is ours less the `score_bias` in config.json, which no comparison notices. Such a
+    classifier skips pads by their id, so its pad token must not be EOS: it is another special token, if there is one.
+    """
+    save_file, scalar, config = needs("safetensors.torch").save_file, isinstance(model, ScalarModel), model.config
+    c = config_json(config, scalar)
+    state = {name.removeprefix("trunk."): x for name, x in model.state_dict().items()}
+    if scalar:
+        weight, constant = model.gain * model.head.weight, model.gain * model.head.bias + model.bias
+        state["head.weight"] = weight
+        if config.rms_norm:
+            c["score_bias"] = constant.item()
+        else:
+            state["ln_f.bias"] = state["ln_f.bias"] + weight[0] * constant / weight.square().sum()
+    out = {}
+    head_size, n_kv_head = config.n_embd // config.n_head, config.n_kv_head or config.n_head
+    for ours, theirs, transposed in tensors(config, scalar):
+        x = state[ours]
+        sizes = [len(x)] if len(theirs) == 1 else [len(x) // 2] * 2
+        if len(theirs) == 3:
+            sizes = [config.n_embd, n_kv_head * head_size, n_kv_head * head_size]
+        for name, part in zip(theirs, x.split(sizes)):
+            out[name] = (part.T if transposed else part).detach().cpu().clone(memory_format=torch.contiguous_format)
+    names = {i: name for name, i in encoding._special_tokens.items()}
+    about = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.block_size}
+    about |= {"clean_up_tokenization_spaces": False, "eos_token": names[config.eos]}
+    if (pad := next((i for i in sorted(names) if i != config.eos), None)) is not None:
+        c["pad_token_id"], about["pad_token"] = pad, names[pad]
+    tokenizer = tokenizer_json(encoding)
+    for name, content in (("config", c), ("tokenizer", tokenizer), ("tokenizer_config", about)):
+        (folder / f"{name}.json").write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
+    save_file(out, folder / "model.safetensors", metadata={"format": "pt"})
+    if scalar and config.rms_norm:
+        print(f"the exported scores are ours less {c['score_bias']:.4f} (score_bias in config.json)")
+
+
+def convert(source: str, target: Path) -> str:
+    """In or out, by what `source` is. Returns what was done."""
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise InputError(f"{target}: exists already; name a new folder, so that nothing in it is lost")
+    folder, temporary = Path(source), target.with_name(f"{target.name}.{os.getpid()}.tmp")
+    try:
+        if source in PUBLISHED or (folder / "config.json").exists():
+            model, encoding = published(source) if source in PUBLISHED else read_model(folder)
+            temporary.mkdir(parents=True)
+            common.save_model(model, encoding, temporary / "model.pt")
+        elif (folder / "model.pt").exists() or folder.suffix == ".pt":
+            model, encoding = common.load(folder)
+            temporary.mkdir(parents=True)
+            write_model(model, encoding, temporary)
+        else:
+            raise InputError(
+                f"{source}: neither {', '.join(PUBLISHED)} nor a folder with config.json (theirs) or model.pt (ours)"
+            )
+        if target.exists():
+            target.rmdir()
+        temporary.rename(target)
+    except KeyError as error:
+        raise InputError(
+            f"{source}: config.json or tokenizer.json has no {error}; give a whole Hugging Face folder"
+        ) from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    n = sum(p.numel() for p in model.parameters())
+    return f"{source} → {target}: {n:,} parameters, {model.config.vocab_size:,} tokens of vocabulary"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "source", metavar="FROM", help="gpt2[-medium, -large, -xl], a Hugging Face folder or a run folder"
+    )
+    parser.add_argument(
+        "target", metavar="TO", type=Path, help="the folder to write: a run folder, or a Hugging Face one"
+    )
+    options = parser.parse_args()
+    try:
+        print(convert(options.source, options.target))
+    except InputError as error:
+        print(f"data.weights: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

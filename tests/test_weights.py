@@ -1,0 +1,325 @@
+"""data/weights.py: weights and tokenizers of Hugging Face folders, both ways, judged by transformers and tokenizers."""
+
+import hashlib
+import json
+import random
+import re
+import shutil
+
+import pytest
+import tiktoken
+import torch
+
+import common
+import data
+from data import InputError, weights
+from model import ScalarModel
+from tests.conftest import FAMILIES, flat, make_gpt, run, uneven, write
+
+transformers = pytest.importorskip("transformers")
+tokenizers = pytest.importorskip("tokenizers")
+from tiktoken_ext.openai_public import r50k_pat_str  # noqa: E402
+from tokenizers import pre_tokenizers  # noqa: E402
+
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
+    r"\s+(?!\S)|\s+"
+)
+LEVEL = pre_tokenizers.ByteLevel
+SPLITS = {
+    "gpt2": LEVEL(add_prefix_space=False),
+    "digits": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), LEVEL(add_prefix_space=False)]),
+    "split": pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(tokenizers.Regex(LLAMA3), "isolated"),
+            LEVEL(add_prefix_space=False, use_regex=False),
+        ]
+    ),
+}
+RARE = [4, 6, 0x13, 0x1D, 0xC0, 0xC1, 0xF1, 0xF2, *range(0xF5, 0x100)]
+SCRIPTS = [(0x20, 0x7E), (0xA0, 0x24F), (0x370, 0x4FF), (0x590, 0x6FF), (0x900, 0x97F), (0xE00, 0xE7F)]
+SCRIPTS += [(0x1100, 0x11FF)]
+SCRIPTS += [(0x2000, 0x206F), (0x2160, 0x2188), (0x3040, 0x30FF), (0x4E00, 0x9FFF), (0xAC00, 0xD7A3), (9, 13)]
+SCRIPTS += [(0x1D7CE, 0x1D7FF), (0x1F300, 0x1F9FF), (0x30, 0x39), (0x660, 0x669), (0xE0001, 0xE007F)]
+
+
+def strings(n: int, seed: int = 0) -> list[str]:
+    """Strings of many scripts, with digits, contractions and runs of white space between."""
+    rng, made = random.Random(seed), []
+    for _ in range(n):
+        parts = []
+        for _ in range(rng.randint(0, 10)):
+            first, last = rng.choice(SCRIPTS)
+            parts.append("".join(chr(rng.randint(first, last)) for _ in range(rng.randint(1, 8))))
+            parts.append(rng.choice(["", " ", "  ", "   7", "\n", " \n\n ", " 1234567", "'s", "'LL", " an end.", "!"]))
+        made.append("".join(parts))
+    return made
+
+
+def make_tokenizer(folder, split="gpt2", alphabet=True, special=("<|end|>", "<|user|>"), **trainer):
+    """A trained tokenizer, saved to folder/tokenizer.json. Without the whole `alphabet` it lacks a few rare bytes."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = SPLITS[split], tokenizers.decoders.ByteLevel()
+    start = sorted(set(LEVEL.alphabet()) - {weights.CHARACTER[b] for b in (() if alphabet else RARE)})
+    options = dict(vocab_size=900, special_tokens=list(special), initial_alphabet=start, show_progress=False) | trainer
+    tokenizer.train_from_iterator(strings(2000, seed=1), tokenizers.trainers.BpeTrainer(**options))
+    folder.mkdir(exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return tokenizer
+
+
+@pytest.mark.parametrize("split, alphabet", [("gpt2", True), ("digits", True), ("digits", False), ("split", True)])
+def test_tokens_are_those_of_tokenizers_both_ways(tmp_path, split, alphabet):
+    theirs = make_tokenizer(tmp_path / "hf", split, alphabet)
+    ours = weights.read_tokenizer(tmp_path / "hf" / "tokenizer.json")
+    (tmp_path / "again").mkdir()
+    (tmp_path / "again" / "tokenizer.json").write_text(json.dumps(weights.tokenizer_json(ours)))
+    exported = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "again" / "tokenizer.json"))
+    back = weights.read_tokenizer(tmp_path / "again" / "tokenizer.json")
+    texts = strings(1000) + (["a\x04b", "\x04", " \x13 x"] if not alphabet else [])
+    for text in texts:
+        expected = theirs.encode(text).ids
+        assert ours.encode_ordinary(text) == back.encode_ordinary(text) == expected, repr(text)
+        assert exported.encode(text, add_special_tokens=False) == expected, repr(text)
+    turn = "<|user|>say 123 <|end|>\n"
+    assert data.encode_prompt(ours, turn) == theirs.encode(turn).ids == exported.encode(turn)
+    assert len(data.encode_prompt(ours, turn)) < len(ours.encode_ordinary(turn))
+    assert alphabet or not any(bytes([b]) in ours._mergeable_ranks for b in (4, 0x13, 0xF1))
+
+
+@pytest.mark.parametrize("pattern", [data.SPLIT, r50k_pat_str])
+def test_a_vocabulary_of_our_own_is_the_same_in_transformers(tmp_path, pattern):
+    ours = data.learn_bpe(strings(300, seed=2), 700)
+    ranks, special = ours._mergeable_ranks, ours._special_tokens
+    ours = tiktoken.Encoding("mine", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+    model = make_gpt(vocab_size=ours.n_vocab, eos=ours.eot_token)
+    weights.write_model(model, ours, make(tmp_path / "hf"))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert theirs.eos_token_id == ours.eot_token
+    for text in strings(1000):
+        ids = ours.encode_ordinary(text)
+        assert theirs.encode(text, add_special_tokens=False) == ids and theirs.decode(ids) == ours.decode(ids) == text
+
+
+def make(folder):
+    folder.mkdir()
+    return folder
+
+
+def hugging_face_folder(folder, family, **save):
+    """A model of random weights as transformers itself saves it, with a tokenizer; the model."""
+    make_tokenizer(folder)
+    config = weights.config_json(make_gpt(vocab_size=1000, n_embd=32, **{"n_head": 4} | FAMILIES[family]).config, False)
+    made = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.for_model(**config), dtype=torch.float32
+    )
+    made.generation_config.eos_token_id = made.config.eos_token_id = 0
+    uneven(made).eval().save_pretrained(folder, **save)
+    return made
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("form", ["one file", "shards", "bin"])
+def test_a_hugging_face_folder_comes_in_and_goes_out_with_its_logits(tmp_path, family, form):
+    theirs = hugging_face_folder(tmp_path / "hf", family, max_shard_size="100KB" if form == "shards" else "1GB")
+    assert (tmp_path / "hf" / "model.safetensors.index.json").exists() == (form == "shards")
+    if form == "bin":
+        torch.save(theirs.state_dict(), tmp_path / "hf" / "pytorch_model.bin")
+        (tmp_path / "hf" / "model.safetensors").unlink()
+    weights.convert(str(tmp_path / "hf"), tmp_path / "run")
+    ours, encoding = common.load_gpt(tmp_path / "run")
+    tokens = torch.randint(0, 900, (3, 40), generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(ours(tokens), theirs(tokens).logits, rtol=1e-4, atol=1e-4)
+    assert ours.config.eos == 0 and encoding.decode([0, 1, 999]) == "<|end|><|user|><|unused_999|>"
+
+    weights.convert(str(tmp_path / "run"), tmp_path / "out")
+    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert type(back) is type(theirs)
+    torch.testing.assert_close(back(tokens).logits, theirs(tokens).logits, rtol=1e-4, atol=1e-4)
+    for key, value in theirs.config.to_dict().items():
+        if key not in ("bos_token_id", "pad_token_id", "transformers_version", "_name_or_path", "dtype"):
+            assert getattr(back.config, key) == value, key
+    prompt = data.encode_prompt(encoding, "<|user|>hello")
+    tokens, _, length = ours.generate([prompt], 8, temperature=0)
+    given = torch.tensor([prompt])
+    expected = back.generate(given, attention_mask=torch.ones_like(given), max_new_tokens=8, do_sample=False)[
+        0
+    ].tolist()
+    assert tokens[0, : length[0]].tolist() == expected
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_reward_model_is_a_sequence_classifier_of_one_label_with_the_same_scores(tmp_path, family):
+    """Where the norm has no bias, less one constant; and of a padded batch too, since its pad token is not EOS."""
+    make_tokenizer(tmp_path / "hf")
+    encoding = weights.read_tokenizer(tmp_path / "hf" / "tokenizer.json")
+    gpt = uneven(make_gpt(vocab_size=encoding.n_vocab, eos=0, **{"n_head": 4} | FAMILIES[family]))
+    reward = ScalarModel(gpt).eval()
+    reward.gain.fill_(1.7), reward.bias.fill_(-0.6)
+    reward.head.bias.data.fill_(0.4)
+    common.save_model(reward, encoding, make(tmp_path / "reward") / "model.pt")
+    weights.convert(str(tmp_path / "reward"), tmp_path / "out")
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    texts = ["one<|end|>", "two and three<|end|>", "<|user|>a text that was cut"]
+    ids = [data.encode_prompt(encoding, text) for text in texts]
+    tokens, _, length = data.pad([data.Row(row, 1) for row in ids])
+    batch = tokenizer(texts, padding=True, return_tensors="pt")
+    got = theirs(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    constant = getattr(theirs.config, "score_bias", 0.0)
+    assert got.shape == (3, 1) and bool(constant) == gpt.config.rms_norm
+    torch.testing.assert_close(got[:, 0] + constant, reward.scores(tokens, length), rtol=1e-4, atol=1e-4)
+
+    weights.convert(str(tmp_path / "out"), tmp_path / "back")
+    back, _ = common.load_scalar(tmp_path / "back")
+    torch.testing.assert_close(back.scores(tokens, length), reward.scores(tokens, length), rtol=1e-4, atol=1e-4)
+
+
+def test_gpt2_is_downloaded_once_and_checked_against_the_hubs_checksum(tmp_path, server, monkeypatch):
+    theirs = hugging_face_folder(tmp_path / "hf", "gpt2")
+    encoding = weights.fill_gaps(data.learn_bpe(strings(9), 400), 1000, tmp_path)
+    content = (tmp_path / "hf" / "model.safetensors").read_bytes()
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{hashlib.sha256(content).hexdigest()}\nsize 9\n"
+    hub = {"raw/main/model.safetensors": pointer.encode(), "resolve/main/model.safetensors": content}
+    hub["raw/main/config.json"] = hub["resolve/main/config.json"] = (tmp_path / "hf" / "config.json").read_bytes()
+    server.files |= {f"/openai-community/gpt2/{path}": file for path, file in hub.items()}
+    monkeypatch.setattr(data, "HUB", server.url)
+    monkeypatch.setattr(weights, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(weights, "gpt2_encoding", lambda: encoding)
+
+    place = "/openai-community/gpt2/resolve/main/model.safetensors"
+    for wrong, words in ((content[:-1] + b"x", "wrong checksum"), (None, "404")):
+        server.files[place] = wrong
+        with pytest.raises(InputError, match=words):
+            weights.convert("gpt2", tmp_path / "gpt2")
+        assert not (tmp_path / "gpt2").exists() and not (tmp_path / "cache/gpt2/model.safetensors").exists()
+    monkeypatch.setattr(data, "HUB", f"{server.url}/cut")
+    with pytest.raises(InputError, match="only"):
+        weights.convert("gpt2", tmp_path / "gpt2")
+    monkeypatch.setattr(data, "HUB", server.url)
+    server.files[place] = content
+    weights.convert("gpt2", tmp_path / "gpt2")
+    ours, _ = common.load_gpt(tmp_path / "gpt2")
+    tokens = torch.arange(30)[None]
+    torch.testing.assert_close(ours(tokens), theirs(tokens).logits, rtol=1e-4, atol=1e-4)
+    server.files.clear()
+    weights.convert("gpt2", tmp_path / "once-more")
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def with_tensors(folder, change):
+    from safetensors.torch import load_file, save_file
+
+    found = load_file(folder / "model.safetensors")
+    change(found)
+    save_file(found, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+BAD = {
+    "another architecture": (lambda f: edit(f / "config.json", model_type="bert"), ".bert. is not supported"),
+    "another activation": (lambda f: edit(f / "config.json", activation_function="relu"), 'activation_function "relu"'),
+    "a missing number": (lambda f: drop(f / "config.json", "n_head"), "n_head"),
+    "no config": (lambda f: (f / "config.json").write_text("{"), "config.json: cannot be read"),
+    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json: is not there"),
+    "a unigram tokenizer": (lambda f: edit(f / "tokenizer.json", model={"type": "Unigram"}), "of type Unigram"),
+    "another pre-tokenizer": (
+        lambda f: edit(f / "tokenizer.json", pre_tokenizer={"type": "Metaspace"}), "pre-tokenizer Metaspace",
+    ),
+    "a lowercasing tokenizer": (
+        lambda f: edit(f / "tokenizer.json", normalizer={"type": "Lowercase"}), "normalizer Lowercase",
+    ),
+    "cut weights": (
+        lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:5000]), "cannot be",
+    ),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "model.safetensors: is not there"),
+    "a missing tensor": (
+        lambda f: with_tensors(f, lambda t: t.pop("transformer.ln_f.bias")), "has no tensor ln_f.bias",
+    ),
+    "an unknown tensor": (
+        lambda f: with_tensors(f, lambda t: t.update({"transformer.h.0.q_norm.weight": torch.ones(2)})), "q_norm",
+    ),
+    "a misshapen tensor": (
+        lambda f: with_tensors(f, lambda t: t.update({"transformer.ln_f.bias": torch.ones(2)})), "ln_f.bias is of",
+    ),
+    "more tokens than rows": (
+        lambda f: with_tensors(f, lambda t: t.update({"transformer.wte.weight": torch.ones(500, 32)}))
+        or edit(f / "config.json", vocab_size=500), "ids up to 899",
+    ),
+}  # fmt: skip
+
+
+def drop(path, key):
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != key}))
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_cannot_be_read_is_refused_by_name_and_nothing_is_written(tmp_path, name):
+    hugging_face_folder(tmp_path / "hf", "gpt2")
+    breakage, words = BAD[name]
+    breakage(tmp_path / "hf")
+    with pytest.raises(InputError, match=words) as error:
+        weights.convert(str(tmp_path / "hf"), tmp_path / "run")
+    assert "\n" not in str(error.value) and [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5}}, 'type "llama3"'),
+    ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2}}, 'type "linear"'),
+    ({"attention_bias": True}, "attention_bias true"), ({"hidden_act": "gelu"}, 'hidden_act "gelu"'),
+    ({"head_dim": 16}, "head_dim 16"),
+])  # fmt: skip
+def test_a_llama_that_computes_otherwise_is_refused_by_name(tmp_path, changes, words):
+    hugging_face_folder(tmp_path / "hf", "llama")
+    edit(tmp_path / "hf" / "config.json", **changes)
+    with pytest.raises(InputError, match=words):
+        weights.convert(str(tmp_path / "hf"), tmp_path / "run")
+
+
+def test_an_older_config_with_rope_theta_beside_the_rest_is_read(tmp_path):
+    hugging_face_folder(tmp_path / "hf", "llama")
+    drop(tmp_path / "hf" / "config.json", "rope_parameters")
+    edit(tmp_path / "hf" / "config.json", rope_theta=5e3, rope_scaling=None)
+    assert weights.read_config(tmp_path / "hf" / "config.json")[0].rope_theta == 5e3
+
+
+def test_from_the_command_line_a_folder_in_use_is_refused_and_bad_input_is_one_sentence(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("all I have")
+    for options, words in (
+        ((tmp_path, tmp_path / "mine"), "exists already"),
+        ((tmp_path / "x", tmp_path / "y"), "neither"),
+    ):
+        done = run("data/weights.py", *options)
+        assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
+def test_all_three_stages_run_on_a_llama_and_its_policy_and_reward_model_go_out(tmp_path):
+    hugging_face_folder(tmp_path / "hf", "llama")
+    weights.convert(str(tmp_path / "hf"), tmp_path / "base")
+    prompts = [f"<|user|>{a} {b}<|end|>" for a in "abcdefgh" for b in "stuvwxyz"]
+    write(tmp_path / "sft.jsonl", [{"prompt": p, "completion": p[8]} for p in prompts])
+    write(tmp_path / "pairs.jsonl", [{"prompt": p, "chosen": p[8], "rejected": p[10]} for p in prompts])
+    common_options = ["--block_size", 40]
+    for script, options in (
+        ("sft.py", ["--data", tmp_path / "sft.jsonl", "--init", tmp_path / "base", "--evals", 1]),
+        ("reward.py", ["--data", tmp_path / "pairs.jsonl", "--init", tmp_path / "sft", "--response_len", 6]),
+        (
+            "ppo.py",
+            ["--data", tmp_path / "sft.jsonl", "--init", tmp_path / "sft", "--reward", tmp_path / "reward"]
+            + ["--iterations", 2, "--batch_size", 8, "--minibatch_size", 4, "--response_len", 6],
+        ),
+    ):
+        done = run(script, *options, *common_options, "--out", tmp_path / script.removesuffix(".py"))
+        assert done.returncode == 0, done.stderr
+        assert float(re.search(r"peak memory: (\S+) GiB", done.stdout)[1]) > 0.1
+    first = common.read_metrics(tmp_path / "ppo")[0]
+    assert first["objective/kl"] == 0 and abs(first["val/ratio"] - 1) < 0.05
+    for name, kind in (("ppo", "CausalLM"), ("reward", "SequenceClassification")):
+        weights.convert(str(tmp_path / name), tmp_path / f"{name}-hf")
+        theirs = getattr(transformers, f"AutoModelFor{kind}").from_pretrained(tmp_path / f"{name}-hf")
+        assert flat(theirs).isfinite().all()
+    shutil.rmtree(tmp_path)
