@@ -11,6 +11,7 @@ Nothing is stripped: the space between a prompt and its completion is part of on
 such in prompts alone.
 """
 
+import gzip
 import hashlib
 import heapq
 import http.client
@@ -21,6 +22,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -46,11 +48,13 @@ class InputError(Exception):
 
 def _lines(path: str | Path) -> Iterator[tuple[int, str]]:
     try:
-        with open(path, "rb") as file:
+        with gzip.open(path) if Path(path).suffix == ".gz" else open(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}; give a file that can be read") from None
+    except (EOFError, zlib.error) as error:
+        raise InputError(f"{path}: cannot be read as gzip ({error}); fetch it again") from None
     except UnicodeDecodeError:
         raise InputError(f"{path}:{number}: not UTF-8; save the file as UTF-8") from None
 

@@ -11,14 +11,12 @@ question there are prompts for evaluation alone. The texts hold offensive langua
 """
 
 import argparse
-import gzip
 import json
 import os
 import re
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 from data import InputError, download_from_hub, iterate_jsonl
@@ -26,23 +24,6 @@ from data import InputError, download_from_hub, iterate_jsonl
 FOLDER = Path(__file__).resolve().parent.parent / "out/data/hh"
 SETS = ("helpful-base", "helpful-online", "helpful-rejection-sampled", "harmless-base")
 TURN = re.compile(r"\n\n(Human|Assistant):")
-
-
-def rows(source: Path) -> Iterator[dict]:
-    """The rows of a .jsonl or .jsonl.gz file, each with "chosen" and "rejected"."""
-    columns = {"chosen": str, "rejected": str}
-    if source.suffix != ".gz":
-        yield from iterate_jsonl(source, columns)
-        return
-    plain = FOLDER / f"{source.stem}.{os.getpid()}.tmp"
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    try:
-        plain.write_bytes(gzip.decompress(source.read_bytes()))
-        yield from iterate_jsonl(plain, columns)
-    except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"{source}: cannot be read as gzip ({type(error).__name__}); fetch it again") from None
-    finally:
-        plain.unlink(missing_ok=True)
 
 
 def turns(text: str) -> list[tuple[str, str]]:
@@ -75,7 +56,7 @@ def prepare(sources: list[Path], chatml: bool) -> None:
     left_out: Counter[str] = Counter()
     kept: dict[str, list[dict]] = {"train": [], "eval": []}
     for source in sources:
-        for row in rows(source):
+        for row in iterate_jsonl(source, {"chosen": str, "rejected": str}):
             pair = comparison(row, chatml)
             if isinstance(pair, str):
                 left_out[pair] += 1

@@ -1,0 +1,124 @@
+"""data/hh.py, on a small data set in the exact form of the public files."""
+
+import gzip
+import hashlib
+import json
+import sys
+
+import pytest
+
+import data
+from data import hh
+from tests.conftest import write
+
+ASK = "\n\nHuman: what is red {}?\n\nAssistant:"
+LONG = "\n\nHuman: hi {}\n\nAssistant: Hello!  What can I do?\n\nHuman: name a fruit\n\nwith a long name\n\nAssistant:"
+
+
+def made_up(n=60):
+    """n dialogues of two kinds, and one of each sort that must be left out."""
+    rows = []
+    for i in range(n):
+        before = (LONG if i % 2 else ASK).format(i)
+        rows.append({"chosen": f"{before} a pomegranate\n\nor a fox {i}", "rejected": f"{before} I don’t know."})
+    rows.append({"chosen": f"{ASK} one", "rejected": f"{LONG} two"})
+    rows.append({"chosen": f"{ASK} the same", "rejected": f"{ASK} the same "})
+    rows.append({"chosen": f"{ASK} ", "rejected": f"{ASK} something"})
+    rows.append({"chosen": f"{ASK} yes\n\nHuman: thanks", "rejected": f"{ASK} yes\n\nHuman: no"})
+    return rows
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(hh, "FOLDER", tmp_path / "hh")
+    return tmp_path / "hh"
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def call(monkeypatch, *options):
+    monkeypatch.setattr(sys, "argv", ["hh.py", *map(str, options)])
+    hh.main()
+
+
+def test_a_dialogue_becomes_a_prompt_and_two_answers_and_what_is_left_out_is_counted(
+    tmp_path, folder, monkeypatch, capsys
+):
+    call(monkeypatch, "--source", write(tmp_path / "a.jsonl", made_up()))
+    pairs = read(folder / "compare.jsonl")
+    said = capsys.readouterr().out
+    for why in ("part before the last answer: 1", "the same: 1", "an empty answer: 1", "end with the assistant: 1"):
+        assert why in said
+    for row in pairs:
+        i = int(row["chosen"].rsplit(" ", 1)[1])
+        assert row["chosen"] == f" a pomegranate\n\nor a fox {i}" and row["rejected"] == " I don’t know."
+        assert row["prompt"] == (LONG if i % 2 else ASK).format(i)
+    assert read(folder / "sft.jsonl") == [{"prompt": r["prompt"], "completion": r["chosen"]} for r in pairs]
+    assert read(folder / "ppo.jsonl") == [{"prompt": r["prompt"]} for r in pairs]
+    held_out = {row["prompt"] for row in read(folder / "eval.jsonl")}
+    assert len(pairs) + len(held_out) == 60 and held_out and held_out.isdisjoint(row["prompt"] for row in pairs)
+
+
+def test_chatml_turns_open_and_close(tmp_path, folder, monkeypatch):
+    call(monkeypatch, "--chatml", "--source", write(tmp_path / "a.jsonl", made_up()))
+    row = next(row for row in read(folder / "compare.jsonl") if "hi " in row["prompt"])
+    i = row["chosen"].rsplit(" ", 1)[1]
+    assert row["prompt"] == (
+        f"<|im_start|>user\nhi {i}<|im_end|>\n<|im_start|>assistant\nHello!  What can I do?<|im_end|>\n"
+        "<|im_start|>user\nname a fruit\n\nwith a long name<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert row["chosen"] == f"a pomegranate\n\nor a fox {i}"
+
+
+def serve(server, name, content):
+    for part, rows in (("train", content), ("test", content[:1])):
+        packed = gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode())
+        pointer = (
+            f"version https://git-lfs.github.com/spec/v1\noid sha256:{hashlib.sha256(packed).hexdigest()}\nsize 1\n"
+        )
+        place = f"main/{name}/{part}.jsonl.gz"
+        server.files[f"/datasets/Anthropic/hh-rlhf/raw/{place}"] = pointer.encode()
+        server.files[f"/datasets/Anthropic/hh-rlhf/resolve/{place}"] = packed
+
+
+def test_the_public_files_are_downloaded_once_and_checked(folder, server, monkeypatch, capsys):
+    serve(server, "harmless-base", made_up())
+    monkeypatch.setattr(data, "HUB", server.url)
+    place = "/datasets/Anthropic/hh-rlhf/resolve/main/harmless-base/test.jsonl.gz"
+    right = server.files[place]
+    for wrong, words in ((right[:-9] + b"x" * 9, "wrong checksum"), (right[:-9], "wrong checksum"), (None, "404")):
+        server.files[place] = wrong
+        with pytest.raises(SystemExit):
+            call(monkeypatch, "--sets", "harmless-base")
+        error = capsys.readouterr().err
+        assert words in error and error.count("\n") == 1
+        assert not (folder / "compare.jsonl").exists() and not list(folder.glob("*test*"))
+    server.files[place] = right
+    call(monkeypatch, "--sets", "harmless-base")
+    assert len(read(folder / "compare.jsonl")) > 40
+    server.files.clear()
+    call(monkeypatch, "--sets", "harmless-base")
+
+
+@pytest.mark.parametrize("content, words", [
+    (None, "no such file"), (b"not gzip", "Not a gzipped file"),
+    (gzip.compress("\n".join(map(json.dumps, made_up())).encode())[:300], "fetch it again"),
+    (gzip.compress(b'{"chosen": "a"}\n'), "a.jsonl.gz:1: no column"),
+    (gzip.compress(json.dumps(made_up()[0]).encode()), "too few dialogues"),
+])  # fmt: skip
+def test_a_bad_source_is_one_sentence(tmp_path, folder, monkeypatch, capsys, content, words):
+    if content:
+        (tmp_path / "a.jsonl.gz").write_bytes(content)
+    with pytest.raises(SystemExit) as stop:
+        call(monkeypatch, "--source", tmp_path / "a.jsonl.gz")
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and words in error and error.count("\n") == 1, error
+    assert not folder.exists()
+
+
+def test_an_unknown_set_is_named(monkeypatch, folder, capsys):
+    with pytest.raises(SystemExit):
+        call(monkeypatch, "--sets", "helpful-base,funny")
+    assert "there is no funny" in capsys.readouterr().err
