@@ -5,9 +5,9 @@ import dataclasses
 import importlib.util
 import inspect
 import json
+import math
 import os
 import re
-import resource
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -30,7 +30,7 @@ from model import GPT, GPTConfig, ScalarModel
 # --- command line ---------------------------------------------------------------------------------------------------
 
 ABOVE_ZERO = "samples batch_size minibatch_size epochs response_len n_layer n_head n_embd label_temperature".split()
-ABOVE_ZERO += ["eval_prompts", "save_every", "evals", "horizon"]
+ABOVE_ZERO += ["eval_prompts", "save_every", "evals", "horizon", "people"]
 
 
 class _Parser(argparse.ArgumentParser):
@@ -416,6 +416,10 @@ def peak_memory(device: torch.device) -> float:
     """The most memory that this process has held so far, in GiB: of the GPU where it uses one, else of the machine."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
+    if importlib.util.find_spec("resource") is None:  # Windows
+        return math.nan
+    import resource
+
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most / (2**30 if sys.platform == "darwin" else 2**20)  # bytes on macOS, KiB on Linux
 

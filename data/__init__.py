@@ -111,8 +111,11 @@ def download_from_hub(repository: str, file: str, target: Path) -> None:
     download(f"{HUB}/{repository}/resolve/main/{file}", target, oid and oid[1])
 
 
-def iterate_jsonl(path: str | Path, columns: dict[str, type]) -> Iterator[dict]:
-    """The rows of a JSONL file, each checked to have `columns` of the given types. Raises InputError with the line."""
+def iterate_jsonl(path: str | Path, columns: dict[str, type], verdicts: bool = False) -> Iterator[dict]:
+    """The rows of a JSONL file, each checked to have `columns` of the given types. Raises InputError with the line.
+
+    Rows with a "verdict", the ties and skips of a label file, are left out unless `verdicts` asks for them.
+    """
     empty = True
     for number, line in _lines(path):
         if not line.strip():
@@ -123,21 +126,22 @@ def iterate_jsonl(path: str | Path, columns: dict[str, type]) -> Iterator[dict]:
             raise InputError(f"{path}:{number}: not JSON ({error}); mend or remove the line") from None
         if not isinstance(row, dict):
             raise InputError(f"{path}:{number}: not a JSON object; each line must be {{…}}")
+        if "verdict" in row and not verdicts:
+            continue
         for column, kind in columns.items():
             if column not in row:
                 raise InputError(f'{path}:{number}: no column "{column}"; a row needs {", ".join(columns)}')
             if not isinstance(row[column], kind):
-                raise InputError(
-                    f'{path}:{number}: "{column}" is not a {"text" if kind is str else "list"}; mend the line'
-                )
+                name = {str: "text", list: "list"}.get(kind, "number")
+                raise InputError(f'{path}:{number}: "{column}" is not a {name}; mend the line')
         empty = False
         yield row
     if empty:
         raise InputError(f"{path}: no rows; give a file with at least one")
 
 
-def read_jsonl(path: str | Path, columns: dict[str, type]) -> list[dict]:
-    return list(iterate_jsonl(path, columns))
+def read_jsonl(path: str | Path, columns: dict[str, type], verdicts: bool = False) -> list[dict]:
+    return list(iterate_jsonl(path, columns, verdicts))
 
 
 def first_row(path: str | Path) -> dict:

@@ -1,0 +1,330 @@
+"""data/label.py: a sitting with one person and with several, the server under attack, the terminal, the report."""
+
+import concurrent.futures
+import http.client
+import json
+import threading
+import time
+
+import pytest
+
+import common
+import data
+from data import InputError, label
+from tests.conftest import run, write
+
+PROMPTS = [f"question {i}" for i in range(30)]
+NASTY = '<script>document.title = "owned"</script><img src=x onerror=alert(1)> & "quotes" \x1b[2J'
+
+
+def make(prompt, n=2):
+    answers = [(f"{NASTY} answer {i} to {prompt}", i != 0) for i in range(n)]
+    return label.Question(prompt, answers, ["out/sft", "out/ppo"] * (n // 2) if n > 1 else ["out/sft"])
+
+
+@pytest.fixture
+def sit(tmp_path):
+    def start(prompts=PROMPTS, make=make, people=1, seed=0):
+        return label.Sitting(prompts, make, tmp_path / "answers.jsonl", people, seed)
+
+    start.out = tmp_path / "answers.jsonl"
+    return start
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def prefer(sitting, who, text):
+    """Let `who` prefer the answer that holds `text`; the question."""
+    question = sitting.next(who)
+    places = [text in question.answers[i][0] for i in sitting.order(question, who)]
+    sitting.answer(who, question.prompt, [places.index(True), places.index(False)])
+    return question
+
+
+def test_every_answer_is_in_the_file_at_once_as_a_row_that_reward_py_reads(sit, encoding):
+    sitting = sit()
+    prefer(sitting, "ann", "answer 1")
+    (row,) = rows(sit.out)
+    assert row["prompt"] == "question 0" and "answer 1" in row["chosen"] and "answer 0" in row["rejected"]
+    assert (row["chosen_ended"], row["rejected_ended"], row["checkpoint"]) == (True, False, ["out/ppo", "out/sft"])
+    assert row["annotator"] == "ann" and row["seed"] == 0 and row["seconds"] >= 0 and row["position"] in (0, 1)
+    assert abs(time.time() - time.mktime(time.strptime(row["time"], "%Y-%m-%dT%H:%M:%SZ")) + time.timezone) < 60
+    for verdict in ("tie", "skip"):
+        sitting.answer("ann", sitting.next("ann").prompt, verdict)
+    prefer(sitting, "ann", "answer 0")
+    assert [row.get("verdict") for row in rows(sit.out)] == [None, "tie", "skip", None]
+    groups = data.comparisons(sit.out, encoding, encoding.eot_token)
+    assert len(groups) == 2 and [encoding.decode(g.rows[0].tokens).find("answer 1") > 0 for g in groups] == [
+        True,
+        False,
+    ]
+
+
+def test_more_than_two_are_ranked_best_first(sit, encoding):
+    sitting = sit(make=lambda prompt: make(prompt, 4))
+    question = sitting.next("ann")
+    order = sitting.order(question, "ann")
+    sitting.answer("ann", question.prompt, [2, 0, 3, 1])
+    (row,) = rows(sit.out)
+    assert row["ranked"] == [question.answers[order[place]][0] for place in (2, 0, 3, 1)]
+    (group,) = data.comparisons(sit.out, encoding, encoding.eot_token)
+    assert group.pairs == [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)]
+
+
+def test_the_places_are_random_and_a_reload_does_not_change_them(sit):
+    sitting = sit()
+    assert sitting.next("ann") is sitting.next("ann")
+    orders = [tuple(sitting.order(make(prompt), who)) for prompt in PROMPTS for who in ("ann", "bob", "cy")]
+    assert 30 < orders.count((0, 1)) < 60 and orders[0] == tuple(sitting.order(make(PROMPTS[0]), "ann"))
+    with pytest.raises(ValueError, match="no longer open"):
+        sitting.answer("ann", "question 9", "tie")
+    for nonsense in ("better", [0], [0, 0], [0, 2], [True, False], None, {}, ["0", "1"]):
+        with pytest.raises(ValueError, match="a verdict is"):
+            sitting.answer("ann", "question 0", nonsense)
+    assert not sit.out.exists()
+
+
+def test_a_sitting_that_was_killed_goes_on_where_it_stopped(sit):
+    first = sit()
+    done = [prefer(first, "ann", "answer 1").prompt for _ in range(5)]
+    with open(sit.out, "a") as file:
+        file.write('{"prompt": "question 5", "chos')  # the kill came here
+    again = sit()
+    assert len(rows(sit.out)) == 5 and again.progress("ann") | {"seconds_left": 0} == {
+        "done": 5,
+        "left": 25,
+        "seconds_left": 0,
+    }
+    while again.next("ann"):
+        done.append(prefer(again, "ann", "answer 0").prompt)
+    assert sorted(done) == sorted(PROMPTS) and len(rows(sit.out)) == 30
+
+
+def test_undo_takes_the_answer_out_of_the_file_and_asks_again(sit):
+    sitting = sit()
+    for _ in range(3):
+        prefer(sitting, "ann", "answer 1")
+    prefer(sitting, "bob", "answer 1")
+    before = sit.out.read_text()
+    last = prefer(sitting, "ann", "answer 1").prompt
+    assert sitting.undo("ann") and sit.out.read_text() == before and sitting.next("ann").prompt == last
+    assert sitting.undo("ann") and len(rows(sit.out)) == 3
+    assert prefer(sitting, "ann", "answer 0").prompt == "question 2"
+    assert sitting.undo("cy") is False and len(rows(sit.out)) == 4
+
+
+def test_several_people_get_different_questions_and_with_two_for_each_question_the_same(sit):
+    sitting = sit()
+    people = ["ann", "bob", "cy"]
+    assert len({sitting.next(who).prompt for who in people}) == 3
+    while any(sitting.next(who) and prefer(sitting, who, "answer 1") for who in people):
+        pass
+    assert sorted(row["prompt"] for row in rows(sit.out)) == sorted(PROMPTS)
+    sit.out.unlink()
+    sitting = sit(people=2)
+    while any([sitting.next(who) and prefer(sitting, who, "answer 1") for who in people]):
+        pass
+    asked = [(row["prompt"], row["annotator"]) for row in rows(sit.out)]
+    assert len(set(asked)) == len(asked) == 60 and {prompt for prompt, _ in asked} == set(PROMPTS)
+
+
+def test_nobody_waits_for_the_model_and_only_so_many_are_made_ahead(sit):
+    made = []
+    sitting = sit(make=lambda prompt: made.append(prompt) or make(prompt))
+    sitting.next("ann")
+    time.sleep(0.2)
+    assert label.AHEAD < len(made) <= label.AHEAD + 2
+    sitting = sit(make=lambda prompt: None if prompt == "question 0" else make(prompt), prompts=PROMPTS[:3])
+    assert sitting.next("ann").prompt == "question 1" and sitting.progress("ann")["left"] == 2
+
+
+def test_the_report_counts_positions_checkpoints_and_agreement(sit):
+    sitting = sit(people=2)
+    for i in range(10):
+        for who in ("ann", "bob"):
+            prefer(sitting, who, "answer 1" if who == "ann" or i < 7 else "answer 0")
+    sitting.answer("ann", sitting.next("ann").prompt, "tie")
+    said = label.report(rows(sit.out))
+    first = sum(row.get("position") == 0 for row in rows(sit.out))
+    assert f"the first shown was preferred in {first / 20:.3f} ± " in said
+    assert "agreement on the best: 7 of 10" in said
+    assert "out/ppo was preferred in 17 of the 20" in said and "out/sft was preferred in 3 of the 20" in said
+    assert "ann                            10      1      0" in said
+
+
+# --- the server -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def served(sit):
+    server = label.Server(sit(), "127.0.0.1", 0)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def request(server, method="POST", path=None, body=None, **headers):
+    """(status, headers, body) of one request as a browser would send it; a header of None is left out."""
+    host = f"127.0.0.1:{server.server_port}"
+    connection = http.client.HTTPConnection(host, timeout=20)
+    path = f"/{server.token}/next" if path is None else path
+    body = json.dumps({"annotator": "ann"} | body).encode() if isinstance(body, dict) else body
+    given = {"Host": host, "Origin": f"http://{host}", "Content-Length": None if body is None else str(len(body))}
+    connection.putrequest(method, path, skip_host=True, skip_accept_encoding=True)
+    for name, value in (given | {name.replace("_", "-"): value for name, value in headers.items()}).items():
+        if value is not None:
+            connection.putheader(name, value)
+    connection.endheaders(body)
+    reply = connection.getresponse()
+    return reply.status, dict(reply.getheaders()), reply.read()
+
+
+def test_the_page_and_its_requests_work(served, sit):
+    status, headers, page = request(served, "GET", f"/{served.token}/")
+    assert status == 200 and b"NONCE" not in page and served.nonce.encode() in page
+    assert "default-src 'none'" in headers["Content-Security-Policy"] and headers["Referrer-Policy"] == "no-referrer"
+    asked = json.loads(request(served, body={})[2])
+    assert asked["prompt"] == "question 0" and len(asked["responses"]) == 2 and "checkpoint" not in json.dumps(asked)
+    status, headers, body = request(
+        served, path=f"/{served.token}/answer", body={"prompt": "question 0", "verdict": [1, 0]}
+    )
+    assert (
+        status == 200 and headers["Content-Type"] == "application/json" and json.loads(body)["prompt"] == "question 1"
+    )
+    assert rows(sit.out)[0]["chosen"] == asked["responses"][1]
+    assert json.loads(request(served, path=f"/{served.token}/undo", body={})[2])["undone"] and not rows(sit.out)
+
+
+def test_what_is_not_ours_is_refused(served, sit):
+    token, there = served.token, f"/{served.token}/"
+    status = lambda *given, **more: request(served, *given, **more)[0]  # noqa: E731
+    for path in ("/", "/wrong/", f"/{token[:-1]}/", f"/{token}x/", "/favicon.ico", "//", "/%00/", "/wrong/next"):
+        assert status("GET", path) == status("POST", path, body={}) == 404
+    for path in (
+        "label.py",
+        "../data/label.py",
+        "%2e%2e/%2e%2e/etc/passwd",
+        "../../../../etc/passwd",
+        "answer/../next",
+    ):
+        assert status("GET", there + path) == status("POST", there + path, body={}) == 404
+    for host in ("evil.example", "evil.example:80", f"evil.example:{served.server_port}", "", "127.0.0.1"):
+        assert status("GET", there, Host=host) == status(body={}, Host=host) == 403
+    for origin in ("http://evil.example", "null", f"http://127.0.0.1:{served.server_port + 1}"):
+        assert status(body={}, Origin=origin) == 403
+    assert status(body={}, Content_Length=None) == 411 and status(body={}, Content_Length="-5") == 411
+    assert status(body=b"x" * 10, Content_Length=str(10**12)) == 413
+    for body in (b"", b"[]", b"{", b'"text"', b"\xff\xfe", b"[" * 9999, b"null"):
+        assert status(body=body) == 400
+    for body in ({"annotator": ""}, {"annotator": "x" * 41}, {"annotator": ["ann"]}, {"annotator": None}):
+        assert status(body=body) == 400
+    for body in ({}, {"prompt": "question 0"}, {"prompt": "../x", "verdict": "tie"}, {"prompt": 3, "verdict": [0, 1]}):
+        assert status(path=there + "answer", body=body) == 400
+    assert status("DELETE", there) in (404, 501) and status("OPTIONS", there) in (404, 501)
+    assert not sit.out.exists() and status(body={}) == 200
+
+
+def test_two_hundred_requests_at_once_are_all_answered_and_no_answer_is_lost(served, sit):
+    def one(i):
+        who = {"annotator": f"person {i % 20}"}
+        if i >= 20:
+            return request(served, body=who)[0]
+        asked = json.loads(request(served, body=who)[2])
+        return request(
+            served, path=f"/{served.token}/answer", body=who | {"prompt": asked["prompt"], "verdict": "tie"}
+        )[0]
+
+    with concurrent.futures.ThreadPoolExecutor(200) as pool:
+        assert set(pool.map(one, range(200))) == {200}
+    answered = [row["prompt"] for row in rows(sit.out)]
+    assert len(answered) == len(set(answered)) == 20
+
+
+def test_a_silent_client_does_not_keep_others_waiting(served):
+    import socket
+
+    with socket.create_connection(("127.0.0.1", served.server_port)) as silent:
+        silent.sendall(b"POST /")
+        assert request(served, body={})[0] == 200
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def call(*options):
+    label.label(common.parse(label.Config, [str(option) for option in options]))
+
+
+def given(folders, *more):
+    tmp = folders["tmp"]
+    return (
+        "--init",
+        folders["sft"],
+        "--prompts",
+        tmp / "prompts.jsonl",
+        "--response_len",
+        8,
+        "--out",
+        tmp / "a.jsonl",
+        *more,
+    )
+
+
+def test_the_terminal_does_the_same(folders, monkeypatch, capsys):
+    said = iter(["1", "t", "nonsense", "u", "2", "s", "q"])
+    monkeypatch.setattr("builtins.input", lambda _: next(said))
+    call(*given(folders, "--terminal", "--annotator", "ann", "--n_prompts", 9))
+    made = rows(folders["tmp"] / "a.jsonl")
+    assert [row.get("verdict") for row in made] == [None, None, "skip"] and made[0]["position"] == 0
+    assert made[1]["position"] == 1 and made[0]["checkpoint"] == [str(folders["sft"])] * 2
+    monkeypatch.setattr("builtins.input", lambda _: "t")
+    call(*given(folders, "--terminal", "--annotator", "ann", "--n_prompts", 9))
+    assert len({row["prompt"] for row in rows(folders["tmp"] / "a.jsonl")}) == 9
+    assert "That was the last one" in capsys.readouterr().out
+    call("--out", folders["tmp"] / "a.jsonl", "--report")
+    assert "ann                             2      6      1" in capsys.readouterr().out
+
+
+def test_a_simulated_person_decides_every_pair_and_reward_py_trains_on_it(folders):
+    tmp = folders["tmp"]
+    (tmp / "mine.py").write_text("def longer(prompt, response):\n    return len(response) / 10\n")
+    done = run("data/label.py", *given(folders, "--judge", f"{tmp}/mine.py:longer", "--samples", 3))
+    assert done.returncode == 0 and "375 comparisons of 125 prompts" in done.stdout, done.stderr
+    done = run(
+        "reward.py", "--data", tmp / "a.jsonl", "--init", folders["sft"], "--out", tmp / "r", "--response_len", 8
+    )
+    assert done.returncode == 0 and "held-out accuracy" in done.stdout, done.stderr
+
+
+def test_samples_depend_on_seed_and_prompt_alone_and_two_models_answer_in_turn(folders):
+    both = f"{folders['sft']},{folders['sft']}/model.pt"
+    shape = ["--init", both, "--samples", 4]
+    prompts, first = label.prepare(common.parse(label.Config, [str(x) for x in given(folders, *shape)]))
+    _, second = label.prepare(common.parse(label.Config, [str(x) for x in given(folders, *shape)]))
+    questions = [first(prompt) for prompt in prompts[:6]]
+    assert [q.answers for q in questions] == [second(prompt).answers for prompt in reversed(prompts[:6])][::-1]
+    assert all(sorted(q.checkpoints) == sorted(both.split(",") * 2) for q in questions)
+
+
+@pytest.mark.parametrize("options, named", [
+    (["--samples", 1], "--samples 1"), (["--prompts", ""], "--prompts"), (["--init", "nowhere"], "--init nowhere"),
+    (["--response_len", 48], "--drop_long"), (["--out", "nothing.jsonl", "--report"], "nothing.jsonl"),
+    (["--judge", "x.py:f"], "x.py:f"),
+])  # fmt: skip
+def test_bad_options_are_named(folders, options, named):
+    with pytest.raises(InputError, match=named):
+        call(*given(folders, *options))
+
+
+def test_two_servers_do_not_write_to_one_file_and_a_broken_file_is_left_alone(folders):
+    out = folders["tmp"] / "a.jsonl"
+    with label.alone(out), pytest.raises(InputError, match="another labelling session"):
+        call(*given(folders, "--terminal"))
+    write(out, [{"prompt": "a", "chosen": "b", "rejected": "c"}])
+    before = out.read_bytes()
+    with pytest.raises(InputError, match='a.jsonl:1: no column "annotator"'):
+        call(*given(folders, "--terminal"))
+    assert out.read_bytes() == before
