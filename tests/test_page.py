@@ -57,7 +57,11 @@ def begin(page, address, name="ann"):
 
 def press(page, key, wait_for):
     page.keyboard.press(key)
-    page.wait_for_function("text => document.getElementById('status').textContent.includes(text)", arg=wait_for)
+    wait(page, wait_for)
+
+
+def wait(page, text):
+    page.wait_for_function("text => document.getElementById('status').textContent.includes(text)", arg=text)
 
 
 def rows(sitting):
@@ -69,7 +73,7 @@ def test_twenty_pairs_by_keyboard_with_undo_and_reload(sitting, page):
     begin(page, sitting.address)
     assert page.locator("#prompt").text_content() == "<b>question</b> 0" and page.locator("#prompt b").count() == 0
     keys = ["1", "2", "ArrowLeft", "ArrowRight", "t", "s"]
-    chosen = []
+    chosen, texts = [], []
     for i in range(20):
         if i == 7:
             page.reload()
@@ -106,7 +110,7 @@ def test_four_are_ranked_by_their_numbers_or_by_tab_and_enter(sitting, page):
     for _ in range(3):  # from the heading the first response is next
         page.keyboard.press("Tab")
         page.keyboard.press("Enter")
-    page.wait_for_function("document.getElementById('status').textContent.includes('2 done')")
+    wait(page, "2 done")
     assert rows(sitting)[1]["ranked"] == texts and not page.problems
 
 
