@@ -142,8 +142,7 @@ def sample_and_compare(
             raise InputError(
                 f"--init {cfg.init}: its samples are all alike, so there is nothing to compare; raise --temperature"
             )
-        target.parent.mkdir(parents=True, exist_ok=True)
-        label.write_rows(rows, target)
+        data.write_jsonl(target, rows)
     return target
 
 

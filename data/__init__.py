@@ -11,6 +11,7 @@ Nothing is stripped: the space between a prompt and its completion is part of on
 such in prompts alone.
 """
 
+import base64
 import gzip
 import hashlib
 import heapq
@@ -60,7 +61,7 @@ def _lines(path: str | Path) -> Iterator[tuple[int, str]]:
 
 
 def download(url: str, target: Path, checksum: str | None, tries: int = 3) -> None:
-    """Fetch `url` into `target` with progress; `checksum` is "sha256:…" or "md5:…", None for none.
+    """Fetch `url` into `target` with progress; `checksum` is "sha256:…" or "md5:…", None for what the server says.
 
     Raises InputError where it cannot be had whole; nothing is left at `target` then.
     """
@@ -71,6 +72,8 @@ def download(url: str, target: Path, checksum: str | None, tries: int = 3) -> No
         try:
             with urllib.request.urlopen(url, timeout=60) as response, open(temporary, "wb") as file:
                 size = int(response.headers.get("Content-Length") or 0)
+                if checksum is None and (named := response.headers.get("Content-MD5")):
+                    expected = base64.b64decode(named).hex()
                 while chunk := response.read(2**20):
                     file.write(chunk)
                     digest.update(chunk)
@@ -132,7 +135,7 @@ def iterate_jsonl(path: str | Path, columns: dict[str, type], verdicts: bool = F
             if column not in row:
                 raise InputError(f'{path}:{number}: no column "{column}"; a row needs {", ".join(columns)}')
             if not isinstance(row[column], kind):
-                name = {str: "text", list: "list"}.get(kind, "number")
+                name = {str: "text", list: "list", dict: "JSON object"}.get(kind, "number")
                 raise InputError(f'{path}:{number}: "{column}" is not a {name}; mend the line')
         empty = False
         yield row
@@ -142,6 +145,18 @@ def iterate_jsonl(path: str | Path, columns: dict[str, type], verdicts: bool = F
 
 def read_jsonl(path: str | Path, columns: dict[str, type], verdicts: bool = False) -> list[dict]:
     return list(iterate_jsonl(path, columns, verdicts))
+
+
+def write_jsonl(path: str | Path, rows: Iterable[dict]) -> int:
+    """Write JSONL under a temporary name and rename it into place. Returns the number of rows."""
+    temporary, n = Path(f"{path}.{os.getpid()}.tmp"), 0
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    with open(temporary, "w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row) + "\n")
+            n += 1
+    temporary.replace(path)
+    return n
 
 
 def first_row(path: str | Path) -> dict:

@@ -11,15 +11,13 @@ question there are prompts for evaluation alone. The texts hold offensive langua
 """
 
 import argparse
-import json
-import os
 import re
 import sys
 import zlib
 from collections import Counter
 from pathlib import Path
 
-from data import InputError, download_from_hub, iterate_jsonl
+from data import InputError, download_from_hub, iterate_jsonl, write_jsonl
 
 FOLDER = Path(__file__).resolve().parent.parent / "out/data/hh"
 SETS = ("helpful-base", "helpful-online", "helpful-rejection-sampled", "harmless-base")
@@ -66,21 +64,15 @@ def prepare(sources: list[Path], chatml: bool) -> None:
         print(f"left out, {why}: {n:,}")
     if not kept["train"] or not kept["eval"]:
         raise InputError(f"{sources[0]}: too few dialogues to hold some out; give a whole file")
-    FOLDER.mkdir(parents=True, exist_ok=True)
+    pairs = [{"prompt": pair["prompt"], "completion": pair["chosen"]} for pair in kept["train"]]
+    files = {"sft": pairs, "compare": kept["train"], "ppo": prompts(kept["train"]), "eval": prompts(kept["eval"])}
+    for name, rows in files.items():
+        print(f"{FOLDER / name}.jsonl: {write_jsonl(FOLDER / f'{name}.jsonl', rows):,} rows")
 
-    def write(name: str, content: list[dict]) -> None:
-        temporary = FOLDER / f"{name}.{os.getpid()}.tmp"
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in content))
-        temporary.replace(FOLDER / f"{name}.jsonl")
-        print(f"{FOLDER / name}.jsonl: {len(content):,} rows")
 
-    def prompts(pairs: list[dict]) -> list[dict]:
-        return [{"prompt": prompt} for prompt in dict.fromkeys(pair["prompt"] for pair in pairs)]
-
-    write("sft", [{"prompt": pair["prompt"], "completion": pair["chosen"]} for pair in kept["train"]])
-    write("compare", kept["train"])
-    write("ppo", prompts(kept["train"]))
-    write("eval", prompts(kept["eval"]))
+def prompts(pairs: list[dict]) -> list[dict]:
+    """The different prompts."""
+    return [{"prompt": prompt} for prompt in dict.fromkeys(pair["prompt"] for pair in pairs)]
 
 
 def main() -> None:

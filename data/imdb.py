@@ -11,8 +11,6 @@ linear model; 10% for evaluation prompts and for the linear models' held-out acc
 
 import argparse
 import functools
-import json
-import os
 import re
 import sys
 import tarfile
@@ -24,7 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import InputError, download, iterate_jsonl
+from data import InputError, download, iterate_jsonl, write_jsonl
 
 URL = "https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz"
 CHECKSUM = "md5:7c2ac02c03563afcf9b574c7e56c153a"
@@ -125,10 +123,7 @@ def prepare(source: Path) -> None:
     FOLDER.mkdir(parents=True, exist_ok=True)
 
     def write(name: str, rows: list[dict]) -> None:
-        temporary = FOLDER / f"{name}.{os.getpid()}.tmp"
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        temporary.replace(FOLDER / f"{name}.jsonl")
-        print(f"{FOLDER / name}.jsonl: {len(rows):,} rows")
+        print(f"{FOLDER / name}.jsonl: {write_jsonl(FOLDER / f'{name}.jsonl', rows):,} rows")
 
     # A prompt is the first 2–4 words: mostly 2–8 tokens of a vocabulary of a few thousand.
     rng = np.random.default_rng(0)

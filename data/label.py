@@ -40,7 +40,7 @@ import numpy as np
 import tiktoken
 import torch
 
-from data import InputError, encode_prompt, fit, read_jsonl
+from data import InputError, encode_prompt, fit, read_jsonl, write_jsonl
 from model import GPT
 
 Answer = tuple[str, bool]  # a response, and whether it ended with EOS before the length limit cut it
@@ -108,13 +108,6 @@ def preference(ordered: list[Answer]) -> dict:
     (chosen, chosen_ended), (rejected, rejected_ended) = ordered
     both = {"chosen": chosen, "rejected": rejected}
     return both | {"chosen_ended": chosen_ended, "rejected_ended": rejected_ended}
-
-
-def write_rows(rows: list[dict], path: Path) -> None:
-    """Write JSONL under a temporary name and rename it into place."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    temporary.replace(path)
 
 
 # --- a sitting: who gets which question, and where the answers go -----------------------------------------------------
@@ -238,7 +231,7 @@ class Sitting:
                 for i, row in enumerate(self.rows)
                 if (row["annotator"], row["prompt"]) == (annotator, question.prompt)
             )
-            write_rows(self.rows[:at] + self.rows[at + 1 :], self.out)
+            write_jsonl(self.out, self.rows[:at] + self.rows[at + 1 :])
             del self.rows[at]
             self.by[question.prompt].discard(annotator)
             if question not in self.waiting:
@@ -540,8 +533,7 @@ def label(cfg: Config) -> None:
         questions = [question for question in map(make, prompts) if question]
         answers = [question.answers for question in questions]
         rows = simulate([q.prompt for q in questions], answers, judge, cfg.label_temperature, cfg.seed)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_rows(rows, out)
+        write_jsonl(out, rows)
         return print(f"{out}: {len(rows):,} comparisons of {len(questions):,} prompts")
     with alone(out):
         sitting = Sitting(prompts, make, out, cfg.people, cfg.seed)

@@ -105,6 +105,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return self.send_error(404)
         self.send_response(200)
         self.send_header("Content-Length", str(len(content)))
+        if path in self.server.md5:
+            self.send_header("Content-MD5", self.server.md5[path])
         self.end_headers()
         self.wfile.write(content[: len(content) // 2 if path.startswith("/cut/") else None])
 
@@ -117,6 +119,7 @@ def server():
     """A local HTTP server: its `url`, and `files`, what it serves."""
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         server.url, server.files, server.asked = f"http://127.0.0.1:{server.server_port}", {}, set()
+        server.md5 = {}  # path → Content-MD5, where one is sent
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server
         server.shutdown()

@@ -1,0 +1,118 @@
+"""OpenAI's TL;DR (Stiennon et al. 2020): Reddit posts, summaries, and which of two summaries a person preferred.
+
+    python -m data.tldr                          download posts and comparisons (600 MB); write files to out/data/tldr
+    python -m data.tldr --source FOLDER          from train.jsonl, valid.jsonl and batch….json that you have
+    python -m data.tldr --init out/smollm2       measure lengths with that model's tokenizer in place of GPT-2's
+
+A prompt is the post behind its subreddit and title and ends in "TL;DR:", without a space; a summary begins with one and
+is a whole text that EOS ends. A prompt longer than --length tokens loses the end of its post, at a line break where
+there is one; how many were cut is printed. Written are posts with their own summaries to fine-tune on, comparisons of
+the split `train`, and prompts for PPO; those for evaluation come from the posts kept for validation.
+"""
+
+import argparse
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from data import InputError, download, gpt2_encoding, iterate_jsonl, write_jsonl
+
+URL = "https://openaipublic.blob.core.windows.net/summarize-from-feedback"
+FOLDER = Path(__file__).resolve().parent.parent / "out/data/tldr"
+POSTS = {name: f"datasets/tldr_3_filtered/{name}" for name in ("train.jsonl", "valid.jsonl")}
+BATCHES = {name: f"dataset/comparisons/{name}" for name in (f"batch{i}.json" for i in [*range(3, 21), 22])}
+PROMPT = "SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: {post}\n\nTL;DR:"  # Huang et al. 2024, detail 2
+
+
+def prompt_of(post: dict, count: Callable[[str], int], length: int, tally: Counter[str]) -> str:
+    """The prompt of at most `length` tokens for a post, cut at its last line break that fits, else in its last line."""
+    text, cut = post["post"], ""
+    make = lambda text: PROMPT.format(subreddit=post["subreddit"], title=post["title"], post=text)  # noqa: E731
+    while count(make(text)) > length and "\n" in text:
+        text, cut = text[: text.rindex("\n")], "posts cut at a line break"
+    if count(make(text)) > length:
+        if count(make("")) > length:
+            raise InputError(f"--length {length}: the title alone of a post takes more; give a larger one")
+        fits, too_long, cut = 0, len(text), "posts cut inside a line"
+        while too_long - fits > 1:
+            middle = (fits + too_long) // 2
+            fits, too_long = (middle, too_long) if count(make(text[:middle])) <= length else (fits, middle)
+        text = text[:fits]
+    tally[cut] += 1
+    return make(text)
+
+
+def completion(text: str) -> str:
+    """A summary with one space before it and none after."""
+    return f" {text.strip()}"
+
+
+def comparisons(path: Path, prompt: Callable[[dict], str], tally: Counter[str]) -> Iterator[dict]:
+    """The rows of a batch that compare two different summaries of a post of the split `train`."""
+    for row in iterate_jsonl(path, {"info": dict, "summaries": list, "choice": int}):
+        good, bad = (row["summaries"][i]["text"] for i in (row["choice"], 1 - row["choice"]))
+        if "post" not in row["info"]:
+            tally["comparisons left out, not of a Reddit post"] += 1
+        elif row.get("split") != "train":
+            tally[f"comparisons left out, of the split {row.get('split')}"] += 1
+        elif good.strip() == bad.strip() or not good.strip() or not bad.strip():
+            tally["comparisons left out, of the same summary twice or of none"] += 1
+        else:
+            yield {"prompt": prompt(row["info"]), "chosen": completion(good), "rejected": completion(bad)}
+
+
+def prompts(rows: list[dict]) -> list[dict]:
+    return [{"prompt": row["prompt"]} for row in rows]
+
+
+def prepare(source: Path, count: Callable[[str], int], length: int) -> None:
+    tally: Counter[str] = Counter()
+
+    def prompt(post: dict) -> str:
+        return prompt_of(post, count, length, tally)
+
+    def posts(name: str) -> Iterator[dict]:
+        columns = dict.fromkeys(("subreddit", "title", "post", "summary"), str)
+        for row in iterate_jsonl(source / name, columns):
+            yield {"prompt": prompt(row), "completion": completion(row["summary"])}
+
+    batches = [source / name for name in BATCHES if (source / name).exists()]
+    if not batches:
+        raise InputError(f"--source {source}: holds no {next(iter(BATCHES))} or the like; give the folder of all files")
+    train, held_out = list(posts("train.jsonl")), list(posts("valid.jsonl"))
+    compared = [row for path in batches for row in comparisons(path, prompt, tally)]
+    files = {"sft": train, "compare": compared, "ppo": prompts(train), "eval": prompts(held_out)}
+    for name, rows in files.items():
+        print(f"{FOLDER / name}.jsonl: {write_jsonl(FOLDER / f'{name}.jsonl', rows):,} rows")
+    for what, n in sorted(tally.items()):
+        print(f"{what or 'posts not cut'}: {n:,}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="OpenAI's TL;DR posts and comparisons")
+    parser.add_argument("--source", type=Path, help="a folder with train.jsonl, valid.jsonl and batch….json")
+    parser.add_argument("--init", help="run folder whose tokenizer measures lengths (default: GPT-2's)")
+    parser.add_argument("--length", type=int, default=512, help="longest prompt, in tokens (default: 512)")
+    options = parser.parse_args()
+    try:
+        if options.init:
+            import common
+
+            encoding = common.load(options.init, option="--init")[1]
+        else:
+            encoding = gpt2_encoding()
+        source = options.source or FOLDER
+        if options.source is None:
+            FOLDER.mkdir(parents=True, exist_ok=True)
+            for name, place in (POSTS | BATCHES).items():
+                if not (FOLDER / name).exists():
+                    download(f"{URL}/{place}", FOLDER / name, None)
+        prepare(source, lambda text: len(encoding.encode_ordinary(text)), options.length)
+    except InputError as error:
+        print(f"data.tldr: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
