@@ -34,6 +34,33 @@ def test_the_loss_is_minus_log_sigmoid_of_the_margin_averaged_over_a_prompts_pai
     assert abs(got - expected) < 1e-4
 
 
+def test_a_ranked_list_gives_the_gradient_of_its_pairs_each_of_weight_one_over_their_number(gpt, encoding, tmp_path):
+    """Ouyang et al. 2022, section 3.5: the same as the pairs one by one, though each response is read once only."""
+    ranked = [{"prompt": "ask me", "ranked": [" yes", " no", " a fox", " a tale of a fox"]}]
+    pairs = [
+        {"prompt": "ask me", "chosen": better, "rejected": worse}
+        for i, better in enumerate(ranked[0]["ranked"])
+        for worse in ranked[0]["ranked"][i + 1 :]
+    ]
+    model = ScalarModel(gpt).eval()
+
+    def gradient(groups):
+        scores, winner, loser = reward.score_groups(model, groups, CPU)
+        loss = reward.pairwise_loss(scores[winner] - scores[loser], groups) / len(groups)
+        model.zero_grad()
+        loss.backward()
+        return len(scores), loss.item(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    read, loss, together = gradient(data.comparisons(write(tmp_path / "r.jsonl", ranked), encoding, gpt.config.eos))
+    alone = [
+        data.comparisons(write(tmp_path / f"{i}.jsonl", [pair]), encoding, gpt.config.eos)[0]
+        for i, pair in enumerate(pairs)
+    ]
+    read_alone, loss_alone, apart = gradient(alone)
+    assert (read, read_alone) == (4, 12) and loss == pytest.approx(loss_alone, rel=1e-5)
+    assert (together - apart).norm() < 1e-5 * apart.norm()
+
+
 def test_after_normalising_scores_have_mean_0_and_variance_1_and_keep_their_order(gpt):
     model = ScalarModel(copy.deepcopy(gpt)).eval()
     model.head.bias.data.fill_(3.0)
