@@ -155,6 +155,8 @@ def write_jsonl(path: str | Path, rows: Iterable[dict]) -> int:
         for row in rows:
             file.write(json.dumps(row) + "\n")
             n += 1
+        file.flush()
+        os.fsync(file.fileno())
     temporary.replace(path)
     return n
 

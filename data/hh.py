@@ -6,11 +6,12 @@
     python -m data.hh --chatml                       turns as <|im_start|>user … <|im_end|>, for models tuned to those
 
 A dialogue up to its last "Assistant:" is the prompt, each of the two answers a whole text that EOS ends. Written are
-pairs to fine-tune on (the chosen answers), comparisons, and prompts for PPO; of every tenth opening
-question there are prompts for evaluation alone. The texts hold offensive language.
+pairs to fine-tune on (the chosen answers), comparisons, and prompts for PPO, all of the train files; prompts for
+evaluation are of the test files, or with --source of every tenth opening question. The texts hold offensive language.
 """
 
 import argparse
+import itertools
 import re
 import sys
 import zlib
@@ -50,20 +51,22 @@ def comparison(row: dict, chatml: bool) -> dict | str:
     return {"prompt": prompt, "chosen": space + good, "rejected": space + bad, "opening": before[0][1]}
 
 
-def prepare(sources: list[Path], chatml: bool) -> None:
+def prepare(sources: list[tuple[Path, str]], chatml: bool) -> None:
+    """Read the (file, split) of `sources`: "train", "eval", or "" for every tenth opening question to "eval"."""
     left_out: Counter[str] = Counter()
     kept: dict[str, list[dict]] = {"train": [], "eval": []}
-    for source in sources:
+    for source, split in sources:
         for row in iterate_jsonl(source, {"chosen": str, "rejected": str}):
             pair = comparison(row, chatml)
             if isinstance(pair, str):
                 left_out[pair] += 1
             else:
-                kept["eval" if zlib.crc32(pair.pop("opening").encode()) % 10 == 0 else "train"].append(pair)
+                tenth = zlib.crc32(pair.pop("opening").encode()) % 10 == 0
+                kept[split or ("eval" if tenth else "train")].append(pair)
     for why, n in left_out.most_common():
         print(f"left out, {why}: {n:,}")
     if not kept["train"] or not kept["eval"]:
-        raise InputError(f"{sources[0]}: too few dialogues to hold some out; give a whole file")
+        raise InputError(f"{sources[0][0]}: too few dialogues to hold some out; give a whole file")
     pairs = [{"prompt": pair["prompt"], "completion": pair["chosen"]} for pair in kept["train"]]
     files = {"sft": pairs, "compare": kept["train"], "ppo": prompts(kept["train"]), "eval": prompts(kept["eval"])}
     for name, rows in files.items():
@@ -82,19 +85,19 @@ def main() -> None:
     parser.add_argument("--chatml", action="store_true", help="write turns as <|im_start|>user … <|im_end|>")
     options = parser.parse_args()
     try:
-        sources = options.source
-        for source in sources or []:
+        sources = [(source, "") for source in options.source or []]
+        for source, _ in sources:
             if not source.is_file():
                 raise InputError(f"--source {source}: no such file; give a .jsonl or .jsonl.gz")
-        if sources is None:
+        if not sources:
             if unknown := set(options.sets.split(",")) - set(SETS):
                 raise InputError(f"--sets {options.sets}: there is no {min(unknown)}; give some of {', '.join(SETS)}")
-            files = [f"{name}/{part}.jsonl.gz" for name in options.sets.split(",") for part in ("train", "test")]
-            sources = [FOLDER / file.replace("/", ".") for file in files]
-            for file, target in zip(files, sources):
+            for name, part in itertools.product(options.sets.split(","), ("train", "test")):
+                target = FOLDER / f"{name}.{part}.jsonl.gz"
                 if not target.exists():
                     FOLDER.mkdir(parents=True, exist_ok=True)
-                    download_from_hub("datasets/Anthropic/hh-rlhf", file, target)
+                    download_from_hub("datasets/Anthropic/hh-rlhf", f"{name}/{part}.jsonl.gz", target)
+                sources.append((target, "eval" if part == "test" else "train"))
         prepare(sources, options.chatml)
     except InputError as error:
         print(f"data.hh: {error}", file=sys.stderr)

@@ -34,7 +34,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import numpy as np
 import tiktoken
@@ -46,6 +45,7 @@ from model import GPT
 Answer = tuple[str, bool]  # a response, and whether it ended with EOS before the length limit cut it
 PAGE = Path(__file__).with_name("label.html")
 AHEAD = 16  # prompts that are answered before somebody asks for them
+ABANDONED = 300  # seconds after which a question that one person has open goes to another, when nothing else is left
 LONGEST_BODY = 2**14  # bytes of a request
 
 
@@ -118,6 +118,7 @@ class Question:
     prompt: str
     answers: list[Answer]
     checkpoints: list[str]  # of each answer
+    number: int = 0  # of its prompt
 
 
 class Sitting:
@@ -129,30 +130,33 @@ class Sitting:
 
     def __init__(self, prompts: list[str], make: Callable[[str], Question | None], out: Path, people: int, seed: int):
         self.out, self.people, self.seed = out, people, seed
-        self.rows = read_answers(out)
-        self.by: defaultdict[str, set[str]] = defaultdict(set)  # prompt → who has answered it
+        self.rows = read_answers(out, repair=True)
+        self.by: dict[str, set[str]] = {prompt: set() for prompt in prompts}  # who has answered it
         for row in self.rows:
-            self.by[row["prompt"]].add(row["annotator"])
-        self.total = len(prompts)
+            self.by.setdefault(row["prompt"], set()).add(row["annotator"])
+        self.prompts, self.alike = prompts, 0  # alike: prompts left out, since the model says the same every time
         self.waiting: list[Question] = []  # made, and not yet answered by enough
         self.open: dict[str, tuple[Question, float]] = {}  # annotator → what they look at, and since when
         self.past: defaultdict[str, list[Question]] = defaultdict(list)  # annotator → what they answered here
         self.changed = threading.Condition()
-        self.making = True
-        left = [prompt for prompt in prompts if len(self.by[prompt]) < people]
+        self.making, self.error = True, ""
+        left = [(i, prompt) for i, prompt in enumerate(prompts) if len(self.by[prompt]) < people]
         threading.Thread(target=self._make_ahead, args=(left, make), daemon=True).start()
 
-    def _make_ahead(self, prompts: list[str], make: Callable[[str], Question | None]) -> None:
+    def _make_ahead(self, prompts: list[tuple[int, str]], make: Callable[[str], Question | None]) -> None:
         try:
-            for prompt in prompts:
+            for number, prompt in prompts:
                 question = make(prompt)
                 with self.changed:
                     if question is None:
-                        self.total -= 1
+                        self.alike += 1
                     else:
+                        question.number = number
                         self.waiting.append(question)
                     self.changed.notify_all()
                     self.changed.wait_for(lambda: sum(not self._takers(q) for q in self.waiting) < AHEAD)
+        except Exception as error:
+            self.error = f"sampling failed: {error!r}"
         finally:
             with self.changed:
                 self.making = False
@@ -162,8 +166,8 @@ class Sitting:
         """Who has answered a question or has it open."""
         return self.by[question.prompt] | {who for who, (shown, _) in self.open.items() if shown is question}
 
-    def next(self, annotator: str, timeout: float = 600) -> Question | None:
-        """What `annotator` looks at, now or next; None where nothing is left for them."""
+    def next(self, annotator: str) -> Question | None:
+        """What `annotator` looks at, now or next; None where nothing is left. Raises OSError where sampling failed."""
 
         def pick() -> Question | None:
             for question in self.waiting:
@@ -173,10 +177,20 @@ class Sitting:
             return None
 
         with self.changed:
-            self.changed.wait_for(lambda: annotator in self.open or pick() or not self.making, timeout)
+            self.changed.wait_for(lambda: annotator in self.open or pick() or not self.making)
             if annotator not in self.open:  # another request of theirs may have opened one meanwhile
                 if (question := pick()) is None:
-                    return None
+                    if self.error:
+                        raise OSError(self.error)
+                    before = time.monotonic() - ABANDONED
+                    old = [
+                        who
+                        for who, (q, since) in self.open.items()
+                        if since < before and annotator not in self.by[q.prompt]
+                    ]
+                    if not old:
+                        return None
+                    question = self.open.pop(old[0])[0]
                 self.open[annotator] = question, time.monotonic()
                 self.changed.notify_all()
             return self.open[annotator][0]
@@ -186,16 +200,17 @@ class Sitting:
         key = f"{self.seed} {annotator} {question.prompt}"
         return random.Random(zlib.crc32(key.encode("utf-8", "replace"))).sample(range(n := len(question.answers)), n)
 
-    def answer(self, annotator: str, prompt: str, verdict: str | list[int]) -> None:
+    def answer(self, annotator: str, number: int, verdict: str | list[int]) -> None:
         """Append a verdict on the open question: "tie", "skip", or the places as shown, best first.
 
-        Raises ValueError where it is none of these, or where the annotator has another question open.
+        Raises ValueError where it is none of these, or where the annotator has another question open; OSError where it
+        cannot be written, and then the file is as it was.
         """
         with self.changed:
             question, since = self.open.get(annotator, (None, 0.0))
-            if question is None or question.prompt != prompt:
+            if question is None or question.number != number:
                 raise ValueError("this question is no longer open; reload the page")
-            order = self.order(question, annotator)
+            order, prompt = self.order(question, annotator), question.prompt
             row: dict = {"prompt": prompt}
             if verdict in ("tie", "skip"):
                 row |= {"verdict": verdict, "responses": [text for text, _ in question.answers]}
@@ -208,10 +223,16 @@ class Sitting:
                 raise ValueError("a verdict is tie, skip, or every place once, best first")
             row |= {"annotator": annotator, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
             row |= {"seconds": round(time.monotonic() - since, 2), "seed": self.seed}
-            with open(self.out, "a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+            with open(self.out, "ab", buffering=0) as file:
+                size = file.tell()
+                try:
+                    line = (json.dumps(row) + "\n").encode()
+                    if file.write(line) < len(line):
+                        raise OSError("the disk is full")
+                    os.fsync(file.fileno())
+                except OSError:
+                    file.truncate(size)
+                    raise
             self.rows.append(row)
             self.by[prompt].add(annotator)
             self.past[annotator].append(question)
@@ -244,27 +265,21 @@ class Sitting:
         """How many this annotator has answered, how many are left for them, and the seconds that will take."""
         with self.changed:
             mine = [row for row in self.rows if row["annotator"] == annotator]
-            full = sum(len(who) >= self.people or annotator in who for who in self.by.values())
-            left = max(0, self.total - full)
+            full = sum(len(self.by[p]) >= self.people or annotator in self.by[p] for p in self.prompts)
+            left = len(self.prompts) - self.alike - full
             pace = statistics.median(row["seconds"] for row in mine[-20:]) if mine else None
             return {"done": len(mine), "left": left, "seconds_left": pace and pace * left}
 
 
-def read_answers(path: Path) -> list[dict]:
-    """The rows of a label file; a last line that a kill cut short is taken out of it, since nobody saw it accepted."""
-    if not path.exists():
+def read_answers(path: Path, repair: bool = False) -> list[dict]:
+    """The rows of a label file. `repair` takes a last line out that a kill cut short, since nobody saw it accepted."""
+    if not path.exists() or path.stat().st_size == 0:
         return []
-    text = path.read_bytes()
-    whole, _, rest = text.rpartition(b"\n")
-    if rest:
-        try:
-            json.loads(rest)
-            whole = text  # only the line break is missing
-        except ValueError:
-            pass
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        temporary.write_bytes(whole + b"\n" * bool(whole))
-        temporary.replace(path)
+    if repair:
+        whole, _, rest = path.read_bytes().rpartition(b"\n")
+        if rest:
+            with open(path, "r+b") as file:
+                file.truncate(len(whole) + bool(whole))
     columns = {"prompt": str, "annotator": str, "seconds": float}
     return read_jsonl(path, columns, verdicts=True) if path.stat().st_size else []
 
@@ -278,10 +293,7 @@ def alone(path: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise InputError(f"--out {path}: another labelling session writes to it; stop that one first") from None
-        try:
-            yield
-        finally:
-            Path(lock.name).unlink(missing_ok=True)
+        yield
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------
@@ -290,7 +302,7 @@ def alone(path: Path) -> Iterator[None]:
 class Handler(BaseHTTPRequestHandler):
     """GET /TOKEN/ is the page; POST /TOKEN/next, answer and undo take and give JSON. Everything else is 404."""
 
-    timeout = 30  # seconds that a client may take to send its request
+    timeout = 30  # seconds that a client may be silent for
     server: "Server"
 
     def _reply(self, code: int, content: bytes, kind: str = "text/plain; charset=utf-8") -> None:
@@ -313,7 +325,7 @@ class Handler(BaseHTTPRequestHandler):
         token = (self.path.split("/") + [""])[1]
         if not secrets.compare_digest(token.encode("utf-8", "replace"), self.server.token.encode()):
             self._reply(404, b"not found")
-        elif not self.server.known(host) or (origin is not None and urlsplit(origin).netloc != host):
+        elif not self.server.known(host) or origin not in (None, f"http://{host}", f"https://{host}"):
             self._reply(403, b"forbidden")
         else:
             return False
@@ -333,9 +345,9 @@ class Handler(BaseHTTPRequestHandler):
         if action not in ("next", "answer", "undo"):
             return self._reply(404, b"not found")
         size = self.headers.get("Content-Length", "")
-        if not size.isdecimal():
+        if not size.isascii() or not size.isdigit():
             return self._reply(411, b"length required")
-        if int(size) > LONGEST_BODY:
+        if len(size) > 9 or int(size) > LONGEST_BODY:
             return self._reply(413, b"too large")
         try:
             asked = json.loads(self.rfile.read(int(size)))
@@ -345,17 +357,19 @@ class Handler(BaseHTTPRequestHandler):
             self._reply(200, json.dumps(self._do(action, annotator.strip(), asked)).encode(), "application/json")
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             self._reply(400, str(error).encode())
+        except OSError as error:  # the answer could not be written, or sampling failed
+            self._reply(500, str(error).encode())
 
     def _do(self, action: str, annotator: str, asked: dict) -> dict:
         sitting = self.server.sitting
         if action == "answer":
-            sitting.answer(annotator, asked["prompt"], asked["verdict"])
+            sitting.answer(annotator, asked["number"], asked["verdict"])
         undone = action == "undo" and sitting.undo(annotator)
         question = sitting.next(annotator)
         shown = sitting.progress(annotator) | {"undone": undone, "prompt": None}
         if question:
             answers = [question.answers[i] for i in sitting.order(question, annotator)]
-            shown |= {"prompt": question.prompt, "responses": [text for text, _ in answers]}
+            shown |= {"prompt": question.prompt, "number": question.number, "responses": [text for text, _ in answers]}
             shown["cut"] = [not ended for _, ended in answers]
         return shown
 
@@ -370,17 +384,17 @@ class Server(ThreadingHTTPServer):
     def __init__(self, sitting: Sitting, host: str, port: int):
         super().__init__((host, port), Handler)
         self.sitting, self.token, self.nonce = sitting, secrets.token_urlsafe(16), secrets.token_urlsafe(16)
+        self.host = host
         self.page = PAGE.read_bytes().replace(b"NONCE", self.nonce.encode())
         self.address = f"http://{host}:{self.server_port}/{self.token}/"
 
     def known(self, host: str) -> bool:
-        """Whether a Host header is ours: a name that somebody else made point here (DNS rebinding) is not."""
-        name, _, port = host.rpartition(":")
-        if port != str(self.server_port):
-            return False
-        if name in ("localhost", "127.0.0.1", self.server_address[0]):
-            return True
-        return self.server_address[0] == "0.0.0.0" and re.fullmatch(r"[0-9.]+", name) is not None
+        """Whether a Host header is ours: a name that somebody else made point here (DNS rebinding) is not.
+
+        Any port will do, since a tunnel may come from another.
+        """
+        name = host.partition(":")[0]
+        return name in ("localhost", self.host) or re.fullmatch(r"[0-9]+(\.[0-9]+){3}", name) is not None
 
 
 # --- the terminal -----------------------------------------------------------------------------------------------------
@@ -408,7 +422,7 @@ def ask_in_terminal(sitting: Sitting, annotator: str) -> None:
             if len(order) == 2 and verdict in ([0], [1]):
                 verdict.append(1 - verdict[0])
         try:
-            sitting.answer(annotator, question.prompt, verdict)
+            sitting.answer(annotator, question.number, verdict)
         except ValueError as error:
             print(f"{error}, please")
     print("\nThat was the last one. Thank you.")
@@ -433,8 +447,8 @@ def report(rows: list[dict]) -> str:
         lines.append(f"{who:<20} {kinds['preferred']:>12} {kinds['tie']:>6} {kinds['skip']:>6} {pace:>16.1f}")
     if preferred:
         places = Counter(row["position"] for row in preferred)
-        n, k = len(preferred), max(len(row.get("ranked", "12")) for row in preferred)
-        share, chance = places[0] / n, 1 / k
+        n = len(preferred)
+        share, chance = places[0] / n, statistics.mean(1 / len(row.get("ranked", "12")) for row in preferred)
         lines.append(
             f"\nposition: the first shown was preferred in {share:.3f} ± {math.sqrt(share * (1 - share) / n):.3f} "
             f"of {n} (no bias would be {chance:.3f})"
@@ -445,16 +459,17 @@ def report(rows: list[dict]) -> str:
         lines.append(
             f"{name} was preferred in {sum(against)} of the {len(against)} questions that it was in with another"
         )
-    by_prompt = defaultdict(list)
+    alike: defaultdict[tuple, list] = defaultdict(list)  # (prompt, the responses) → the best, for each person
     for row in rows:
         if row.get("verdict") != "skip":
-            by_prompt[row["prompt"]].append(row.get("chosen") or (row.get("ranked") or ["a tie"])[0])
-    twice = [list(itertools.combinations(best, 2)) for best in by_prompt.values() if len(best) > 1]
+            texts = row.get("responses") or row.get("ranked") or [row["chosen"], row["rejected"]]
+            alike[row["prompt"], *sorted(texts)].append(None if "verdict" in row else texts[0])
+    twice = [list(itertools.combinations(best, 2)) for best in alike.values() if len(best) > 1]
     if twice:
         same = [a == b for pair in twice for a, b in pair]
-        lines.append(f"agreement on the best: {sum(same)} of {len(same)} pairs of people who had the same prompt")
+        lines.append(f"agreement on the best: {sum(same)} of {len(same)} pairs of people who had the same question")
     else:
-        lines.append("agreement: no prompt was judged by two people (--people 2 asks for that)")
+        lines.append("agreement: no question was judged by two people (--people 2 asks for that)")
     return "\n".join(lines)
 
 
@@ -492,7 +507,10 @@ def prepare(cfg: Config) -> tuple[list[str], Callable[[str], Question | None]]:
     rows = read_jsonl(cfg.prompts, {"prompt": str})
     prompts = list(dict.fromkeys(row["prompt"] for row in rows))[: cfg.n_prompts or None]
     device = common.pick_device(cfg.device)
-    models = [(name, *common.load_gpt(name, device, "--init")) for name in cfg.init.split(",")]
+    names = cfg.init.split(",")
+    if len(set(names)) < len(names):
+        raise InputError(f"--init {cfg.init}: names a model twice; name each once")
+    models = [(name, *common.load_gpt(name, device, "--init")) for name in names]
     if cfg.samples < max(2, len(models)):
         raise InputError(f"--samples {cfg.samples}: give at least 2, and one for each model of --init")
 
@@ -536,6 +554,9 @@ def label(cfg: Config) -> None:
         write_jsonl(out, rows)
         return print(f"{out}: {len(rows):,} comparisons of {len(questions):,} prompts")
     with alone(out):
+        kind = "chosen" if cfg.samples == 2 else "ranked"
+        if any("verdict" not in row and kind not in row for row in read_answers(out)):
+            raise InputError(f"--samples {cfg.samples}: {out} holds answers of another number; name another file")
         sitting = Sitting(prompts, make, out, cfg.people, cfg.seed)
         if cfg.terminal:
             try:
@@ -553,7 +574,9 @@ def label(cfg: Config) -> None:
         try:
             server.serve_forever()
         except KeyboardInterrupt:
-            print(f"\n{out} holds {len(sitting.rows):,} answers")
+            print(
+                f"\n{out} holds {len(sitting.rows):,} answers; {sitting.alike} prompts got the same answer every time"
+            )
 
 
 def main() -> None:

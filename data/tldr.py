@@ -50,13 +50,18 @@ def completion(text: str) -> str:
 
 def comparisons(path: Path, prompt: Callable[[dict], str], tally: Counter[str]) -> Iterator[dict]:
     """The rows of a batch that compare two different summaries of a post of the split `train`."""
-    for row in iterate_jsonl(path, {"info": dict, "summaries": list, "choice": int}):
-        good, bad = (row["summaries"][i]["text"] for i in (row["choice"], 1 - row["choice"]))
+    for number, row in enumerate(iterate_jsonl(path, {"info": dict, "summaries": list, "choice": int}), 1):
+        try:
+            good, bad = (row["summaries"][i]["text"].strip() for i in ((0, 1), (1, 0))[row["choice"]])
+        except (LookupError, TypeError, AttributeError):
+            raise InputError(
+                f"{path}: row {number}: has no two summaries and a choice of 0 or 1; mend the row"
+            ) from None
         if "post" not in row["info"]:
             tally["comparisons left out, not of a Reddit post"] += 1
         elif row.get("split") != "train":
             tally[f"comparisons left out, of the split {row.get('split')}"] += 1
-        elif good.strip() == bad.strip() or not good.strip() or not bad.strip():
+        elif good == bad or not good or not bad:
             tally["comparisons left out, of the same summary twice or of none"] += 1
         else:
             yield {"prompt": prompt(row["info"]), "chosen": completion(good), "rejected": completion(bad)}

@@ -1,5 +1,6 @@
 """data/label.py: a sitting with one person and with several, the server under attack, the terminal, the report."""
 
+import calendar
 import concurrent.futures
 import http.client
 import json
@@ -39,7 +40,7 @@ def prefer(sitting, who, text):
     """Let `who` prefer the answer that holds `text`; the question."""
     question = sitting.next(who)
     places = [text in question.answers[i][0] for i in sitting.order(question, who)]
-    sitting.answer(who, question.prompt, [places.index(True), places.index(False)])
+    sitting.answer(who, question.number, [places.index(True), places.index(False)])
     return question
 
 
@@ -50,9 +51,9 @@ def test_every_answer_is_in_the_file_at_once_as_a_row_that_reward_py_reads(sit, 
     assert row["prompt"] == "question 0" and "answer 1" in row["chosen"] and "answer 0" in row["rejected"]
     assert (row["chosen_ended"], row["rejected_ended"], row["checkpoint"]) == (True, False, ["out/ppo", "out/sft"])
     assert row["annotator"] == "ann" and row["seed"] == 0 and row["seconds"] >= 0 and row["position"] in (0, 1)
-    assert abs(time.time() - time.mktime(time.strptime(row["time"], "%Y-%m-%dT%H:%M:%SZ")) + time.timezone) < 60
+    assert abs(time.time() - calendar.timegm(time.strptime(row["time"], "%Y-%m-%dT%H:%M:%SZ"))) < 60
     for verdict in ("tie", "skip"):
-        sitting.answer("ann", sitting.next("ann").prompt, verdict)
+        sitting.answer("ann", sitting.next("ann").number, verdict)
     prefer(sitting, "ann", "answer 0")
     assert [row.get("verdict") for row in rows(sit.out)] == [None, "tie", "skip", None]
     groups = data.comparisons(sit.out, encoding, encoding.eot_token)
@@ -66,7 +67,7 @@ def test_more_than_two_are_ranked_best_first(sit, encoding):
     sitting = sit(make=lambda prompt: make(prompt, 4))
     question = sitting.next("ann")
     order = sitting.order(question, "ann")
-    sitting.answer("ann", question.prompt, [2, 0, 3, 1])
+    sitting.answer("ann", question.number, [2, 0, 3, 1])
     (row,) = rows(sit.out)
     assert row["ranked"] == [question.answers[order[place]][0] for place in (2, 0, 3, 1)]
     (group,) = data.comparisons(sit.out, encoding, encoding.eot_token)
@@ -79,10 +80,10 @@ def test_the_places_are_random_and_a_reload_does_not_change_them(sit):
     orders = [tuple(sitting.order(make(prompt), who)) for prompt in PROMPTS for who in ("ann", "bob", "cy")]
     assert 30 < orders.count((0, 1)) < 60 and orders[0] == tuple(sitting.order(make(PROMPTS[0]), "ann"))
     with pytest.raises(ValueError, match="no longer open"):
-        sitting.answer("ann", "question 9", "tie")
+        sitting.answer("ann", 9, "tie")
     for nonsense in ("better", [0], [0, 0], [0, 2], [True, False], None, {}, ["0", "1"]):
         with pytest.raises(ValueError, match="a verdict is"):
-            sitting.answer("ann", "question 0", nonsense)
+            sitting.answer("ann", 0, nonsense)
     assert not sit.out.exists()
 
 
@@ -145,13 +146,56 @@ def test_the_report_counts_positions_checkpoints_and_agreement(sit):
     for i in range(10):
         for who in ("ann", "bob"):
             prefer(sitting, who, "answer 1" if who == "ann" or i < 7 else "answer 0")
-    sitting.answer("ann", sitting.next("ann").prompt, "tie")
+    sitting.answer("ann", sitting.next("ann").number, "tie")
     said = label.report(rows(sit.out))
     first = sum(row.get("position") == 0 for row in rows(sit.out))
     assert f"the first shown was preferred in {first / 20:.3f} ± " in said
     assert "agreement on the best: 7 of 10" in said
     assert "out/ppo was preferred in 17 of the 20" in said and "out/sft was preferred in 3 of the 20" in said
     assert "ann                            10      1      0" in said
+
+
+def test_a_sampler_that_fails_is_said_and_not_taken_for_the_end(sit):
+    def fail_on_the_third(prompt):
+        if prompt == "question 2":
+            raise RuntimeError("out of memory")
+        return make(prompt)
+
+    sitting = sit(make=fail_on_the_third)
+    prefer(sitting, "ann", "answer 1"), prefer(sitting, "ann", "answer 1")
+    with pytest.raises(OSError, match="out of memory"):
+        sitting.next("ann")
+    assert sitting.progress("ann")["left"] == 28
+
+
+def test_a_question_that_somebody_left_open_goes_to_another_in_the_end(sit, monkeypatch):
+    sitting = sit(prompts=PROMPTS[:2])
+    left = sitting.next("ann")
+    prefer(sitting, "bob", "answer 1")
+    assert sitting.next("bob") is None  # ann may still be reading
+    monkeypatch.setattr(label, "ABANDONED", 0)
+    time.sleep(0.01)
+    assert prefer(sitting, "bob", "answer 1") is left
+    with pytest.raises(ValueError, match="no longer open"):
+        sitting.answer("ann", left.number, "tie")
+    assert len(rows(sit.out)) == 2
+
+
+def test_an_answer_that_cannot_be_written_leaves_the_file_as_it_was(sit, monkeypatch):
+    sitting = sit()
+    prefer(sitting, "ann", "answer 1")
+    before, question = sit.out.read_bytes(), sitting.next("ann")
+
+    def full(_):
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(label.os, "fsync", full)
+        with pytest.raises(OSError, match="no space"):
+            sitting.answer("ann", question.number, "tie")
+    assert sit.out.read_bytes() == before and sitting.progress("ann")["done"] == 1
+    sitting.answer("ann", question.number, "tie")
+    assert len(rows(sit.out)) == 2
 
 
 # --- the server -------------------------------------------------------------------------------------------------------
@@ -188,9 +232,7 @@ def test_the_page_and_its_requests_work(served, sit):
     assert "default-src 'none'" in headers["Content-Security-Policy"] and headers["Referrer-Policy"] == "no-referrer"
     asked = json.loads(request(served, body={})[2])
     assert asked["prompt"] == "question 0" and len(asked["responses"]) == 2 and "checkpoint" not in json.dumps(asked)
-    status, headers, body = request(
-        served, path=f"/{served.token}/answer", body={"prompt": "question 0", "verdict": [1, 0]}
-    )
+    status, headers, body = request(served, path=f"/{served.token}/answer", body={"number": 0, "verdict": [1, 0]})
     assert (
         status == 200 and headers["Content-Type"] == "application/json" and json.loads(body)["prompt"] == "question 1"
     )
@@ -211,17 +253,18 @@ def test_what_is_not_ours_is_refused(served, sit):
         "answer/../next",
     ):
         assert status("GET", there + path) == status("POST", there + path, body={}) == 404
-    for host in ("evil.example", "evil.example:80", f"evil.example:{served.server_port}", "", "127.0.0.1"):
+    for host in ("evil.example", "evil.example:80", f"evil.example:{served.server_port}", "", "1.evil.example"):
         assert status("GET", there, Host=host) == status(body={}, Host=host) == 403
-    for origin in ("http://evil.example", "null", f"http://127.0.0.1:{served.server_port + 1}"):
+    for origin in ("http://evil.example", "null", f"http://127.0.0.1:{served.server_port + 1}", "http://["):
         assert status(body={}, Origin=origin) == 403
     assert status(body={}, Content_Length=None) == 411 and status(body={}, Content_Length="-5") == 411
     assert status(body=b"x" * 10, Content_Length=str(10**12)) == 413
+    assert status(body=b"x" * 10, Content_Length="9" * 5000) == 413
     for body in (b"", b"[]", b"{", b'"text"', b"\xff\xfe", b"[" * 9999, b"null"):
         assert status(body=body) == 400
     for body in ({"annotator": ""}, {"annotator": "x" * 41}, {"annotator": ["ann"]}, {"annotator": None}):
         assert status(body=body) == 400
-    for body in ({}, {"prompt": "question 0"}, {"prompt": "../x", "verdict": "tie"}, {"prompt": 3, "verdict": [0, 1]}):
+    for body in ({}, {"number": 0}, {"number": "../x", "verdict": "tie"}, {"number": 3, "verdict": [0, 1]}):
         assert status(path=there + "answer", body=body) == 400
     assert status("DELETE", there) in (404, 501) and status("OPTIONS", there) in (404, 501)
     assert not sit.out.exists() and status(body={}) == 200
@@ -234,7 +277,7 @@ def test_two_hundred_requests_at_once_are_all_answered_and_no_answer_is_lost(ser
             return request(served, body=who)[0]
         asked = json.loads(request(served, body=who)[2])
         return request(
-            served, path=f"/{served.token}/answer", body=who | {"prompt": asked["prompt"], "verdict": "tie"}
+            served, path=f"/{served.token}/answer", body=who | {"number": asked["number"], "verdict": "tie"}
         )[0]
 
     with concurrent.futures.ThreadPoolExecutor(200) as pool:
@@ -312,7 +355,7 @@ def test_samples_depend_on_seed_and_prompt_alone_and_two_models_answer_in_turn(f
 @pytest.mark.parametrize("options, named", [
     (["--samples", 1], "--samples 1"), (["--prompts", ""], "--prompts"), (["--init", "nowhere"], "--init nowhere"),
     (["--response_len", 48], "--drop_long"), (["--out", "nothing.jsonl", "--report"], "nothing.jsonl"),
-    (["--judge", "x.py:f"], "x.py:f"),
+    (["--judge", "x.py:f"], "x.py:f"), (["--init", "sft,sft"], "names a model twice"),
 ])  # fmt: skip
 def test_bad_options_are_named(folders, options, named):
     with pytest.raises(InputError, match=named):
@@ -328,3 +371,11 @@ def test_two_servers_do_not_write_to_one_file_and_a_broken_file_is_left_alone(fo
     with pytest.raises(InputError, match='a.jsonl:1: no column "annotator"'):
         call(*given(folders, "--terminal"))
     assert out.read_bytes() == before
+
+
+def test_a_file_of_pairs_does_not_become_one_of_rankings(folders, monkeypatch):
+    said = iter(["1", "q"])
+    monkeypatch.setattr("builtins.input", lambda _: next(said))
+    call(*given(folders, "--terminal"))
+    with pytest.raises(InputError, match="--samples 3: .* another number"):
+        call(*given(folders, "--terminal", "--samples", 3))

@@ -125,7 +125,11 @@ def test_bad_input_is_one_sentence(tmp_path, folder, monkeypatch, capsys, option
 
 
 def test_a_broken_row_is_named(tmp_path, folder, monkeypatch, capsys):
-    source = given(tmp_path, **{"batch4.json": [comparison(0), {"info": {}, "summaries": [], "choice": "1"}]})
-    with pytest.raises(SystemExit):
-        call(monkeypatch, "--source", source)
-    assert "batch4.json:2" in capsys.readouterr().err
+    bad = {"choice": "1"}, {"choice": 2}, {"summaries": []}, {"summaries": [{"text": None}] * 2}, {"info": None}
+    source = given(tmp_path)
+    for change in bad:
+        write(source / "batch4.json", [comparison(0), comparison(1) | change])
+        with pytest.raises(SystemExit):
+            call(monkeypatch, "--source", source)
+        error = capsys.readouterr().err
+        assert "batch4.json:2" in error or "batch4.json: row 2" in error, error
