@@ -177,6 +177,7 @@ def read_tokenizer(path: Path) -> tiktoken.Encoding:
     if not path.exists():
         raise InputError(f"{path}: is not there; save the tokenizer there as a fast one")
     spec = read_json(path)
+    spec["model"].setdefault("type", "BPE" if "merges" in spec["model"] else "unnamed")  # GPT-2's own does not name it
     model, added = spec["model"], {token["content"]: token for token in spec.get("added_tokens", [])}
     vocab = {token: i for token, i in model["vocab"].items() if token not in added} if model["type"] == "BPE" else {}
     if not vocab or model.get("byte_fallback") or not BYTE.keys() >= set("".join(vocab)):
@@ -184,7 +185,7 @@ def read_tokenizer(path: Path) -> tiktoken.Encoding:
     ranks = {bytes(BYTE[character] for character in token): i for token, i in vocab.items()}
     merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
     order = [vocab.get(a + b, -1) for a, b in merges]
-    if order != sorted(set(order)):
+    if -1 in order or order != sorted(order):
         raise InputError(f"{path}: a vocabulary whose ids are not in the order of its merges is not supported")
     if (normalizer := (spec.get("normalizer") or {}).get("type")) not in (None, "NFC"):
         raise InputError(f"{path}: normalizer {normalizer} is not supported; remove it, or give another tokenizer")
@@ -421,7 +422,7 @@ def write_model(model: GPT | ScalarModel, encoding: tiktoken.Encoding, folder: P
     names = {i: name for name, i in encoding._special_tokens.items()}
     about = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.block_size}
     about |= {"clean_up_tokenization_spaces": False, "eos_token": names[config.eos]}
-    if (pad := next((i for i in sorted(names) if i != config.eos), None)) is not None:
+    if (pad := next((i for i in sorted(names, reverse=True) if i != config.eos), None)) is not None:
         c["pad_token_id"], about["pad_token"] = pad, names[pad]
     tokenizer = tokenizer_json(encoding)
     for name, content in (("config", c), ("tokenizer", tokenizer), ("tokenizer_config", about)):
@@ -437,8 +438,8 @@ def convert(source: str, target: Path) -> str:
         raise InputError(f"{target}: exists already; name a new folder, so that nothing in it is lost")
     folder, temporary = Path(source), target.with_name(f"{target.name}.{os.getpid()}.tmp")
     try:
-        if source in PUBLISHED or (folder / "config.json").exists():
-            model, encoding = published(source) if source in PUBLISHED else read_model(folder)
+        if source in PUBLISHED and not folder.exists() or (folder / "config.json").exists():
+            model, encoding = read_model(folder) if folder.exists() else published(source)
             temporary.mkdir(parents=True)
             common.save_model(model, encoding, temporary / "model.pt")
         elif (folder / "model.pt").exists() or folder.suffix == ".pt":
