@@ -244,7 +244,9 @@ def load(
         )
     try:
         saved = torch.load(path, map_location=device, weights_only=True)
-        scalar = "head.weight" in saved["model"]
+        scalar, config, encoding = (
+            "head.weight" in saved["model"], GPTConfig(**saved["config"]), encoding_from_state(saved["tokenizer"])
+        )  # fmt: skip
     except Exception as error:  # torch.load raises many kinds
         raise InputError(
             f"{path}: not a checkpoint of this project ({type(error).__name__}); name another run folder"
@@ -254,10 +256,10 @@ def load(
     if kind is ScalarModel and not scalar:
         raise InputError(f"{option} {folder}: holds a language model; give a run folder of reward.py")
     with torch.device("meta"):  # no memory yet: the saved tensors become the parameters
-        model = GPT(GPTConfig(**saved["config"]))
+        model = GPT(config)
         model = ScalarModel(model) if scalar else model
     model.load_state_dict(saved["model"], assign=True)
-    return model.eval(), encoding_from_state(saved["tokenizer"])
+    return model.eval(), encoding
 
 
 def load_gpt(folder: str | Path, device: torch.device | str = "cpu", option: str = "") -> tuple[GPT, tiktoken.Encoding]:
@@ -413,15 +415,16 @@ class Run:
 
 
 def peak_memory(device: torch.device) -> float:
-    """The most memory that this process has held so far, in GiB: of the GPU where it uses one, else of the machine."""
+    """The most memory that this process has taken so far, in GiB: allocated on the GPU with CUDA, else resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
+    if (status := Path("/proc/self/status")).exists():  # Linux: ru_maxrss would count what started this process
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) / 2**20
     if importlib.util.find_spec("resource") is None:  # Windows
         return math.nan
     import resource
 
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most / (2**30 if sys.platform == "darwin" else 2**20)  # bytes on macOS, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30  # bytes on macOS
 
 
 def read_metrics(folder: str | Path) -> list[dict]:

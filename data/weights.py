@@ -187,6 +187,9 @@ def read_tokenizer(path: Path) -> tiktoken.Encoding:
     order = [vocab.get(a + b, -1) for a, b in merges]
     if -1 in order or order != sorted(order):
         raise InputError(f"{path}: a vocabulary whose ids are not in the order of its merges is not supported")
+    unmade = [token for token, i in vocab.items() if len(token) > 1 and i not in set(order)]
+    if unmade and not model.get("ignore_merges"):  # tiktoken gives a word that is one token that token, merges or none
+        raise InputError(f"{path}: the token {unmade[0]} that no merge makes is not supported without ignore_merges")
     if (normalizer := (spec.get("normalizer") or {}).get("type")) not in (None, "NFC"):
         raise InputError(f"{path}: normalizer {normalizer} is not supported; remove it, or give another tokenizer")
     for name, token in added.items():
@@ -205,7 +208,7 @@ def lacking(ranks: dict[bytes, int], path: Path) -> list[tuple[str, str]]:
     """(first, last) of the characters that a vocabulary has no bytes for: control characters, unassigned planes."""
     ranges = []
     for byte in (b for b in range(256) if bytes([b]) not in ranks):
-        if byte < 128:
+        if byte < 128 and not regex.match(r"[\s\p{L}\p{N}]", chr(byte)):
             ranges.append((chr(byte), chr(byte)))
         elif 0xF1 <= byte <= 0xF3:  # opens the characters of four planes
             ranges.append((chr((byte & 7) << 18), chr((byte & 7) << 18 | 0x3FFFF)))
@@ -241,14 +244,17 @@ def split_pattern(pre_tokenizer: dict | None, lacks: list[tuple[str, str]], path
 
 
 def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """The merges that made a vocabulary: each token, put together with the earlier ones only, is two parts at last."""
+    """The merges that made a vocabulary: each token, put together with the earlier ones only, is two parts at last.
+
+    A token of which more parts are left has no merge: it is found only as a whole word, here and with ignore_merges.
+    """
     merges = []
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
         parts = [token[i : i + 1] for i in range(len(token))]
         while len(parts) > 2:
             best = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], rank))
             if ranks.get(parts[best] + parts[best + 1], rank) >= rank:
-                raise InputError(f"the token {token!r} is not made of two others; this vocabulary cannot be exported")
+                break
             parts[best : best + 2] = [parts[best] + parts[best + 1]]
         if len(parts) == 2:
             merges.append((parts[0], parts[1]))
@@ -270,7 +276,7 @@ def tokenizer_json(encoding: tiktoken.Encoding) -> dict:
         "post_processor": None, "decoder": level | {"use_regex": True},
         "model": {
             "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": "",
-            "end_of_word_suffix": "", "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
+            "end_of_word_suffix": "", "fuse_unk": False, "byte_fallback": False, "ignore_merges": True,
             "vocab": {text(token): i for token, i in ranks.items()} | encoding._special_tokens,
             "merges": [[text(a), text(b)] for a, b in merges_of(ranks)],
         },
@@ -281,13 +287,12 @@ def tokenizer_json(encoding: tiktoken.Encoding) -> dict:
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of model.safetensors (one file or shards) or of pytorch_model.bin."""
-    index = folder / "model.safetensors.index.json"
-    paths = [folder / "model.safetensors"]
-    if index.exists():
+    """All tensors of model.safetensors, or else of pytorch_model.bin, in one file or in shards."""
+    whole = [folder / name for name in ("model.safetensors", "pytorch_model.bin")]
+    paths = [next((path for path in whole if path.exists()), whole[0])]
+    indices = [Path(f"{path}.index.json") for path in whole]
+    if not paths[0].exists() and (index := next((path for path in indices if path.exists()), None)):
         paths = [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
-    if not paths[0].exists() and (folder / "pytorch_model.bin").exists():
-        paths = [folder / "pytorch_model.bin"]
     found: dict[str, Tensor] = {}
     for path in paths:
         if not path.exists():
@@ -306,13 +311,19 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 
 def read_model(folder: Path) -> tuple[GPT | ScalarModel, tiktoken.Encoding]:
     """A Hugging Face folder as our model, in float32, and its tokenizer."""
-    encoding = read_tokenizer(folder / "tokenizer.json")
-    config, scalar = read_config(folder / "config.json")
-    config.eos = eos_id(folder, encoding)
-    model = load(config, scalar, read_tensors(folder), str(folder))
-    if scalar:
-        model.bias.fill_(read_json(folder / "config.json").get("score_bias", 0.0))
-    return model, fill_gaps(encoding, config.vocab_size, folder)
+    try:
+        encoding = read_tokenizer(folder / "tokenizer.json")
+        config, scalar = read_config(folder / "config.json")
+        config.eos = eos_id(folder, encoding)
+        model = load(config, scalar, read_tensors(folder), str(folder))
+        if scalar:
+            model.bias.fill_(read_json(folder / "config.json").get("score_bias", 0.0))
+        return model, fill_gaps(encoding, config.vocab_size, folder)
+    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise InputError(
+            f"{folder}: config.json or tokenizer.json is not as expected ({what}); fetch it again"
+        ) from None
 
 
 def eos_id(folder: Path, encoding: tiktoken.Encoding) -> int:
@@ -328,7 +339,10 @@ def eos_id(folder: Path, encoding: tiktoken.Encoding) -> int:
         raise InputError(
             f"{folder}: neither tokenizer_config.json nor config.json names an EOS token; add eos_token_id"
         )
-    return eos[0] if isinstance(eos, list) else eos
+    eos = eos[0] if isinstance(eos, list) else eos
+    if eos not in encoding._special_tokens.values():
+        raise InputError(f"{folder}: eos_token_id {eos} is no special token of tokenizer.json; mend one of the two")
+    return eos
 
 
 def fill_gaps(encoding: tiktoken.Encoding, vocab_size: int, folder: Path) -> tiktoken.Encoding:
@@ -358,15 +372,17 @@ def load(config: GPTConfig, scalar: bool, found: dict[str, Tensor], source: str)
             part = found.pop(name).float()
             parts.append(part.T if transposed else part)
         state[ours] = torch.cat(parts).contiguous()
-    buffers = re.compile(r"attn\.(masked_)?bias$|rotary_emb\.inv_freq$" + ("|^lm_head.weight$" if config.tied else ""))
+    if config.tied and not torch.equal(found.pop("lm_head.weight", state["wte.weight"]).float(), state["wte.weight"]):
+        raise InputError(f"{source}: ties lm_head.weight to the embedding but holds another; set tie_word_embeddings")
+    buffers = re.compile(r"attn\.(masked_)?bias$|rotary_emb\.inv_freq$")
     if rest := [name for name in found if not buffers.search(name)]:
         raise InputError(f"{source}: holds {rest[0]}, which no supported architecture has; nothing was written")
     with torch.device("meta"):
         model = GPT(replace(config, tied=config.tied or scalar))
     with torch.no_grad():
-        shapes = {name: p.shape for name, p in model.named_parameters()}
+        shapes = {name: p.shape for name, p in model.named_parameters()} | {"head.weight": (1, config.n_embd)}
         for name, x in state.items():
-            if name in shapes and x.shape != shapes[name]:
+            if x.shape != shapes[name]:
                 raise InputError(
                     f"{source}: {name} is of shape {tuple(x.shape)}, config.json asks {tuple(shapes[name])}"
                 )
@@ -453,10 +469,6 @@ def convert(source: str, target: Path) -> str:
         if target.exists():
             target.rmdir()
         temporary.rename(target)
-    except KeyError as error:
-        raise InputError(
-            f"{source}: config.json or tokenizer.json has no {error}; give a whole Hugging Face folder"
-        ) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     n = sum(p.numel() for p in model.parameters())

@@ -96,6 +96,7 @@ BAD = [
     ("sft.py", ["--data", "pairs.jsonl", "--init", "sft", "--out", "sft"], "--out sft"),
     ("reward.py", ["--init", "nowhere"], "--init nowhere"),
     ("reward.py", ["--init", "garbage"], "garbage"),
+    ("reward.py", ["--init", "sft/state.pt"], "sft/state.pt: not a checkpoint"),
     ("reward.py", ["--init", "sft", "--data", "prompts.jsonl", "--judge", "x.py:f"], "x.py:f"),
     ("reward.py", ["--init", "sft", "--data", "bad_ranked.jsonl", "--out", "x"], "bad_ranked.jsonl"),
     ("ppo.py", ["--init", "nowhere"], "--init nowhere"),
@@ -119,6 +120,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(folders, script, options, nam
     (tmp / "broken.jsonl").write_text('{"text": "fine"}\n{"text": \n')
     (tmp / "notes.md").write_text("some text")
     write(tmp / "null.jsonl", [{"prompt": "a", "completion": "b", "completion_ended": None}])
+    torch.save({"model": {}, "step": 3}, tmp / "sft" / "state.pt")
     (tmp / "garbage").mkdir()
     (tmp / "garbage" / "model.pt").write_bytes(b"\x00garbage" * 99)
     before = {p: p.read_bytes() for p in tmp.rglob("*") if p.is_file()}

@@ -91,7 +91,7 @@ def test_the_public_files_are_downloaded_once_and_checked(folder, server, monkey
         content = "".join(json.dumps(row) + "\n" for row in rows).encode()
         server.files[f"/{(tldr.POSTS | tldr.BATCHES)[name]}"] = content
     monkeypatch.setattr(tldr, "URL", server.url)
-    place = "/dataset/comparisons/batch7.json"
+    place = f"/{tldr.BATCHES['batch7.json']}"
     right = server.files[place]
     server.md5[place] = base64.b64encode(hashlib.md5(right).digest()).decode()
     for wrong, words in ((right[:-9] + b"xxxxxxxx\n", "wrong checksum"), (None, "404")):

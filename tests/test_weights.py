@@ -14,7 +14,7 @@ import common
 import data
 from data import InputError, weights
 from model import ScalarModel
-from tests.conftest import FAMILIES, flat, make_gpt, run, uneven, write
+from tests.conftest import FAMILIES, make_gpt, run, uneven, write
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
@@ -119,10 +119,18 @@ def hugging_face_folder(folder, family, **save):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("form", ["one file", "shards", "bin"])
+@pytest.mark.parametrize("form", ["one file", "shards", "bin", "bin shards"])
 def test_a_hugging_face_folder_comes_in_and_goes_out_with_its_logits(tmp_path, family, form):
     theirs = hugging_face_folder(tmp_path / "hf", family, max_shard_size="100KB" if form == "shards" else "1GB")
     assert (tmp_path / "hf" / "model.safetensors.index.json").exists() == (form == "shards")
+    if form == "bin shards":
+        state = theirs.state_dict()
+        parts = {f"pytorch_model-{i}.bin": dict(list(state.items())[i::2]) for i in range(2)}
+        for name, part in parts.items():
+            torch.save(part, tmp_path / "hf" / name)
+        places = {key: name for name, part in parts.items() for key in part}
+        (tmp_path / "hf" / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": places}))
+        (tmp_path / "hf" / "model.safetensors").unlink()
     if form == "bin":
         torch.save(theirs.state_dict(), tmp_path / "hf" / "pytorch_model.bin")
         (tmp_path / "hf" / "model.safetensors").unlink()
@@ -142,9 +150,7 @@ def test_a_hugging_face_folder_comes_in_and_goes_out_with_its_logits(tmp_path, f
     prompt = data.encode_prompt(encoding, "<|user|>hello")
     tokens, _, length = ours.generate([prompt], 8, temperature=0)
     given = torch.tensor([prompt])
-    expected = back.generate(given, attention_mask=torch.ones_like(given), max_new_tokens=8, do_sample=False)[
-        0
-    ].tolist()
+    expected = back.generate(given, max_new_tokens=8, do_sample=False)[0].tolist()
     assert tokens[0, : length[0]].tolist() == expected
 
 
@@ -244,11 +250,62 @@ BAD = {
     "a misshapen tensor": (
         lambda f: with_tensors(f, lambda t: t.update({"transformer.ln_f.bias": torch.ones(2)})), "ln_f.bias is of",
     ),
+    "a list for a config": (lambda f: (f / "config.json").write_text("[]"), "config.json or tokenizer.json is not as"),
+    "heads that do not divide": (lambda f: edit(f / "config.json", n_head=5), "not a multiple of n_head 5"),
+    "an end of text that is a word": (
+        lambda f: edit(f / "config.json", eos_token_id=400), "eos_token_id 400 is no special token",
+    ),
+    "another output layer": (
+        lambda f: with_tensors(f, lambda t: t.update({"lm_head.weight": torch.ones(1000, 32)})), "ties lm_head.weight",
+    ),
+    "a token without a merge": (lambda f: without_merges(f, 20), "that no merge makes"),
+    "a letter without a byte": (lambda f: without_byte(f, "Q"), "without byte 0x51"),
     "more tokens than rows": (
         lambda f: with_tensors(f, lambda t: t.update({"transformer.wte.weight": torch.ones(500, 32)}))
         or edit(f / "config.json", vocab_size=500), "ids up to 899",
     ),
 }  # fmt: skip
+
+
+def without_merges(folder, n):
+    model = json.loads((folder / "tokenizer.json").read_text())["model"]
+    edit(folder / "tokenizer.json", model=model | {"merges": model["merges"][:-n]})
+
+
+def without_byte(folder, byte):
+    model = json.loads((folder / "tokenizer.json").read_text())["model"]
+    kept = {token: i for token, i in model["vocab"].items() if byte not in token}
+    merges = [merge for merge in model["merges"] if byte not in "".join(merge)]
+    edit(folder / "tokenizer.json", model=model | {"vocab": kept, "merges": merges})
+
+
+def test_llama_3s_form_lists_every_split_of_a_token_and_words_that_no_merge_makes(tmp_path):
+    """With ignore_merges, such a word is its token as a whole, in tiktoken as in tokenizers; and it goes out again."""
+    make_tokenizer(tmp_path, "split", vocab_size=3000)
+    path = tmp_path / "tokenizer.json"
+    model = json.loads(path.read_text())["model"]
+    vocab, merges = dict(model["vocab"]), []
+    for token, i in sorted(vocab.items(), key=lambda item: item[1]):
+        if i > 1:
+            splits = [(token[:k], token[k:]) for k in range(1, len(token))]
+            merges += [list(s) for s in splits if all(vocab.get(part, 10**9) < i for part in s)]
+    assert len(merges) > len(model["merges"])
+    vocab["Ġqzqzq"] = len(vocab)
+    edit(path, model=model | {"vocab": vocab, "merges": merges, "ignore_merges": True})
+    theirs, ours = tokenizers.Tokenizer.from_file(str(path)), weights.read_tokenizer(path)
+    out = tokenizers.Tokenizer.from_str(json.dumps(weights.tokenizer_json(ours)))
+    texts = ["a qzqzq", "a qzqzqz", *strings(500)]
+    for text in texts:
+        assert ours.encode_ordinary(text) == theirs.encode(text).ids == out.encode(text).ids, repr(text)
+    assert ours.encode_ordinary("a qzqzq")[-1] == len(vocab) - 1
+
+
+def test_gpt2s_own_tokenizer_file_does_not_name_its_type(tmp_path):
+    theirs = make_tokenizer(tmp_path)
+    model = json.loads((tmp_path / "tokenizer.json").read_text())["model"]
+    edit(tmp_path / "tokenizer.json", model={key: value for key, value in model.items() if key != "type"})
+    ours = weights.read_tokenizer(tmp_path / "tokenizer.json")
+    assert all(ours.encode_ordinary(text) == theirs.encode(text).ids for text in strings(50))
 
 
 def drop(path, key):
@@ -320,6 +377,14 @@ def test_all_three_stages_run_on_a_llama_and_its_policy_and_reward_model_go_out(
     assert first["objective/kl"] == 0 and abs(first["val/ratio"] - 1) < 0.05
     for name, kind in (("ppo", "CausalLM"), ("reward", "SequenceClassification")):
         weights.convert(str(tmp_path / name), tmp_path / f"{name}-hf")
-        theirs = getattr(transformers, f"AutoModelFor{kind}").from_pretrained(tmp_path / f"{name}-hf")
-        assert flat(theirs).isfinite().all()
+        theirs = getattr(transformers, f"AutoModelFor{kind}").from_pretrained(tmp_path / f"{name}-hf").eval()
+        ours, tokens = common.load(tmp_path / name)[0], torch.arange(2, 20)[None]
+        if name == "ppo":
+            mine, other = ours(tokens), theirs(tokens).logits
+        else:
+            mine, other = (
+                ours.scores(tokens, torch.tensor([18])),
+                theirs(tokens).logits[:, 0] + theirs.config.score_bias,
+            )
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)
     shutil.rmtree(tmp_path)
