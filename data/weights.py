@@ -438,7 +438,8 @@ def write_model(model: GPT | ScalarModel, encoding: tiktoken.Encoding, folder: P
     names = {i: name for name, i in encoding._special_tokens.items()}
     about = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.block_size}
     about |= {"clean_up_tokenization_spaces": False, "eos_token": names[config.eos]}
-    if (pad := next((i for i in sorted(names, reverse=True) if i != config.eos), None)) is not None:
+    pad = next((i for i in sorted(names, reverse=True) if i != config.eos), None)
+    if scalar and pad is not None:  # a language model needs none, and transformers would not train the pad's embedding
         c["pad_token_id"], about["pad_token"] = pad, names[pad]
     tokenizer = tokenizer_json(encoding)
     for name, content in (("config", c), ("tokenizer", tokenizer), ("tokenizer_config", about)):
