@@ -65,7 +65,7 @@ def sample_responses(
     repeated = [ids for prompt in prompts for ids in [encode_prompt(encoding, prompt)] * samples]
     generator = torch.Generator().manual_seed(seed)
     texts = []
-    rows = max(1, 2**16 // (max(map(len, repeated)) + response_len))  # bounds the cache
+    rows = min(512, max(1, 2**16 // (max(map(len, repeated)) + response_len)))  # bounds the cache
     for start in range(0, len(repeated), rows):
         part = repeated[start : start + rows]
         tokens, prompt_len, length = model.generate(part, response_len, temperature=temperature, generator=generator)
