@@ -139,9 +139,10 @@ class Sitting:
         self.open: dict[str, tuple[Question, float]] = {}  # annotator → what they look at, and since when
         self.past: defaultdict[str, list[Question]] = defaultdict(list)  # annotator → what they answered here
         self.changed = threading.Condition()
-        self.making, self.error = True, ""
+        self.making, self.stopping, self.error = True, False, ""
         left = [(i, prompt) for i, prompt in enumerate(prompts) if len(self.by[prompt]) < people]
-        threading.Thread(target=self._make_ahead, args=(left, make), daemon=True).start()
+        self.maker = threading.Thread(target=self._make_ahead, args=(left, make), daemon=True)
+        self.maker.start()
 
     def _make_ahead(self, prompts: list[tuple[int, str]], make: Callable[[str], Question | None]) -> None:
         try:
@@ -154,13 +155,25 @@ class Sitting:
                         question.number = number
                         self.waiting.append(question)
                     self.changed.notify_all()
-                    self.changed.wait_for(lambda: sum(not self._takers(q) for q in self.waiting) < AHEAD)
+                    self.changed.wait_for(self._wants_more)
+                if self.stopping:
+                    return
         except Exception as error:
             self.error = f"sampling failed: {error!r}"
         finally:
             with self.changed:
                 self.making = False
                 self.changed.notify_all()
+
+    def _wants_more(self) -> bool:
+        return self.stopping or sum(not self._takers(question) for question in self.waiting) < AHEAD
+
+    def stop(self) -> None:
+        """End the sampling, once the prompt at hand is answered: a process must not end in the middle of a forward."""
+        with self.changed:
+            self.stopping = True
+            self.changed.notify_all()
+        self.maker.join()
 
     def _takers(self, question: Question) -> set[str]:
         """Who has answered a question or has it open."""
@@ -558,25 +571,27 @@ def label(cfg: Config) -> None:
         if any("verdict" not in row and kind not in row for row in read_answers(out)):
             raise InputError(f"--samples {cfg.samples}: {out} holds answers of another number; name another file")
         sitting = Sitting(prompts, make, out, cfg.people, cfg.seed)
-        if cfg.terminal:
-            try:
-                return ask_in_terminal(sitting, cfg.annotator or getpass.getuser())
-            except (EOFError, KeyboardInterrupt):
-                return print(f"\n{out} holds {len(sitting.rows):,} answers; the same command goes on from here")
         try:
-            server = Server(sitting, cfg.host, cfg.port)
-        except OSError as error:
-            raise InputError(f"--port {cfg.port}: {error.strerror}; give another, or 0 for any that is free") from None
-        print(
-            f"Open {server.address}\nAnswers go to {out}. Ctrl-C stops; the same command goes on from there.",
-            flush=True,
-        )
-        try:
-            server.serve_forever()
-        except KeyboardInterrupt:
-            print(
-                f"\n{out} holds {len(sitting.rows):,} answers; {sitting.alike} prompts got the same answer every time"
-            )
+            if cfg.terminal:
+                ask_in_terminal(sitting, cfg.annotator or getpass.getuser())
+            else:
+                serve(sitting, cfg)
+        except (EOFError, KeyboardInterrupt):
+            print(f"\n{out} holds {len(sitting.rows):,} answers; the same command goes on from there")
+        finally:
+            sitting.stop()
+    if sitting.alike:
+        print(f"{sitting.alike:,} prompts were left out, since the model always gives them the same response")
+
+
+def serve(sitting: Sitting, cfg: Config) -> None:
+    try:
+        server = Server(sitting, cfg.host, cfg.port)
+    except OSError as error:
+        raise InputError(f"--port {cfg.port}: {error.strerror}; give another, or 0 for any that is free") from None
+    print(f"Open {server.address}\nAnswers go to {cfg.out}. Ctrl-C stops.", flush=True)
+    with server:
+        server.serve_forever()
 
 
 def main() -> None:

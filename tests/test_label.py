@@ -4,15 +4,20 @@ import calendar
 import concurrent.futures
 import http.client
 import json
+import os
+import signal
+import subprocess
+import sys
 import threading
 import time
+import urllib.request
 
 import pytest
 
 import common
 import data
 from data import InputError, label
-from tests.conftest import run, write
+from tests.conftest import ROOT, run, write
 
 PROMPTS = [f"question {i}" for i in range(30)]
 NASTY = '<script>document.title = "owned"</script><img src=x onerror=alert(1)> & "quotes" \x1b[2J'
@@ -331,11 +336,11 @@ def test_the_terminal_does_the_same(folders, monkeypatch, capsys):
     assert "ann                             2      6      1" in capsys.readouterr().out
 
 
-def test_a_simulated_person_decides_every_pair_and_reward_py_trains_on_it(folders):
+def test_a_simulated_person_decides_every_pair_and_reward_py_trains_on_it(folders, capsys):
     tmp = folders["tmp"]
     (tmp / "mine.py").write_text("def longer(prompt, response):\n    return len(response) / 10\n")
-    done = run("data/label.py", *given(folders, "--judge", f"{tmp}/mine.py:longer", "--samples", 3))
-    assert done.returncode == 0 and "375 comparisons of 125 prompts" in done.stdout, done.stderr
+    call(*given(folders, "--judge", f"{tmp}/mine.py:longer", "--samples", 3))
+    assert "375 comparisons of 125 prompts" in capsys.readouterr().out
     done = run(
         "reward.py", "--data", tmp / "a.jsonl", "--init", folders["sft"], "--out", tmp / "r", "--response_len", 8
     )
@@ -379,3 +384,15 @@ def test_a_file_of_pairs_does_not_become_one_of_rankings(folders, monkeypatch):
     call(*given(folders, "--terminal"))
     with pytest.raises(InputError, match="--samples 3: .* another number"):
         call(*given(folders, "--terminal", "--samples", 3))
+
+
+def test_the_command_serves_its_address_and_ends_well_when_stopped(folders):
+    """Stopped while the model may still be answering: exit code 0, what was answered kept, no abort."""
+    command = [sys.executable, str(ROOT / "data/label.py"), *map(str, given(folders, "--port", 0))]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    address = process.stdout.readline().split()[-1]
+    page = urllib.request.urlopen(address, timeout=20).read()
+    process.send_signal(signal.SIGINT)
+    out, error = process.communicate(timeout=30)
+    assert b"Which is better?" in page and process.returncode == 0 and "holds 0 answers" in out and not error, error

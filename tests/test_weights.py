@@ -354,6 +354,7 @@ def test_from_the_command_line_a_folder_in_use_is_refused_and_bad_input_is_one_s
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
 
 
+@pytest.mark.slow
 def test_all_three_stages_run_on_a_llama_and_its_policy_and_reward_model_go_out(tmp_path):
     hugging_face_folder(tmp_path / "hf", "llama")
     weights.convert(str(tmp_path / "hf"), tmp_path / "base")
