@@ -371,7 +371,7 @@ def test_frozen_copy_and_reward_model_end_bit_identical_to_how_they_began(folder
 @mistake(
     "ppo.py",
     'lambda batch: reward.scores(batch["tokens"], batch["length"])',
-    "lambda batch: reward.scores(*data.pad([data.encode_row(encoding, encoding.eot_token, *pair, end) for pair, end in zip(texts(batch, encoding), batch['ended'].tolist())])[::2])",
+    "lambda batch: reward.scores(*data.pad([data.encode_row(encoding, eos, *pair, end) for pair, end in zip(texts(batch, encoding, eos), batch['ended'].tolist())])[::2])",
 )
 def test_the_tokens_that_are_scored_are_those_that_were_sampled(gpt, encoding):
     scorer = ScalarModel(copy.deepcopy(gpt)).eval()
