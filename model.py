@@ -20,8 +20,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
+ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+CHUNK = 2**23  # logits that exist at a time; at 32 MiB glibc still takes them from memory that it has
 Rotary = tuple[Tensor, Tensor] | None  # cos and sin, where positions are rotary
 
 
@@ -46,14 +47,27 @@ class GPTConfig:
     tied: bool = True  # the output layer is the token embedding
 
 
+class Linear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias) if x.shape[1] == 1 else super().forward(x)  # decoding, or training
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear where autograd is not looking: on a CPU by oneDNN, which for few rows is up to twice as fast as MKL."""
+    if ONEDNN and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and not torch.is_grad_enabled():
+        if not torch.is_autocast_enabled("cpu"):
+            return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
+
+
 class Attention(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.n_head, self.n_kv_head = config.n_head, config.n_kv_head or config.n_head
         self.head_size, self.dropout = config.n_embd // config.n_head, config.dropout
         n_qkv = (self.n_head + 2 * self.n_kv_head) * self.head_size
-        self.c_attn = nn.Linear(config.n_embd, n_qkv, bias=config.qkv_bias)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.c_attn = Linear(config.n_embd, n_qkv, bias=config.qkv_bias)
+        self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor, rotary: Rotary, cache: Tensor | None, start: int, mask: Tensor | None) -> Tensor:
         B, T, C = x.shape
@@ -64,8 +78,12 @@ class Attention(nn.Module):
         if cache is not None:
             cache[0, :, :, start : start + T], cache[1, :, :, start : start + T] = k, v
             k, v = cache[0, :, :, : start + T], cache[1, :, :, : start + T]  # (B, K, start + T, D)
+        if cache is not None and T == 1:  # one query a row: two small products, faster than the kernel for many
+            score = q.view(B, self.n_kv_head, -1, self.head_size) @ k.transpose(2, 3) * self.head_size**-0.5
+            y = (score if mask is None else score + mask).softmax(-1) @ v  # (B, K, H / K, D)
+            return self.c_proj(y.reshape(B, T, C))
         p, grouped = self.dropout if self.training else 0.0, self.n_kv_head < self.n_head
-        y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=p, is_causal=mask is None, enable_gqa=grouped)
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True, enable_gqa=grouped)
         return F.dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)), p)
 
 
@@ -74,8 +92,8 @@ class MLP(nn.Module):
         super().__init__()
         self.dropout, self.swiglu = config.dropout, config.swiglu
         n_inner = config.n_inner or 4 * config.n_embd
-        self.c_fc = nn.Linear(config.n_embd, n_inner * (2 if config.swiglu else 1), bias=config.bias)
-        self.c_proj = nn.Linear(n_inner, config.n_embd, bias=config.bias)
+        self.c_fc = Linear(config.n_embd, n_inner * (2 if config.swiglu else 1), bias=config.bias)
+        self.c_proj = Linear(n_inner, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.c_fc(x)  # (B, T, 4 C), or gate and value side by side
@@ -166,9 +184,13 @@ class GPT(nn.Module):
             x = block(x, rotary, None if cache is None else cache[i], start, mask)
         return self.ln_f(x)
 
+    @property
+    def output_weight(self) -> Tensor:
+        return self.wte.weight if self.config.tied else self.lm_head.weight  # (V, C)
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits (…, V) at hidden states (…, C)."""
-        return F.linear(hidden, self.wte.weight if self.config.tied else self.lm_head.weight)
+        return F.linear(hidden, self.output_weight)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits (B, T, V). For a look at the whole; the stages use `logprobs`, which never makes this tensor."""
@@ -177,24 +199,22 @@ class GPT(nn.Module):
     def logprobs(self, tokens: Tensor, prompt_len: Tensor, length: Tensor, temperature: float = 1.0) -> Tensor:
         """log softmax(logits / temperature) of each response token, in nats: (B, R) float32, 0 outside the response.
 
-        The output layer is applied to real response tokens only, in chunks that backward computes again, so that
-        neither (B, T, V) nor (B, R, V) ever exists.
+        The output layer is applied to real response tokens only, in chunks, so that neither (B, T, V) nor (B, R, V)
+        ever exists.
         """
         position, mask = response_window(prompt_len, length)  # (B, R)
-        before = gather_positions(self.hidden(tokens), position - 1)[mask]  # (N, C): where each token was predicted
+        real = mask.flatten().nonzero()[:, 0]  # (N,) places of the window
+        hidden = self.hidden(tokens[:, :-1])  # (B, T - 1, C): the last token predicts nothing
+        before = (
+            gather_positions(hidden, position - 1).flatten(0, 1).index_select(0, real)
+        )  # (N, C): where each token was predicted
         target = tokens.gather(1, position)[mask]  # (N,)
-        rows = max(1, 2**24 // self.config.vocab_size)  # 64 MiB of float32 logits
-        parts = []
-        for h, y in zip(before.split(rows), target.split(rows)):
-            if torch.is_grad_enabled() and len(target) > rows:
-                parts.append(checkpoint(self._chunk_logprobs, h, y, temperature, use_reentrant=False))
-            else:
-                parts.append(self._chunk_logprobs(h, y, temperature))
-        chosen = torch.cat(parts)  # (N,)
+        weight = self.output_weight
+        if torch.is_autocast_enabled(before.device.type):
+            dtype = torch.get_autocast_dtype(before.device.type)
+            before, weight = before.to(dtype), weight.to(dtype)
+        chosen = ChosenLogprobs.apply(before, weight, target, temperature)  # (N,)
         return chosen.new_zeros(mask.shape).masked_scatter(mask, chosen)
-
-    def _chunk_logprobs(self, hidden: Tensor, target: Tensor, temperature: float) -> Tensor:
-        return -F.cross_entropy(at_least_float32(self.logits(hidden)) / temperature, target, reduction="none")  # (n,)
 
     @torch.no_grad()
     def generate(
@@ -226,34 +246,87 @@ class GPT(nn.Module):
         if device.type == "cuda":
             uniform = uniform.to(device)
 
-        # The cache holds prompts in columns 0…P-1 and step t of every row in column P + t; `seen` hides the gap that a
-        # short prompt leaves between the two.
+        # The cache holds prompts in columns 0…P-1 and step t of every row in column P + t; `gap` hides what a short
+        # prompt leaves empty between the two.
         n_kv_head, head_size = config.n_kv_head or config.n_head, config.n_embd // config.n_head
         dtype = (
             torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else self.wte.weight.dtype
         )
         cache = torch.empty(config.n_layer, 2, B, n_kv_head, P + N, head_size, device=device, dtype=dtype)
-        seen = torch.arange(P + N, device=device) < prompt_len[:, None]  # (B, P + N)
+        column = torch.arange(P + N, device=device)
+        gap = torch.zeros(B, 1, 1, P + N, device=device)
+        gap.masked_fill_(((column >= prompt_len[:, None]) & (column < P))[:, None, None], -math.inf)
+        even = min(map(len, prompts)) == P
         hidden = self.hidden(tokens[:, :P], cache=cache)  # (B, P, C)
         hidden = gather_positions(hidden, prompt_len[:, None] - 1)  # (B, 1, C)
         new = torch.full((B, N), config.eos, device=device)
         n_new = torch.zeros_like(prompt_len)
         done = torch.zeros(B, dtype=torch.bool, device=device)
         for t in range(N):
-            token = sample(self.logits(hidden[:, 0]), uniform[t], temperature, top_k, top_p)  # (B,)
+            logits = linear(hidden, self.output_weight)[:, 0]  # (B, V)
+            token = sample(logits, uniform[t], temperature, top_k, top_p)  # (B,)
             new[:, t] = torch.where(done, config.eos, token)
             n_new += ~done
             done |= token == config.eos
             look = device.type == "cpu" or t % 16 == 15  # on an accelerator a look costs a synchronisation
             if t == N - 1 or (look and done.all()):
                 break
-            seen[:, P + t] = True
-            mask = seen[:, None, None, : P + t + 1]  # (B, 1, 1, P + t + 1)
+            mask = None if even else gap[..., : P + t + 1]  # (B, 1, 1, P + t + 1)
             hidden = self.hidden(token[:, None], (prompt_len + t)[:, None], cache, P + t, mask)  # (B, 1, C)
         self.train(was_training)
         tokens.scatter_(1, prompt_len[:, None] + torch.arange(N, device=device), new)
         length = prompt_len + n_new
         return tokens[:, : int(length.max())].contiguous(), prompt_len, length
+
+
+class ChosenLogprobs(torch.autograd.Function):
+    """log softmax(hidden Wᵀ / temperature)[target]: hidden (N, C), W (V, C), target (N,) → (N,) float32, in nats.
+
+    Logits exist for one chunk of rows at a time. The backward makes them again, all but the last chunk, which is kept;
+    with p their softmax, the gradient of a chosen log-probability with respect to the logits is onehot − p.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, target: Tensor, temperature: float) -> Tensor:
+        ctx.temperature, ctx.rows = temperature, max(1, CHUNK // len(weight))
+        chosen, kept = [], None
+        for h, y in zip(hidden.split(ctx.rows), target.split(ctx.rows)):
+            kept = None  # its memory is the next one's
+            logp, *kept = chunk_softmax(h, weight, y, temperature)
+            chosen.append(logp)
+        ctx.save_for_backward(hidden, weight, target, *(kept if any(ctx.needs_input_grad) else (None, None)))
+        return torch.cat(chosen)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple:
+        hidden, weight, target, *kept = ctx.saved_tensors
+        g = (grad / ctx.temperature)[:, None]  # (N, 1) float32
+        d_hidden = (g * weight.index_select(0, target)).to(hidden.dtype)  # (N, C), the onehot's part
+        d_weight = torch.zeros_like(weight, dtype=grad.dtype).index_add_(0, target, g * hidden)  # (V, C)
+        for h, y, gi, d in reversed(list(zip(*(x.split(ctx.rows) for x in (hidden, target, g, d_hidden))))):
+            p, total = kept or chunk_softmax(h, weight, y, ctx.temperature)[1:]
+            gi = (gi / total).to(h.dtype)  # (n, 1)
+            p = p.to(h.dtype)  # (n, V)
+            d -= gi * (p @ weight)
+            if h.dtype == grad.dtype:
+                d_weight.addmm_(p.T, gi * h, alpha=-1)
+            else:
+                d_weight -= p.T @ (gi * h)
+            p = kept = None
+        return d_hidden, d_weight.to(weight.dtype), None, None
+
+
+def chunk_softmax(hidden: Tensor, weight: Tensor, target: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The chosen log-probabilities (n,), and the softmax as exp(logits − max) (n, V) and its sums (n, 1)."""
+    logits = at_least_float32(linear(hidden, weight))
+    if temperature != 1:
+        logits /= temperature
+    logits -= logits.amax(
+        -1, keepdim=True
+    )  # in place, like exp_: at 50,257 tokens new memory costs more than arithmetic
+    chosen = logits.gather(1, target[:, None])
+    total = logits.exp_().sum(-1, keepdim=True)
+    return (chosen - total.log())[:, 0], logits, total
 
 
 class ScalarModel(nn.Module):
@@ -287,7 +360,7 @@ class ScalarModel(nn.Module):
     def values(self, tokens: Tensor, prompt_len: Tensor, length: Tensor) -> Tensor:
         """The value (B, R) of the state in which each response token was chosen, 0 outside the response."""
         position, mask = response_window(prompt_len, length)  # (B, R)
-        return self.scalar(gather_positions(self.trunk.hidden(tokens), position - 1)) * mask
+        return self.scalar(gather_positions(self.trunk.hidden(tokens[:, :-1]), position - 1)) * mask
 
 
 def response_window(prompt_len: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
@@ -307,7 +380,8 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 def gather_positions(x: Tensor, position: Tensor) -> Tensor:
     """x (B, T, C) at position (B, R) → (B, R, C)."""
-    return x.gather(1, position[:, :, None].expand(-1, -1, x.shape[2]))
+    flat = position + x.shape[1] * torch.arange(len(x), device=x.device)[:, None]  # (B, R)
+    return x.flatten(0, 1).index_select(0, flat.flatten()).view(*position.shape, -1)  # faster than gather, and back
 
 
 def sample(logits: Tensor, uniform: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
@@ -319,7 +393,9 @@ def sample(logits: Tensor, uniform: Tensor, temperature: float = 1.0, top_k: int
     """
     if temperature == 0:
         return logits.argmax(-1)
-    probs = F.softmax(logits.float() / temperature, -1).to(uniform.device)  # (B, V)
+    probs = F.softmax(logits.float() if temperature == 1 else logits.float() / temperature, -1).to(
+        uniform.device
+    )  # (B, V)
     if 0 < top_k < probs.shape[-1] or top_p < 1:
         ordered, index = probs.sort(dim=-1, descending=True, stable=True)
         keep = ordered.cumsum(-1, dtype=torch.float64) - ordered < top_p  # the mass before this token
@@ -327,8 +403,20 @@ def sample(logits: Tensor, uniform: Tensor, temperature: float = 1.0, top_k: int
         if top_k:
             keep[:, top_k:] = False
         probs = torch.zeros_like(probs).scatter(1, index, ordered * keep)
-    cdf = probs.cumsum(-1, dtype=torch.float64)
-    return torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True)[:, 0].to(logits.device)
+    # In two levels: which stretch of the vocabulary, then which token of it.
+    V, width = probs.shape[-1], 256
+    whole = V // width * width
+    mass = probs[:, :whole].unflatten(1, (-1, width)).sum(-1)  # (B, V / 256)
+    mass = torch.cat([mass, probs[:, whole:].sum(-1, keepdim=True)], 1).double()
+    cdf = mass.cumsum(-1)
+    u = uniform[:, None] * cdf[:, -1:]  # (B, 1)
+    stretch = torch.searchsorted(cdf, u, right=True)
+    left = mass.gather(1, stretch) - cdf.gather(1, stretch) + u  # of u, within the stretch
+    token = stretch * width + torch.arange(width, device=u.device)  # (B, 256)
+    inside = (probs.gather(1, token.clamp(max=V - 1)) * (token < V)).cumsum(-1, dtype=torch.float64)
+    share = (left / mass.gather(1, stretch)).clamp(0, 1 - 2**-52)  # rounding must not leave the stretch
+    place = torch.searchsorted(inside, share * inside[:, -1:], right=True)
+    return (stretch * width + place)[:, 0].to(logits.device)
 
 
 @dataclass
