@@ -129,8 +129,8 @@ def test_eos_is_learned_in_stage_1_and_is_the_last_token_of_a_response_that_ende
 # 5
 @mistake(
     "model.py",
-    "position, mask = response_window(prompt_len, length)  # (B, R)\n        before",
-    "position, mask = response_window(prompt_len, length)  # (B, R)\n        mask = mask & (tokens.gather(1, position) != self.config.eos)\n        before",
+    "position, mask = response_window(prompt_len, length)  # (B, R)\n        real",
+    "position, mask = response_window(prompt_len, length)  # (B, R)\n        mask = mask & (tokens.gather(1, position) != self.config.eos)\n        real",
 )
 @mistake(
     "model.py",
@@ -151,7 +151,7 @@ def test_a_pad_may_be_eos_and_eos_is_not_a_pad(nets):
 
 
 # 6
-@mistake("model.py", "is_causal=mask is None", "is_causal=False")
+@mistake("model.py", "is_causal=True", "is_causal=False")
 def test_a_row_is_the_same_alone_and_beside_longer_rows(nets):
     policy, _, value, _ = nets
     batch = rollout(nets, ppo.Config(response_len=12))
@@ -169,7 +169,7 @@ def test_a_row_is_the_same_alone_and_beside_longer_rows(nets):
 
 # 7
 @mistake("model.py", "(prompt_len + t)[:, None], cache", "torch.full_like(prompt_len, P + t)[:, None], cache")
-@mistake("model.py", "seen[:, None, None, : P + t + 1]", "torch.ones_like(seen)[:, None, None, : P + t + 1]")
+@mistake("model.py", "else gap[..., : P + t + 1]", "else 0 * column[: P + t + 1]")
 def test_a_ragged_batch_is_decoded_as_each_prompt_is_alone(nets):
     policy = nets[0]
     tokens, prompt_len, length = policy.generate(PROMPTS, 20, temperature=0)
@@ -212,7 +212,11 @@ def test_responses_are_drawn_from_the_whole_softmax_that_scores_them(nets):
 
 
 # 10
-@mistake("model.py", "self.trunk.hidden(tokens), position - 1)) * mask", "self.trunk.hidden(tokens), position)) * mask")
+@mistake(
+    "model.py",
+    "self.trunk.hidden(tokens[:, :-1]), position - 1)) * mask",
+    "self.trunk.hidden(tokens), position)) * mask",
+)
 @mistake("ppo.py", "next_value = values[:, r + 1]", "next_value = values[:, r]")
 def test_a_value_is_that_of_the_state_before_its_token(nets):
     cfg = ppo.Config(response_len=16, lam=0.0)

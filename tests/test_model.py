@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from model import GPT, GPTConfig, response_window, sample
+from model import GPT, ChosenLogprobs, GPTConfig, response_window, sample
 from tests.conftest import make_gpt
 
 PROMPTS = [[5], [7, 8, 9, 10, 11, 12], [3, 4, 5]]
@@ -44,16 +44,27 @@ def test_logprobs_equal_a_float64_loop_over_tokens(temperature):
                 assert got[b, r] == 0
 
 
-def test_chunked_logprobs_give_the_gradients_of_one_softmax():
-    model = make_gpt(vocab_size=30_011)  # 559 rows a chunk
-    tokens = torch.randint(0, 30_011, (16, 48), generator=torch.Generator().manual_seed(1))
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_chunked_logprobs_and_their_gradients_are_those_of_one_softmax(temperature, monkeypatch):
+    monkeypatch.setattr("model.CHUNK", 61 * 100)  # 100 rows a chunk: eight chunks, four of them made again
+    model = make_gpt()
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(0, 61, (16, 48), generator=generator)
     prompt_len, length = torch.ones(16, dtype=torch.long), torch.full((16,), 48)
-    logp = model.logprobs(tokens, prompt_len, length)
-    whole = model(tokens[:, :-1]).log_softmax(-1).gather(2, tokens[:, 1:, None])[:, :, 0]
+    logp = model.logprobs(tokens, prompt_len, length, temperature)
+    whole = (model(tokens[:, :-1]) / temperature).log_softmax(-1).gather(2, tokens[:, 1:, None])[:, :, 0]
     torch.testing.assert_close(logp, whole, rtol=1e-5, atol=1e-5)
-    parameters = list(model.parameters())
-    for mine, other in zip(torch.autograd.grad(logp.sum(), parameters), torch.autograd.grad(whole.sum(), parameters)):
-        assert (mine - other).norm() <= 1e-4 * other.norm() + 1e-5
+    parameters, upstream = list(model.parameters()), torch.randn(16, 47, generator=generator)
+    for mine, other in zip(*(torch.autograd.grad((x * upstream).sum(), parameters) for x in (logp, whole))):
+        assert (mine - other).norm() <= 1e-5 * other.norm() + 1e-5
+
+
+def test_log_probabilities_pass_gradcheck_in_float64(monkeypatch):
+    monkeypatch.setattr("model.CHUNK", 11 * 2)  # two rows a chunk
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 3, dtype=torch.float64, generator=generator).requires_grad_() for n in (13, 11))
+    target = torch.randint(0, 11, (13,), generator=generator)
+    assert torch.autograd.gradcheck(lambda h, w: ChosenLogprobs.apply(h, w, target, 0.7), (hidden, weight))
 
 
 def test_generation_stops_at_eos_and_counts_it():
@@ -86,3 +97,19 @@ def test_the_sampler_is_exact_to_1e_6_over_a_large_vocabulary():
         low, high = edges[i] - exact[i], edges[i]
         inside = torch.stack([low + 1e-6, high - 1e-6])
         assert (high - low) < 3e-6 or sample(logits.expand(2, -1), inside).tolist() == [i, i]
+
+
+@pytest.mark.parametrize("vocab_size", [2, 61, 256, 300, 50_257])
+def test_drawing_in_two_levels_finds_the_token_of_one_cumulative_sum(vocab_size):
+    generator = torch.Generator().manual_seed(0)
+    n = 50 if vocab_size > 1000 else 2000
+    logits = torch.randn(n, vocab_size, generator=generator) * 3
+    uniform = torch.rand(n, dtype=torch.float64, generator=generator)
+    uniform[:2] = torch.tensor([0.0, 1 - 2**-53])
+    cdf = logits.softmax(-1).double().cumsum(-1)
+    plain = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True)[:, 0]
+    drawn = sample(logits, uniform)
+    apart = (drawn != plain).nonzero()[:, 0]  # only where the number falls on the edge between two tokens
+    for row in apart.tolist():
+        edge = cdf[row, min(drawn[row], plain[row])] / cdf[row, -1]
+        assert abs(drawn[row] - plain[row]) == 1 and abs(edge - uniform[row]) < 1e-6
