@@ -1,0 +1,294 @@
+"""The project's speed, beside other libraries' on the same shapes and random weights: JSON lines, then a table.
+
+    python -m tests.bench                                         training, generation, a PPO iteration, on 2 shapes
+    python -m tests.bench --vs transformers,trl                   interleaved with what is installed of them
+    python -m tests.bench --shapes gpt2 --what generate,ppo       GPT-2's 124M
+    python -m tests.bench --what growth                           how time grows with batch, length, vocabulary and size
+
+Contenders take turns, in reverse order every other round; figures are medians, ratios are of the same round. A busy
+neighbour makes a step several times slower: stop other work first.
+"""
+
+import argparse
+import gc
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+import common
+import data
+import ppo
+from model import GPT, GPTConfig, ScalarModel
+
+SHAPES = {"small": (1024, 4, 4, 128), "wide": (50257, 4, 4, 128), "gpt2": (50257, 12, 12, 768)}  # V, layers, heads, C
+PROMPT, NEW = 16, 48
+
+
+def make_gpt(shape: tuple[int, int, int, int], block_size: int, device: torch.device) -> GPT:
+    """Random weights, and no EOS that could end a response early."""
+    torch.manual_seed(0)
+    vocab_size, n_layer, n_head, n_embd = shape
+    model = GPT(GPTConfig(vocab_size, block_size, n_layer, n_head, n_embd, eos=vocab_size - 1)).to(device)
+    model.config.eos = -1
+    return model
+
+
+def make_theirs(shape: tuple[int, int, int, int], block_size: int, device: torch.device, **kind):
+    import transformers
+
+    vocab_size, n_layer, n_head, n_embd = shape
+    config = transformers.GPT2Config(
+        vocab_size=vocab_size, n_positions=block_size, n_embd=n_embd, n_layer=n_layer, n_head=n_head, resid_pdrop=0.0,
+        embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=None, eos_token_id=None, **kind,
+    )  # fmt: skip
+    name = "GPT2ForSequenceClassification" if "num_labels" in kind else "GPT2LMHeadModel"
+    return getattr(transformers, name)(config).to(device)
+
+
+def random_tokens(vocab_size: int, *size: int) -> torch.Tensor:
+    return torch.randint(0, vocab_size - 1, size, generator=torch.Generator().manual_seed(1))
+
+
+# --- what is timed: a function that does the work once, and what it counts ------------------------------------------
+
+
+def train(shape: tuple, batch: int, device: torch.device, theirs: bool = False) -> tuple[Callable[[], None], int]:
+    """Forward, backward and AdamW on `batch` rows of 64 tokens."""
+    T, make = 64, make_theirs if theirs else make_gpt
+    model = make(shape, T + 1, device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    tokens = random_tokens(shape[0], batch, T + 1).to(device)
+    first = torch.ones(batch, dtype=torch.long, device=device)
+
+    def step() -> None:
+        if theirs:
+            loss = model(input_ids=tokens[:, :-1], labels=tokens[:, :-1], use_cache=False).loss
+        else:
+            loss = -model.logprobs(tokens, first, first + T).mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step, batch * T
+
+
+def generate(shape: tuple, batch: int, device: torch.device, theirs: bool = False) -> tuple[Callable[[], None], int]:
+    """NEW tokens to each of `batch` prompts of PROMPT, drawn at temperature 1 with a cache."""
+    prompts = random_tokens(shape[0], batch, PROMPT).to(device)
+    if not theirs:
+        model = make_gpt(shape, PROMPT + NEW, device)
+        return lambda: model.generate(prompts.tolist(), NEW), batch * NEW
+    model = make_theirs(shape, PROMPT + NEW, device).eval()
+    how = dict(max_new_tokens=NEW, do_sample=True, top_k=0, pad_token_id=0, eos_token_id=None)
+    return lambda: model.generate(prompts, attention_mask=torch.ones_like(prompts), **how), batch * NEW
+
+
+def ppo_iterations(
+    shape: tuple, batch: int, minibatches: int, device: torch.device, n: int = 4, response_len: int = 32
+) -> list[dict]:
+    """Seconds of each phase of `n` iterations of 4 epochs, the first left out."""
+    cfg = ppo.Config(batch_size=batch, minibatch_size=batch // minibatches, response_len=response_len, lr=1e-5)
+    cfg.device = str(device)
+    _, autocast = common.setup(cfg)
+    policy, ref, value, reward = (make_gpt(shape, PROMPT + response_len, device) for _ in range(4))
+    value, reward = ScalarModel(value).to(device), ScalarModel(reward).to(device)
+    ref, reward = common.freeze(ref, autocast), common.freeze(reward, autocast)
+    policy.eval(), value.eval()
+    score = ppo.scorer(reward, None, -1)
+    optimizers = [common.adamw(net, cfg.lr, 0.0, eps=1e-5) for net in (policy, value)]
+    prompts = random_tokens(shape[0], 4 * batch, PROMPT).tolist()
+    lines = []
+    for step in range(n):
+        clock = [time.perf_counter()]
+
+        def tick(clock: list[float] = clock) -> None:
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            clock.append(time.perf_counter())
+
+        ids = data.shuffled(prompts, batch, 0, None, step)
+        with autocast:
+            answers = ppo.rollout(policy, ids, cfg, common.generator(0, 1, step))
+            tick()
+            answers |= ppo.read(answers, policy, ref, value, score, cfg)
+            answers |= ppo.estimate(answers, cfg.kl_coef, -1.0, cfg)
+        tick()
+        ppo.update(policy, value, *optimizers, answers, cfg.lr, cfg, autocast, step)
+        ppo.rollout_metrics(answers, [], cfg.kl_coef)
+        tick()
+        seconds = dict(zip(("rollout", "score", "update"), np.diff(clock).tolist()))
+        lines.append(seconds | {"seconds": clock[-1] - clock[0]})
+    return lines[1:]
+
+
+def trl_iterations(shape: tuple, batch: int, minibatches: int, device: torch.device, n: int = 4) -> list[dict]:
+    """The same work by TRL's PPOTrainer (in trl.experimental up to 1.12)."""
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, TrainerCallback
+    from trl.experimental.ppo import PPOConfig, PPOTrainer
+
+    V, ends = shape[0], []
+    words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(V)}, unk_token="t0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    last = f"t{V - 1}"
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token=last, pad_token=last, padding_side="left")
+
+    class Clock(TrainerCallback):
+        def on_train_begin(self, *args, **kwargs):
+            ends.append(time.perf_counter())
+
+        on_step_end = on_train_begin
+
+        def on_log(self, *args, **kwargs):
+            pass
+
+    def net(**kind):
+        return make_theirs(shape, PROMPT + 32, device, **kind)
+
+    scalar = {"num_labels": 1, "pad_token_id": V - 1}
+    args = PPOConfig(
+        output_dir=tempfile.mkdtemp(), report_to="none", disable_tqdm=True, save_strategy="no",
+        use_cpu=device.type == "cpu", per_device_train_batch_size=batch, gradient_accumulation_steps=1,
+        num_mini_batches=minibatches, num_ppo_epochs=4, total_episodes=batch * n, response_length=32, temperature=1.0,
+        local_rollout_forward_batch_size=batch, num_sample_generations=0, learning_rate=1e-5, bf16=False,
+        gradient_checkpointing=False,
+    )  # fmt: skip
+    rows = Dataset.from_dict({"input_ids": random_tokens(V, 4 * batch, PROMPT).tolist()})
+    PPOTrainer(
+        args=args, processing_class=tokenizer, model=net(), ref_model=net(), reward_model=net(**scalar),
+        value_model=net(**scalar), train_dataset=rows, callbacks=[Clock()],
+    ).train()  # fmt: skip
+    return [{"seconds": seconds} for seconds in np.diff(ends).tolist()[1:]]
+
+
+# --- measuring --------------------------------------------------------------------------------------------------------
+
+
+def rate(work: Callable[[], None], count: int, device: torch.device, seconds: float = 1.0) -> float:
+    """Units a second, over about `seconds`."""
+    gc.collect()
+    began, n = time.perf_counter(), 0
+    while time.perf_counter() - began < seconds or n < 2:
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        n += 1
+    return n * count / (time.perf_counter() - began)
+
+
+def in_turn(contenders: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    found: dict[str, list[float]] = {name: [] for name in contenders}
+    for r in range(rounds):
+        for name in list(contenders)[:: 1 if r % 2 == 0 else -1]:
+            found[name].append(contenders[name]())
+    return found
+
+
+def report(what: str, name: str, unit: str, found: dict[str, list[float]], **more: object) -> None:
+    """A JSON line for each contender; "ratio" is plainrlhf's to it, round by round."""
+    for who, values in found.items():
+        ratios = [ours / theirs for ours, theirs in zip(found["plainrlhf"], values)]
+        line = {"what": what, "shape": name, "who": who, unit: statistics.median(values), "rounds": len(values)}
+        line |= {"ratio": statistics.median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios)}
+        LINES.append(line | more.get(who, {}))
+        print(json.dumps(LINES[-1]), flush=True)
+
+
+LINES: list[dict] = []
+
+
+def alone(who: str, name: str, batch: int, minibatches: int, device: torch.device) -> dict:
+    """PPO iterations in a process of their own, so that memory is theirs: medians of the phases, and the peak."""
+    command = [sys.executable, "-m", "tests.bench", "--child", who, "--shapes", name, "--device", str(device)]
+    done = subprocess.run([*command, "--batch", f"{batch},{minibatches}"], capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def child(who: str, name: str, sizes: str, device: torch.device) -> None:
+    iterations = trl_iterations if who == "trl" else ppo_iterations
+    lines = iterations(SHAPES[name], *map(int, sizes.split(",")), device)
+    medians = {key: statistics.median(line[key] for line in lines) for key in lines[0]}
+    print("\n" + json.dumps(medians | {"peak_GiB": common.peak_memory(device)}))
+
+
+def growth(device: torch.device) -> None:
+    """Rollout and update at four points of batch, response length, vocabulary and width, and a power law's exponent.
+
+    What does not vary stays at 32 prompts, 32 new tokens, a vocabulary of 1,024 and 128 channels.
+    """
+    axes = {
+        "batch": [16, 32, 64, 128],
+        "response length": [32, 64, 128, 256],
+        "vocabulary": [1024, 4096, 16384, 65536],
+        "width": [128, 256, 384, 512],
+    }
+    for axis, points in axes.items():
+        found: dict[str, list[float]] = {"rollout": [], "update": []}
+        for x in points:
+            at = {"batch": 32, "response length": 32, "vocabulary": 1024, "width": 128} | {axis: x}
+            shape = at["vocabulary"], 4, 4, at["width"]
+            lines = ppo_iterations(shape, at["batch"], 4, device, 3, at["response length"])
+            for phase in found:
+                found[phase].append(min(line[phase] for line in lines))
+        for phase, seconds in found.items():
+            slope = np.polyfit(np.log(points), np.log(seconds), 1)[0]
+            last = np.log(seconds[-1] / seconds[-2]) / np.log(points[-1] / points[-2])
+            line = {"what": "growth", "of": phase, "with": axis, "at": points, "seconds": np.round(seconds, 4).tolist()}
+            print(json.dumps(line | {"exponent": round(slope, 2), "exponent_at_the_end": round(last, 2)}), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--what", default="train,generate,ppo", help="of train, generate, ppo, growth")
+    parser.add_argument("--shapes", default="small,wide", help="of small, wide, gpt2")
+    parser.add_argument("--vs", default="", help="of transformers, trl")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--child", default="", help=argparse.SUPPRESS)
+    parser.add_argument("--batch", default="", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    device = common.pick_device(options.device)
+    if options.child:
+        return child(options.child, options.shapes, options.batch, device)
+    others, whats = options.vs.split(","), options.what.split(",")
+    for name in options.shapes.split(",") if whats != ["growth"] else []:
+        batches = {"train": 8, "generate": 8, "ppo": (8, 2)} if name == "gpt2" else {}
+        for what, function in (("train", train), ("generate", generate)):
+            if what in whats:
+                contenders = {}
+                for who in ["plainrlhf"] + ["transformers"] * ("transformers" in others):
+                    batch = batches.get(what, 32 if what == "train" else 64)
+                    work, count = function(SHAPES[name], batch, device, who == "transformers")
+                    work()
+                    contenders[who] = lambda work=work, count=count: rate(work, count, device)
+                report(what, name, "tokens_per_s", in_turn(contenders, options.rounds))
+        if "ppo" in whats:
+            found: dict[str, list[dict]] = {who: [] for who in ["plainrlhf"] + ["trl"] * ("trl" in others)}
+            for _ in range(max(1, options.rounds // 2)):
+                for who, runs in found.items():
+                    runs.append(alone(who, name, *batches.get("ppo", (64, 4)), device))
+            medians = {
+                who: {k: statistics.median(run[k] for run in runs) for k in runs[0]} for who, runs in found.items()
+            }
+            report("ppo", name, "seconds", {who: [run["seconds"] for run in r] for who, r in found.items()}, **medians)
+    if "growth" in whats:
+        growth(device)
+    if LINES:
+        print(f"\n{'':<20}{'':<14}{'':>12}   plainrlhf / it")
+    for line in LINES:
+        value = f"{line['seconds']:.2f} s" if "seconds" in line else f"{line['tokens_per_s']:,.0f} tok/s"
+        spread = f"{line['ratio']:.2f}  ({line['ratio_min']:.2f}-{line['ratio_max']:.2f})"
+        memory = f"   {line['peak_GiB']:.2f} GiB" if "peak_GiB" in line else ""
+        print(f"{line['what'] + ', ' + line['shape']:<20}{line['who']:<14}{value:>14}   {spread}{memory}")
+
+
+if __name__ == "__main__":
+    main()
