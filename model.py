@@ -313,20 +313,22 @@ class ChosenLogprobs(torch.autograd.Function):
             logp, *softmax = chunk_softmax(h, weight, y, temperature)
             chosen.append(logp)
             kept += softmax
-        ctx.save_for_backward(hidden, weight, target, *kept)
+        ctx.save_for_backward(hidden, weight, target)
+        ctx.kept = kept
         return torch.cat(chosen)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple:
-        hidden, weight, target, *kept = ctx.saved_tensors
+        hidden, weight, target = ctx.saved_tensors
         g = (grad / ctx.temperature)[:, None]  # (N, 1) float32
-        d_hidden = (g * weight.index_select(0, target)).to(hidden.dtype)  # (N, C), the onehot's part
-        d_weight = torch.zeros_like(weight, dtype=grad.dtype).index_add_(0, target, g * hidden)  # (V, C)
+        d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=grad.dtype)  # (N, C), (V, C)
         for h, y, gi, d in reversed(list(zip(*(x.split(ctx.rows) for x in (hidden, target, g, d_hidden))))):
-            total, p = (kept.pop(), kept.pop()) if kept else chunk_softmax(h, weight, y, ctx.temperature)[:0:-1]
+            total, p = (
+                (ctx.kept.pop(), ctx.kept.pop()) if ctx.kept else chunk_softmax(h, weight, y, ctx.temperature)[:0:-1]
+            )
+            p = p.scatter_add_(1, y[:, None], -total).to(h.dtype)  # (n, V): softmax − onehot, times total
             gi = (gi / total).to(h.dtype)  # (n, 1)
-            p = p.to(h.dtype)  # (n, V)
-            d -= gi * (p @ weight)
+            d.copy_(-gi * (p @ weight))
             if h.dtype == grad.dtype:
                 d_weight.addmm_(p.T, gi * h, alpha=-1)
             else:
