@@ -1,6 +1,7 @@
 """What every stage needs and no reader needs first: command line, device, processes, checkpoints, run folders."""
 
 import argparse
+import ctypes
 import dataclasses
 import importlib.util
 import inspect
@@ -117,11 +118,21 @@ def setup(cfg: Any) -> tuple[torch.device, torch.autocast]:
     device = pick_device(cfg.device)
     if WORLD > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=12))
+    if device.type == "cpu":
+        keep_memory()
     if cfg.dtype not in ("auto", "float32", "bfloat16"):
         raise InputError(f"--dtype {cfg.dtype}: give auto, float32 or bfloat16")
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported() if cfg.dtype == "auto" else cfg.dtype == "bfloat16"
     torch.manual_seed(cfg.seed)
     return device, torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False)
+
+
+def keep_memory() -> None:
+    """Have glibc keep what is freed: by itself it returns large tensors, and fresh pages cost more than arithmetic."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:
+        for option, setting in ((-4, 0), (-1, -1)):  # M_MMAP_MAX: no mapping of its own; M_TRIM_THRESHOLD: never
+            mallopt(option, setting)
 
 
 def generator(*key: int) -> torch.Generator:

@@ -32,7 +32,7 @@ class Config:
     epochs: float = 1.0  # passes over the data
     batch_size: int = 16  # rows a step, over all processes; a row of plain text is block_size tokens
     micro_batch_size: int = 0  # rows in one forward; 0: the whole batch
-    lr: float = 4e-3  # peak of the learning rate
+    lr: float = 2e-3  # peak of the learning rate
     warmup: int = 20  # steps of warm-up
     weight_decay: float = 0.1  # on matrices
     max_grad_norm: float = 1.0  # gradients are clipped to this; 0: not clipped

@@ -3,7 +3,7 @@
     python -m tests.bench                                         training, generation, a PPO iteration, on 2 shapes
     python -m tests.bench --vs transformers,trl                   interleaved with what is installed of them
     python -m tests.bench --shapes gpt2 --what generate,ppo       GPT-2's 124M
-    python -m tests.bench --what growth                           how time grows with batch, length, vocabulary and size
+    python -m tests.bench --what growth --plot tests/growth.svg   how time and memory grow with batch, length, …
 
 Contenders take turns, in reverse order every other round; figures are medians, ratios are of the same round. A busy
 neighbour makes a step several times slower: stop other work first.
@@ -12,6 +12,7 @@ neighbour makes a step several times slower: stop other work first.
 import argparse
 import gc
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -27,7 +28,12 @@ import data
 import ppo
 from model import GPT, GPTConfig, ScalarModel
 
-SHAPES = {"small": (1024, 4, 4, 128), "wide": (50257, 4, 4, 128), "gpt2": (50257, 12, 12, 768)}  # V, layers, heads, C
+SHAPES = {  # V, layers, heads, C
+    "small": (1024, 4, 4, 128),
+    "wide": (50257, 4, 4, 128),
+    "gpt2": (50257, 12, 12, 768),
+    "gpt2-medium": (50257, 24, 16, 1024),
+}
 PROMPT, NEW = 16, 48
 
 
@@ -60,7 +66,7 @@ def random_tokens(vocab_size: int, *size: int) -> torch.Tensor:
 
 
 def train(shape: tuple, batch: int, device: torch.device, theirs: bool = False) -> tuple[Callable[[], None], int]:
-    """Forward, backward and AdamW on `batch` rows of 64 tokens."""
+    """Forward, backward and AdamW on `batch` rows of 64 tokens, of which transformers has 63 to predict."""
     T, make = 64, make_theirs if theirs else make_gpt
     model = make(shape, T + 1, device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
@@ -203,64 +209,99 @@ def report(what: str, name: str, unit: str, found: dict[str, list[float]], **mor
 
 
 LINES: list[dict] = []
+CURVES: list[dict] = []
 
 
-def alone(who: str, name: str, batch: int, minibatches: int, device: torch.device) -> dict:
+def alone(who: str, *work: object, device: torch.device) -> dict:
     """PPO iterations in a process of their own, so that memory is theirs: medians of the phases, and the peak."""
-    command = [sys.executable, "-m", "tests.bench", "--child", who, "--shapes", name, "--device", str(device)]
-    done = subprocess.run([*command, "--batch", f"{batch},{minibatches}"], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-m", "tests.bench", "--child", json.dumps([who, *work]), "--device", str(device)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{who} {work}: {done.stderr.strip().splitlines()[-1]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def child(who: str, name: str, sizes: str, device: torch.device) -> None:
-    iterations = trl_iterations if who == "trl" else ppo_iterations
-    lines = iterations(SHAPES[name], *map(int, sizes.split(",")), device)
+def child(who: str, shape: list[int], *work: int, device: torch.device) -> None:
+    before = common.peak_memory(device)
+    lines = (trl_iterations if who == "trl" else ppo_iterations)(tuple(shape), *work[:2], device, *work[2:])
     medians = {key: statistics.median(line[key] for line in lines) for key in lines[0]}
-    print("\n" + json.dumps(medians | {"peak_GiB": common.peak_memory(device)}))
+    peak = common.peak_memory(device)
+    print("\n" + json.dumps(medians | {"peak_GiB": peak, "own_GiB": peak - before}))
 
 
-def growth(device: torch.device) -> None:
-    """Rollout and update at four points of batch, response length, vocabulary and width, and a power law's exponent.
+def growth(device: torch.device, target: str) -> None:
+    """Time and memory of a PPO iteration at four points of each axis; the exponent is the power law's from end to end.
 
-    What does not vary stays at 32 prompts, 32 new tokens, a vocabulary of 1,024 and 128 channels.
+    What does not vary stays at 32 prompts, 32 new tokens, a vocabulary of 1,024 and 128 channels. Memory is what the
+    iteration adds to an interpreter with torch.
     """
     axes = {
         "batch": [16, 32, 64, 128],
         "response length": [32, 64, 128, 256],
         "vocabulary": [1024, 4096, 16384, 65536],
-        "width": [128, 256, 384, 512],
+        "parameters": [128, 256, 384, 512],  # by width
     }
     for axis, points in axes.items():
-        found: dict[str, list[float]] = {"rollout": [], "update": []}
+        found: list[dict] = []
         for x in points:
-            at = {"batch": 32, "response length": 32, "vocabulary": 1024, "width": 128} | {axis: x}
-            shape = at["vocabulary"], 4, 4, at["width"]
-            lines = ppo_iterations(shape, at["batch"], 4, device, 3, at["response length"])
-            for phase in found:
-                found[phase].append(min(line[phase] for line in lines))
-        for phase, seconds in found.items():
-            slope = np.polyfit(np.log(points), np.log(seconds), 1)[0]
-            last = np.log(seconds[-1] / seconds[-2]) / np.log(points[-1] / points[-2])
-            line = {"what": "growth", "of": phase, "with": axis, "at": points, "seconds": np.round(seconds, 4).tolist()}
-            print(json.dumps(line | {"exponent": round(slope, 2), "exponent_at_the_end": round(last, 2)}), flush=True)
+            at = {"batch": 32, "response length": 32, "vocabulary": 1024, "parameters": 128} | {axis: x}
+            shape = at["vocabulary"], 4, 4, at["parameters"]
+            found.append(alone("plainrlhf", shape, at["batch"], 4, 4, at["response length"], device=device))
+        if axis == "parameters":
+            points = [
+                sum(p.numel() for p in make_gpt((1024, 4, 4, x), 48, torch.device("cpu")).parameters()) for x in points
+            ]
+        line: dict = {"what": "growth", "with": axis, "at": points}
+        for key in ("rollout", "score", "update", "own_GiB"):
+            values = [each[key] for each in found]
+            line[key] = [round(value, 4) for value in values]
+            line[f"{key}_exponent"] = round(math.log(values[-1] / values[0]) / math.log(points[-1] / points[0]), 2)
+        CURVES.append(line)
+        print(json.dumps(line), flush=True)
+    if target:
+        draw(target)
+
+
+def draw(target: str) -> None:
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    names = {"rollout": "rollout (s)", "score": "score (s)", "update": "update (s)", "own_GiB": "memory (GiB)"}
+    figure, axes = pyplot.subplots(1, len(CURVES), figsize=(13, 3.6), sharey=True)
+    for axis, line in zip(axes, CURVES):
+        for i, (key, name) in enumerate(names.items()):
+            style = dict(color=f"C{i}", marker="o", linestyle="--" if key == "own_GiB" else "-")
+            axis.loglog(line["at"], line[key], label=f"{name}: {line[f'{key}_exponent']:.2f}", **style)
+        axis.set_xlabel(line["with"])
+        axis.set_xticks(line["at"], [f"{x / 1e6:.1f}M" if x >= 1e5 else f"{x:,}" for x in line["at"]])
+        axis.minorticks_off()
+        axis.legend(frameon=False, fontsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(target, metadata={"Date": None})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--what", default="train,generate,ppo", help="of train, generate, ppo, growth")
-    parser.add_argument("--shapes", default="small,wide", help="of small, wide, gpt2")
+    parser.add_argument("--shapes", default="small,wide", help=f"of {', '.join(SHAPES)}")
     parser.add_argument("--vs", default="", help="of transformers, trl")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--plot", default="", help="an SVG to draw growth into")
     parser.add_argument("--child", default="", help=argparse.SUPPRESS)
-    parser.add_argument("--batch", default="", help=argparse.SUPPRESS)
     options = parser.parse_args()
     device = common.pick_device(options.device)
+    if device.type == "cpu":
+        common.keep_memory()
     if options.child:
-        return child(options.child, options.shapes, options.batch, device)
+        who, *work = json.loads(options.child)
+        return child(who, *work, device=device)
     others, whats = options.vs.split(","), options.what.split(",")
     for name in options.shapes.split(",") if whats != ["growth"] else []:
-        batches = {"train": 8, "generate": 8, "ppo": (8, 2)} if name == "gpt2" else {}
+        batches = {"train": 8, "generate": 8, "ppo": (8, 2)} if "gpt2" in name else {}
         for what, function in (("train", train), ("generate", generate)):
             if what in whats:
                 contenders = {}
@@ -274,13 +315,13 @@ def main() -> None:
             found: dict[str, list[dict]] = {who: [] for who in ["plainrlhf"] + ["trl"] * ("trl" in others)}
             for _ in range(max(1, options.rounds // 2)):
                 for who, runs in found.items():
-                    runs.append(alone(who, name, *batches.get("ppo", (64, 4)), device))
+                    runs.append(alone(who, SHAPES[name], *batches.get("ppo", (64, 4)), device=device))
             medians = {
                 who: {k: statistics.median(run[k] for run in runs) for k in runs[0]} for who, runs in found.items()
             }
             report("ppo", name, "seconds", {who: [run["seconds"] for run in r] for who, r in found.items()}, **medians)
     if "growth" in whats:
-        growth(device)
+        growth(device, options.plot)
     if LINES:
         print(f"\n{'':<20}{'':<14}{'':>12}   plainrlhf / it")
     for line in LINES:
