@@ -43,7 +43,7 @@ class Config:
     temperature: float = 1.0  # of the samples
     batch_size: int = 4  # prompts a step, each with all its responses, over all processes
     micro_batch_size: int = 0  # prompts in one forward; 0: the whole batch
-    lr: float = 2e-3  # peak of the learning rate
+    lr: float = 1e-3  # peak of the learning rate
     warmup: int = 10  # steps of warm-up
     weight_decay: float = 0.0  # on matrices
     max_grad_norm: float = 1.0  # gradients are clipped to this; 0: not clipped

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from model import GPT, ChosenLogprobs, GPTConfig, response_window, sample
+from model import GPT, ONEDNN, ChosenLogprobs, GPTConfig, linear, response_window, sample
 from tests.conftest import make_gpt
 
 PROMPTS = [[5], [7, 8, 9, 10, 11, 12], [3, 4, 5]]
@@ -59,6 +59,24 @@ def test_chunked_logprobs_and_their_gradients_are_those_of_one_softmax(temperatu
         assert (mine - other).norm() <= 1e-5 * other.norm() + 1e-5
 
 
+@pytest.mark.skipif(not ONEDNN, reason="this build of torch has no oneDNN")
+@pytest.mark.parametrize("bias", [True, False])
+def test_large_products_and_their_gradients_are_those_of_float64(bias):
+    generator = torch.Generator().manual_seed(0)
+    x, weight, b = (torch.randn(*n, generator=generator) for n in ((3, 5, 1100), (1000, 1100), (1000,)))
+    upstream = torch.randn(3, 5, 1000, generator=generator)
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        inputs = [each.to(dtype, copy=True).requires_grad_() for each in (x, weight, b)[: 2 + bias]]
+        y = linear(*inputs)
+        assert ("OneDNN" in type(y.grad_fn).__name__) == (dtype == torch.float32)
+        found.append([y.detach(), *torch.autograd.grad((y * upstream.to(dtype)).sum(), inputs)])
+    for mine, exact in zip(*found):
+        assert (mine - exact).norm() <= 1e-6 * exact.norm()
+    with torch.no_grad():  # one token, as in decoding
+        torch.testing.assert_close(linear(x[:, :1], weight), x[:, :1] @ weight.T, rtol=1e-4, atol=1e-4)
+
+
 def test_log_probabilities_pass_gradcheck_in_float64(monkeypatch):
     monkeypatch.setattr("model.CHUNK", 11 * 2)  # two rows a chunk
     generator = torch.Generator().manual_seed(0)
@@ -84,8 +102,10 @@ def test_an_empty_prompt_starts_with_eos():
 
 
 def test_generation_that_does_not_fit_the_context_is_refused():
+    model = make_gpt().train()
     with pytest.raises(ValueError, match="do not fit the context of 48"):
-        make_gpt().generate([[1] * 40], 9)
+        model.generate([[1] * 40], 9)
+    assert model.training
 
 
 def test_the_sampler_is_exact_to_1e_6_over_a_large_vocabulary():
@@ -99,7 +119,7 @@ def test_the_sampler_is_exact_to_1e_6_over_a_large_vocabulary():
         assert (high - low) < 3e-6 or sample(logits.expand(2, -1), inside).tolist() == [i, i]
 
 
-@pytest.mark.parametrize("vocab_size", [2, 61, 256, 300, 50_257])
+@pytest.mark.parametrize("vocab_size", [2, 61, 4096, 4097, 4352, 50_257])
 def test_drawing_in_two_levels_finds_the_token_of_one_cumulative_sum(vocab_size):
     generator = torch.Generator().manual_seed(0)
     n = 50 if vocab_size > 1000 else 2000
