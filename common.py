@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -190,6 +191,15 @@ def freeze(model: nn.Module, autocast: torch.autocast) -> nn.Module:
             if isinstance(module, nn.Linear):
                 module.to(autocast.fast_dtype)
     return model
+
+
+def compile_blocks(*models: GPT | ScalarModel) -> None:
+    """Have torch.compile fuse the blocks of each net, but for decoding, whose shapes change with every token."""
+    if next(models[0].parameters()).device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
+        raise InputError("--compile: on a CPU it needs a C++ compiler; install g++, or leave it out")
+    for model in models:
+        for block in (model.trunk if isinstance(model, ScalarModel) else model).h:
+            block.compile(dynamic=True)
 
 
 def adamw(model: nn.Module, lr: float, weight_decay: float, eps: float = 1e-8) -> torch.optim.AdamW:

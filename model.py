@@ -205,7 +205,10 @@ class GPT(nn.Module):
             x = x + self.wpe(position)
         x = F.dropout(x, config.dropout, self.training)
         for i, block in enumerate(self.h):
-            x = block(x, rotary, None if cache is None else cache[i], start, mask)
+            if cache is None:
+                x = block(x, rotary, None, 0, None)
+            else:  # never by torch.compile: `start` changes with every token
+                x = block.forward(x, rotary, cache[i], start, mask)
         return self.ln_f(x)
 
     @property

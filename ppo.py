@@ -47,6 +47,7 @@ class Config:
     seed: int = 0  # of prompts, samples and minibatches
     device: str = "auto"  # auto, cpu, cuda or mps
     dtype: str = "auto"  # auto, float32 or bfloat16 (autocast)
+    compile: bool = False  # torch.compile of the blocks, after a minute of compiling
     iterations: int = 32  # rounds of answer → score → update; 0: only evaluate
     batch_size: int = 128  # prompts an iteration, over all processes
     epochs: int = 4  # passes over an iteration's answers
@@ -370,6 +371,8 @@ def train(cfg: Config) -> None:
     value.eval().requires_grad_(True)
     cap = cap if cfg.unended_cap is None else cfg.unended_cap
     score = scorer(reward, encoding, policy.config.eos)
+    if cfg.compile:
+        common.compile_blocks(policy, ref, value, *([reward] if isinstance(reward, ScalarModel) else []))
     policy_optimizer = common.adamw(policy, cfg.lr, 0.0, eps=1e-5)
     value_optimizer = common.adamw(value, cfg.lr, 0.0, eps=1e-5)
 

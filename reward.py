@@ -39,6 +39,7 @@ class Config:
     seed: int = 0  # of samples, labels, head and data order
     device: str = "auto"  # auto, cpu, cuda or mps
     dtype: str = "auto"  # auto, float32 or bfloat16 (autocast)
+    compile: bool = False  # torch.compile of the blocks, after a minute of compiling
     response_len: int = 64  # longest sampled response, in tokens
     temperature: float = 1.0  # of the samples
     batch_size: int = 4  # prompts a step, each with all its responses, over all processes
@@ -164,6 +165,8 @@ def train(cfg: Config) -> None:
 
     torch.manual_seed(cfg.seed)
     model = ScalarModel(copy.deepcopy(policy)).to(device)
+    if cfg.compile:
+        common.compile_blocks(model)
     optimizer = common.adamw(model, cfg.lr, cfg.weight_decay)
     steps = max(1, len(groups) // cfg.batch_size)  # one epoch: a second one overfits (Stiennon et al. 2020, C.1)
     run.start(steps, model=model, optimizer=optimizer)

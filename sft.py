@@ -29,6 +29,7 @@ class Config:
     seed: int = 0  # of weights, data order and samples
     device: str = "auto"  # auto, cpu, cuda or mps
     dtype: str = "auto"  # auto, float32 or bfloat16 (autocast)
+    compile: bool = False  # torch.compile of the blocks, after a minute of compiling
     epochs: float = 1.0  # passes over the data
     batch_size: int = 16  # rows a step, over all processes; a row of plain text is block_size tokens
     micro_batch_size: int = 0  # rows in one forward; 0: the whole batch
@@ -118,6 +119,8 @@ def train(cfg: Config) -> None:
     common.check_out(cfg)
     run = common.Run(cfg)
     model, encoding, held_out, batch, batches = prepare(cfg, run, device)
+    if cfg.compile:
+        common.compile_blocks(model)
     optimizer = common.adamw(model, cfg.lr, cfg.weight_decay)
     steps = max(1, round(cfg.epochs * batches))
     run.start(steps, model=model, optimizer=optimizer)

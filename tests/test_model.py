@@ -1,13 +1,16 @@
 """model.py: the architecture against an independent one, the window, the cache, the sampler."""
 
 import math
+import os
+import shutil
 
 import numpy as np
 import pytest
 import torch
 
+import common
 from model import GPT, ONEDNN, ChosenLogprobs, GPTConfig, linear, response_window, sample
-from tests.conftest import make_gpt
+from tests.conftest import FAMILIES, make_gpt
 
 PROMPTS = [[5], [7, 8, 9, 10, 11, 12], [3, 4, 5]]
 
@@ -133,3 +136,20 @@ def test_drawing_in_two_levels_finds_the_token_of_one_cumulative_sum(vocab_size)
     for row in apart.tolist():
         edge = cdf[row, min(drawn[row], plain[row])] / cdf[row, -1]
         assert abs(drawn[row] - plain[row]) == 1 and abs(edge - uniform[row]) < 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_compiled_blocks_compute_what_plain_ones_do(family):
+    plain, compiled = make_gpt(**FAMILIES[family]), make_gpt(**FAMILIES[family])
+    common.compile_blocks(compiled)
+    for prompts, n in ((PROMPTS, 9), (PROMPTS[:2], 20)):
+        where = plain.generate(prompts, n)
+        found = []
+        for model in (plain, compiled):
+            logp = model.logprobs(*where)
+            found.append([logp, *torch.autograd.grad(logp.square().sum(), list(model.parameters()))])
+        for mine, other in zip(*found):
+            torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)
+    assert torch.equal(plain.generate(PROMPTS, 9, temperature=0)[0], compiled.generate(PROMPTS, 9, temperature=0)[0])
