@@ -55,7 +55,7 @@ class Config:
     micro_batch_size: int = 0  # answers in one forward; 0: the whole minibatch
     response_len: int = 64  # longest answer, in tokens
     temperature: float = 1.0  # of sampling and, alike, of all log-probabilities
-    lr: float = 5e-4  # of policy and value net, annealed to 0
+    lr: float = 3e-4  # of policy and value net, annealed to 0
     kl_coef: float = 0.05  # β: reward charged per nat of KL to the frozen copy
     kl_target: float = 0.0  # nats a response; above 0, β adapts towards it (Ziegler et al. 2019, section 2.2)
     horizon: int = 10000  # episodes over which an adaptive β moves
