@@ -5,8 +5,9 @@
     python -m tests.bench --shapes gpt2 --what generate,ppo       GPT-2's 124M
     python -m tests.bench --what growth --plot tests/growth.svg   how time and memory grow with batch, length, …
 
-Contenders take turns, in reverse order every other round; figures are medians, ratios are of the same round. A busy
-neighbour makes a step several times slower: stop other work first.
+Contenders take turns, in reverse order every other round, each in a process of its own, so that memory and its settings
+are its own; figures are medians, ratios are of the same round. A busy neighbour makes a step several times slower: stop
+other work first.
 """
 
 import argparse
@@ -178,7 +179,7 @@ def trl_iterations(shape: tuple, batch: int, minibatches: int, device: torch.dev
 # --- measuring --------------------------------------------------------------------------------------------------------
 
 
-def rate(work: Callable[[], None], count: int, device: torch.device, seconds: float = 1.0) -> float:
+def rate(work: Callable[[], None], count: int, device: torch.device, seconds: float = 3.0) -> float:
     """Units a second, over about `seconds`."""
     gc.collect()
     began, n = time.perf_counter(), 0
@@ -190,43 +191,52 @@ def rate(work: Callable[[], None], count: int, device: torch.device, seconds: fl
     return n * count / (time.perf_counter() - began)
 
 
-def in_turn(contenders: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    found: dict[str, list[float]] = {name: [] for name in contenders}
-    for r in range(rounds):
-        for name in list(contenders)[:: 1 if r % 2 == 0 else -1]:
-            found[name].append(contenders[name]())
-    return found
+def alone(who: str, what: str, shape: tuple, *sizes: int, device: torch.device) -> dict:
+    """What `child` found in a process of its own."""
+    command = [sys.executable, "-m", "tests.bench", "--child", json.dumps([who, what, shape, *sizes])]
+    done = subprocess.run([*command, "--device", str(device)], capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{who}, {what}, {shape}: {done.stderr.strip().splitlines()[-1]}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
-def report(what: str, name: str, unit: str, found: dict[str, list[float]], **more: object) -> None:
+def child(who: str, what: str, shape: list[int], *sizes: int, device: torch.device) -> None:
+    """Tokens a second, or medians of a PPO iteration's phases; and peak memory, whole and less what torch takes."""
+    before = common.peak_memory(device)
+    if who == "plainrlhf" and device.type == "cpu":
+        common.keep_memory()
+    if what == "ppo":
+        batch, minibatches, *more = sizes
+        lines = (trl_iterations if who == "trl" else ppo_iterations)(tuple(shape), batch, minibatches, device, *more)
+        found = {key: statistics.median(line[key] for line in lines) for key in lines[0]}
+    else:
+        work, count = {"train": train, "generate": generate}[what](tuple(shape), *sizes, device, who == "transformers")
+        work()
+        found = {"tokens_per_s": rate(work, count, device)}
+    peak = common.peak_memory(device)
+    print("\n" + json.dumps(found | {"peak_GiB": peak, "own_GiB": peak - before}))
+
+
+def compare(what: str, name: str, rivals: list[str], rounds: int, device: torch.device) -> None:
     """A JSON line for each contender; "ratio" is plainrlhf's to it, round by round."""
-    for who, values in found.items():
-        ratios = [ours / theirs for ours, theirs in zip(found["plainrlhf"], values)]
-        line = {"what": what, "shape": name, "who": who, unit: statistics.median(values), "rounds": len(values)}
+    small, large = {"train": [32], "generate": [64], "ppo": [64, 4]}, {"train": [8], "generate": [8], "ppo": [8, 2]}
+    sizes = (large if "gpt2" in name else small)[what]
+    contenders = ["plainrlhf"] + [rival for rival in rivals if rival == ("trl" if what == "ppo" else "transformers")]
+    found: dict[str, list[dict]] = {who: [] for who in contenders}
+    for r in range(rounds):
+        for who in contenders[:: 1 if r % 2 == 0 else -1]:
+            found[who].append(alone(who, what, SHAPES[name], *sizes, device=device))
+    key = "seconds" if what == "ppo" else "tokens_per_s"
+    for who, runs in found.items():
+        ratios = [ours[key] / theirs[key] for ours, theirs in zip(found["plainrlhf"], runs)]
+        line = {"what": what, "shape": name, "who": who, "rounds": rounds}
         line |= {"ratio": statistics.median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios)}
-        LINES.append(line | more.get(who, {}))
+        LINES.append(line | {each: statistics.median(run[each] for run in runs) for each in runs[0]})
         print(json.dumps(LINES[-1]), flush=True)
 
 
 LINES: list[dict] = []
 CURVES: list[dict] = []
-
-
-def alone(who: str, *work: object, device: torch.device) -> dict:
-    """PPO iterations in a process of their own, so that memory is theirs: medians of the phases, and the peak."""
-    command = [sys.executable, "-m", "tests.bench", "--child", json.dumps([who, *work]), "--device", str(device)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"{who} {work}: {done.stderr.strip().splitlines()[-1]}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def child(who: str, shape: list[int], *work: int, device: torch.device) -> None:
-    before = common.peak_memory(device)
-    lines = (trl_iterations if who == "trl" else ppo_iterations)(tuple(shape), *work[:2], device, *work[2:])
-    medians = {key: statistics.median(line[key] for line in lines) for key in lines[0]}
-    peak = common.peak_memory(device)
-    print("\n" + json.dumps(medians | {"peak_GiB": peak, "own_GiB": peak - before}))
 
 
 def growth(device: torch.device, target: str) -> None:
@@ -246,7 +256,7 @@ def growth(device: torch.device, target: str) -> None:
         for x in points:
             at = {"batch": 32, "response length": 32, "vocabulary": 1024, "parameters": 128} | {axis: x}
             shape = at["vocabulary"], 4, 4, at["parameters"]
-            found.append(alone("plainrlhf", shape, at["batch"], 4, 4, at["response length"], device=device))
+            found.append(alone("plainrlhf", "ppo", shape, at["batch"], 4, 4, at["response length"], device=device))
         if axis == "parameters":
             points = [
                 sum(p.numel() for p in make_gpt((1024, 4, 4, x), 48, torch.device("cpu")).parameters()) for x in points
@@ -294,32 +304,14 @@ def main() -> None:
     parser.add_argument("--child", default="", help=argparse.SUPPRESS)
     options = parser.parse_args()
     device = common.pick_device(options.device)
-    if device.type == "cpu":
-        common.keep_memory()
     if options.child:
-        who, *work = json.loads(options.child)
-        return child(who, *work, device=device)
-    others, whats = options.vs.split(","), options.what.split(",")
-    for name in options.shapes.split(",") if whats != ["growth"] else []:
-        batches = {"train": 8, "generate": 8, "ppo": (8, 2)} if "gpt2" in name else {}
-        for what, function in (("train", train), ("generate", generate)):
-            if what in whats:
-                contenders = {}
-                for who in ["plainrlhf"] + ["transformers"] * ("transformers" in others):
-                    batch = batches.get(what, 32 if what == "train" else 64)
-                    work, count = function(SHAPES[name], batch, device, who == "transformers")
-                    work()
-                    contenders[who] = lambda work=work, count=count: rate(work, count, device)
-                report(what, name, "tokens_per_s", in_turn(contenders, options.rounds))
-        if "ppo" in whats:
-            found: dict[str, list[dict]] = {who: [] for who in ["plainrlhf"] + ["trl"] * ("trl" in others)}
-            for _ in range(max(1, options.rounds // 2)):
-                for who, runs in found.items():
-                    runs.append(alone(who, SHAPES[name], *batches.get("ppo", (64, 4)), device=device))
-            medians = {
-                who: {k: statistics.median(run[k] for run in runs) for k in runs[0]} for who, runs in found.items()
-            }
-            report("ppo", name, "seconds", {who: [run["seconds"] for run in r] for who, r in found.items()}, **medians)
+        who, what, shape, *sizes = json.loads(options.child)
+        return child(who, what, shape, *sizes, device=device)
+    whats = options.what.split(",")
+    for name in options.shapes.split(","):
+        for what in [what for what in ("train", "generate", "ppo") if what in whats]:
+            rounds = max(1, options.rounds // 2) if what == "ppo" else options.rounds
+            compare(what, name, options.vs.split(","), rounds, device)
     if "growth" in whats:
         growth(device, options.plot)
     if LINES:
