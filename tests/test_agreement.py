@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tiktoken
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import data
@@ -141,6 +141,7 @@ def test_whitening_agrees_with_trl(shape):
     batch = ragged(np.random.default_rng(seed), rows, columns + 1)
     x, mask = batch["values"], batch["mask"]
     n = int(mask.sum())
+    assume(x[mask].var() > 1e-2)  # both add 1e-8 to the variance, TRL to the larger one
     expected = trl.masked_whiten(x, mask).masked_fill(~mask, 0) * math.sqrt(n / (n - 1))
     torch.testing.assert_close(ppo.whiten(x, mask), expected, rtol=1e-5, atol=1e-5)
 
