@@ -392,7 +392,7 @@ def test_the_command_serves_its_address_and_ends_well_when_stopped(folders):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     address = process.stdout.readline().split()[-1]
-    page = urllib.request.urlopen(address, timeout=20).read()
+    page = urllib.request.urlopen(address, timeout=120).read()
     process.send_signal(signal.SIGINT)
-    out, error = process.communicate(timeout=30)
+    out, error = process.communicate(timeout=120)
     assert b"Which is better?" in page and process.returncode == 0 and "holds 0 answers" in out and not error, error
