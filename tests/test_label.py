@@ -390,9 +390,12 @@ def test_the_command_serves_its_address_and_ends_well_when_stopped(folders):
     """Stopped while the model may still be answering: exit code 0, what was answered kept, no abort."""
     command = [sys.executable, str(ROOT / "data/label.py"), *map(str, given(folders, "--port", 0))]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job would ignore it
+    )  # fmt: skip
     address = process.stdout.readline().split()[-1]
-    page = urllib.request.urlopen(address, timeout=120).read()
+    page = urllib.request.urlopen(address, timeout=20).read()
     process.send_signal(signal.SIGINT)
-    out, error = process.communicate(timeout=120)
+    out, error = process.communicate(timeout=30)
     assert b"Which is better?" in page and process.returncode == 0 and "holds 0 answers" in out and not error, error

@@ -19,8 +19,8 @@ def test_the_judge_rises_at_a_small_kl_and_without_the_kl_term_the_reward_model_
     for script in ("sft.py", "reward.py"):
         done = run(script, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
-    accuracy, error, ceiling = map(float, re.search(r"accuracy (\S+) ± (\S+) .* allows (\S+)\)", done.stdout).groups())
-    assert accuracy + 2 * error > ceiling - 0.05
+    accuracy, ceiling = map(float, re.search(r"accuracy (\S+) ± .* allows (\S+)\)", done.stdout).groups())
+    assert accuracy > ceiling - 0.05
     with_kl, without = run("ppo.py", cwd=tmp_path), run("ppo.py", "--kl_coef", 0, "--out", "out/hacked", cwd=tmp_path)
     assert with_kl.returncode == without.returncode == 0, with_kl.stderr + without.stderr
     rows, hacked = table(with_kl.stdout), table(without.stdout)

@@ -85,12 +85,15 @@ def distance(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def settle(folder: Path, beta: float, seed: int, **options: object) -> tuple[np.ndarray, dict]:
-    """ppo.py, as it stands, until its rate is 0: log π of every response, and its last line of metrics."""
+    """ppo.py, as it stands, until its rate is 0: log π of every response, and its last line of metrics.
+
+    The rate is low: of what π₀ says once in 2,000 answers, some must be heard before the policy says little else.
+    """
     out = folder / f"{beta}-{seed}"
     options = {
         "init": folder / "start", "data": folder / "prompts.jsonl", "eval_data": folder / "prompts.jsonl", "out": out,
         "reward": f"{__file__}:score", "unended_cap": CAP, "response_len": R, "eval_prompts": 1, "device": "cpu",
-        "batch_size": BATCH, "minibatch_size": 256, "iterations": 360, "epochs": 1, "lr": 2e-3, "kl_coef": beta,
+        "batch_size": BATCH, "minibatch_size": 256, "iterations": 360, "epochs": 1, "lr": 5e-4, "kl_coef": beta,
         "seed": seed,
     } | options  # fmt: skip
     ppo.train(common.parse(ppo.Config, [str(word) for name, value in options.items() for word in (f"--{name}", value)]))
@@ -104,18 +107,14 @@ RUNS = [(beta, seed) for beta in BETAS for seed in range(3)]
     "beta, seed", [pytest.param(*run, marks=[] if run == (0.6, 0) else pytest.mark.slow) for run in RUNS]
 )
 def test_ppo_reaches_the_exact_optimum_of_kl_regularised_reward(tmp_path, beta, seed):
-    """98% of the way from J(π₀) to J*, at a total variation of 0.05 from π*.
-
-    Far from the start, a run in about six never finds one answer that π* gives often: 95% and 0.15.
-    """
+    """98% of the way from J(π₀) to J*, at a total variation of 0.05 from π* (0.10 where it is far from the start)."""
     start = log_probabilities(world(tmp_path))
     best, most = optimum(start, beta)
     reached, line = settle(tmp_path, beta, seed)
     before, after = objective(start, start, beta), objective(reached, start, beta)
     assert objective(best, start, beta) == pytest.approx(most, abs=1e-9)  # J* is what π* gets, and nothing gets more
-    share, near = (0.95, 0.15) if distance(start, best) > 0.75 else (0.98, 0.05)
-    assert share <= (after - before) / (most - before) <= 1
-    assert distance(reached, best) <= near
+    assert 0.98 <= (after - before) / (most - before) <= 1
+    assert distance(reached, best) <= (0.10 if distance(start, best) > 0.75 else 0.05)
     for name, each in (("objective/kl", reached - start), ("objective/scores", RAW)):
         mean = float(np.exp(reached) @ each)
         error = math.sqrt(float(np.exp(reached) @ (each - mean) ** 2) / BATCH)
