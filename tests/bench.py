@@ -289,6 +289,7 @@ def draw(target: str) -> None:
         axis.minorticks_off()
         axis.legend(frameon=False, fontsize=8)
         axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylim(top=5 * axes[0].get_ylim()[1])  # room for the legends
     figure.tight_layout()
     figure.savefig(target, metadata={"Date": None})
 
