@@ -118,6 +118,8 @@ def setup(cfg: Any) -> tuple[torch.device, torch.autocast]:
     """Device, autocast context and, under torchrun, the process group. Seeds torch for weight initialisation."""
     device = pick_device(cfg.device)
     if WORLD > 1 and not dist.is_initialized():
+        # the optimiser imports this; once the group is made, its default arguments would keep gloo's threads to the end
+        importlib.import_module("torch.distributed.nn.functional")
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=12))
     if device.type == "cpu":
         keep_memory()

@@ -1,6 +1,7 @@
 """Two processes under torchrun: the same run as one, where the batch is the same."""
 
 import json
+import sys
 
 import pytest
 
@@ -23,19 +24,30 @@ def test_two_processes_train_as_one_does(folders, script, kind):
 
 def test_ppo_runs_on_two_processes_and_logs_the_whole_batch(folders):
     tmp = folders["tmp"]
-    options = [
-        "--data",
-        tmp / "prompts.jsonl",
-        "--init",
-        folders["sft"],
-        "--reward",
-        folders["reward"],
-        "--out",
-        tmp / "p",
-    ]
+    options = ["--data", tmp / "prompts.jsonl", "--init", folders["sft"], "--reward", folders["reward"]]
+    options += ["--out", tmp / "p"]
     options += ["--iterations", 2, "--batch_size", 8, "--minibatch_size", 4, "--response_len", 8, "--eval_prompts", 8]
     done = run("ppo.py", *options, processes=2)
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in (tmp / "p" / "metrics.jsonl").read_text().splitlines()]
     assert len(lines) == 2 and lines[1]["episode"] == 16
     assert abs(lines[0]["val/ratio"] - 1) < 0.05 and lines[0]["objective/kl"] == 0
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the threads' names from /proc")
+def test_no_thread_of_the_process_group_outlives_it(tmp_path):
+    """One that lives on may want Python's lock while the interpreter ends, which aborts the process now and then."""
+    script = tmp_path / "ends.py"
+    script.write_text(
+        "import pathlib, ppo, common, torch\n"
+        "def names(): return [t.read_text().strip() for t in pathlib.Path('/proc/self/task').glob('*/comm')]\n"
+        "def main():\n"
+        "    common.setup(ppo.Config(device='cpu'))\n"
+        "    torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))]).step()\n"
+        "    common.total(torch.ones(1))\n"
+        "    assert any('gloo' in name for name in names()), names()\n"
+        "common.run_main(main)\n"
+        "assert not any('gloo' in name for name in names()), names()\n"
+    )
+    done = run(script, processes=2)
+    assert done.returncode == 0, done.stderr
