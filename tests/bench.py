@@ -3,6 +3,7 @@
     python -m tests.bench                                         training, generation, a PPO iteration, on 2 shapes
     python -m tests.bench --vs transformers,trl                   interleaved with what is installed of them
     python -m tests.bench --shapes gpt2 --what generate,ppo       GPT-2's 124M
+    python -m tests.bench --what profile                          what training and PPO's update spend their time on
     python -m tests.bench --what growth --plot tests/growth.svg   how time and memory grow with batch, length, …
 
 Contenders take turns, in reverse order every other round, each in a process of its own, so that memory and its settings
@@ -20,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
@@ -36,6 +38,7 @@ SHAPES = {  # V, layers, heads, C
     "gpt2-medium": (50257, 24, 16, 1024),
 }
 PROMPT, NEW = 16, 48
+PLAIN, COMPILED = "plainrlhf", "plainrlhf --compile"
 
 
 def make_gpt(shape: tuple[int, int, int, int], block_size: int, device: torch.device) -> GPT:
@@ -66,10 +69,12 @@ def random_tokens(vocab_size: int, *size: int) -> torch.Tensor:
 # --- what is timed: a function that does the work once, and what it counts ------------------------------------------
 
 
-def train(shape: tuple, batch: int, device: torch.device, theirs: bool = False) -> tuple[Callable[[], None], int]:
+def train(shape: tuple, batch: int, device: torch.device, who: str) -> tuple[Callable[[], None], int]:
     """Forward, backward and AdamW on `batch` rows of 64 tokens, of which transformers has 63 to predict."""
-    T, make = 64, make_theirs if theirs else make_gpt
-    model = make(shape, T + 1, device).train()
+    T, theirs = 64, who == "transformers"
+    model = (make_theirs if theirs else make_gpt)(shape, T + 1, device).train()
+    if who == COMPILED:
+        common.compile_blocks(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     tokens = random_tokens(shape[0], batch, T + 1).to(device)
     first = torch.ones(batch, dtype=torch.long, device=device)
@@ -86,10 +91,10 @@ def train(shape: tuple, batch: int, device: torch.device, theirs: bool = False) 
     return step, batch * T
 
 
-def generate(shape: tuple, batch: int, device: torch.device, theirs: bool = False) -> tuple[Callable[[], None], int]:
+def generate(shape: tuple, batch: int, device: torch.device, who: str) -> tuple[Callable[[], None], int]:
     """NEW tokens to each of `batch` prompts of PROMPT, drawn at temperature 1 with a cache."""
     prompts = random_tokens(shape[0], batch, PROMPT).to(device)
-    if not theirs:
+    if who != "transformers":
         model = make_gpt(shape, PROMPT + NEW, device)
         return lambda: model.generate(prompts.tolist(), NEW), batch * NEW
     model = make_theirs(shape, PROMPT + NEW, device).eval()
@@ -98,16 +103,27 @@ def generate(shape: tuple, batch: int, device: torch.device, theirs: bool = Fals
 
 
 def ppo_iterations(
-    shape: tuple, batch: int, minibatches: int, device: torch.device, n: int = 4, response_len: int = 32
+    shape: tuple,
+    batch: int,
+    minibatches: int,
+    device: torch.device,
+    who: str,
+    n: int = 4,
+    response_len: int = 32,
+    epochs: int = 4,
+    watch: AbstractContextManager | None = None,
 ) -> list[dict]:
-    """Seconds of each phase of `n` iterations of 4 epochs, the first left out."""
+    """Seconds of each phase of `n` iterations, the first left out; the last update is made under `watch`."""
     cfg = ppo.Config(batch_size=batch, minibatch_size=batch // minibatches, response_len=response_len, lr=1e-5)
+    cfg.epochs = epochs
     cfg.device = str(device)
     _, autocast = common.setup(cfg)
     policy, ref, value, reward = (make_gpt(shape, PROMPT + response_len, device) for _ in range(4))
     value, reward = ScalarModel(value).to(device), ScalarModel(reward).to(device)
     ref, reward = common.freeze(ref, autocast), common.freeze(reward, autocast)
     policy.eval(), value.eval()
+    if who == COMPILED:
+        common.compile_blocks(policy, ref, value, reward)
     score = ppo.scorer(reward, None, -1)
     optimizers = [common.adamw(net, cfg.lr, 0.0, eps=1e-5) for net in (policy, value)]
     prompts = random_tokens(shape[0], 4 * batch, PROMPT).tolist()
@@ -127,7 +143,8 @@ def ppo_iterations(
             answers |= ppo.read(answers, policy, ref, value, score, cfg)
             answers |= ppo.estimate(answers, cfg.kl_coef, -1.0, cfg)
         tick()
-        ppo.update(policy, value, *optimizers, answers, cfg.lr, cfg, autocast, step)
+        with watch if watch and step == n - 1 else nullcontext():
+            ppo.update(policy, value, *optimizers, answers, cfg.lr, cfg, autocast, step)
         ppo.rollout_metrics(answers, [], cfg.kl_coef)
         tick()
         seconds = dict(zip(("rollout", "score", "update"), np.diff(clock).tolist()))
@@ -135,7 +152,9 @@ def ppo_iterations(
     return lines[1:]
 
 
-def trl_iterations(shape: tuple, batch: int, minibatches: int, device: torch.device, n: int = 4) -> list[dict]:
+def trl_iterations(
+    shape: tuple, batch: int, minibatches: int, device: torch.device, who: str, n: int = 4
+) -> list[dict]:
     """The same work by TRL's PPOTrainer (in trl.experimental up to 1.12)."""
     from datasets import Dataset
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -203,36 +222,77 @@ def alone(who: str, what: str, shape: tuple, *sizes: int, device: torch.device) 
 def child(who: str, what: str, shape: list[int], *sizes: int, device: torch.device) -> None:
     """Tokens a second, or medians of a PPO iteration's phases; and peak memory, whole and less what torch takes."""
     before = common.peak_memory(device)
-    if who == "plainrlhf" and device.type == "cpu":
+    if who in (PLAIN, COMPILED) and device.type == "cpu":
         common.keep_memory()
     if what == "ppo":
         batch, minibatches, *more = sizes
-        lines = (trl_iterations if who == "trl" else ppo_iterations)(tuple(shape), batch, minibatches, device, *more)
+        lines = (trl_iterations if who == "trl" else ppo_iterations)(
+            tuple(shape), batch, minibatches, device, who, *more
+        )
         found = {key: statistics.median(line[key] for line in lines) for key in lines[0]}
     else:
-        work, count = {"train": train, "generate": generate}[what](tuple(shape), *sizes, device, who == "transformers")
+        work, count = {"train": train, "generate": generate}[what](tuple(shape), *sizes, device, who)
         work()
         found = {"tokens_per_s": rate(work, count, device)}
     peak = common.peak_memory(device)
     print("\n" + json.dumps(found | {"peak_GiB": peak, "own_GiB": peak - before}))
 
 
-def compare(what: str, name: str, rivals: list[str], rounds: int, device: torch.device) -> None:
-    """A JSON line for each contender; "ratio" is plainrlhf's to it, round by round."""
+def compare(what: str, name: str, ours: str, rivals: list[str], rounds: int, device: torch.device) -> None:
+    """A JSON line for each contender; "ratio" is ours to it, round by round."""
     small, large = {"train": [32], "generate": [64], "ppo": [64, 4]}, {"train": [8], "generate": [8], "ppo": [8, 2]}
     sizes = (large if "gpt2" in name else small)[what]
-    contenders = ["plainrlhf"] + [rival for rival in rivals if rival == ("trl" if what == "ppo" else "transformers")]
+    contenders = [ours] + [rival for rival in rivals if rival == ("trl" if what == "ppo" else "transformers")]
     found: dict[str, list[dict]] = {who: [] for who in contenders}
     for r in range(rounds):
         for who in contenders[:: 1 if r % 2 == 0 else -1]:
             found[who].append(alone(who, what, SHAPES[name], *sizes, device=device))
     key = "seconds" if what == "ppo" else "tokens_per_s"
     for who, runs in found.items():
-        ratios = [ours[key] / theirs[key] for ours, theirs in zip(found["plainrlhf"], runs)]
+        ratios = [mine[key] / theirs[key] for mine, theirs in zip(found[ours], runs)]
         line = {"what": what, "shape": name, "who": who, "rounds": rounds}
         line |= {"ratio": statistics.median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios)}
         LINES.append(line | {each: statistics.median(run[each] for run in runs) for each in runs[0]})
         print(json.dumps(LINES[-1]), flush=True)
+
+
+def profile(name: str, device: torch.device) -> None:
+    """Shares of a training step and of an epoch of PPO's update, by kernel; and how near the products come to the peak.
+
+    Short stretches: what the profiler itself allocates breaks up the memory that is kept, so that pages are cleared
+    anew; at 50,257 tokens that still shows, as copies.
+    """
+    shape, (batch, minibatches, rows) = SHAPES[name], (8, 2, 8) if "gpt2" in name else (64, 4, 32)
+    if device.type == "cpu":
+        common.keep_memory()
+    square = torch.randn(2048, 2048, device=device)
+    peak = max(rate(lambda: square @ square, 2 * 2048**3, device, 1.0) for _ in range(3)) / 1e9
+    families = {"products": ("mm", "mkldnn"), "attention": ("scaled_dot",), "activation": ("gelu",)}
+    families |= {"norms": ("layer_norm",), "optimizer": ("adam", "foreach"), "copies": ("copy_", "fill_", "cat")}
+    time_of = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    for what in ("train", "update"):
+        found = torch.profiler.profile(record_shapes=True, with_flops=True)
+        if what == "train":
+            step, _ = train(shape, rows, device, PLAIN)
+            step(), step()
+            with found:
+                step()
+        else:
+            ppo_iterations(shape, batch, minibatches, device, PLAIN, n=2, epochs=1, watch=found)
+        spent: dict[str, float] = dict.fromkeys([*families, "other"], 0.0)
+        flops = 0.0
+        for event in found.key_averages(group_by_input_shape=True):
+            flops += event.flops
+            if "linear_pointwise" in event.key:  # which the profiler does not count: x (…, I), W (O, I)
+                flops += 2 * event.count * math.prod(event.input_shapes[0]) * event.input_shapes[1][0]
+            family = next((f for f, parts in families.items() if any(part in event.key for part in parts)), "other")
+            spent[family] += getattr(event, time_of) / 1e6  # seconds
+        whole = sum(spent.values())
+        line = {"what": "profile", "of": what, "shape": name, "seconds": round(whole, 3)}
+        line |= {family: round(seconds / whole, 3) for family, seconds in spent.items()}
+        print(
+            json.dumps(line | {"products_GFLOPs": round(flops / spent["products"] / 1e9), "peak_GFLOPs": round(peak)})
+        )
 
 
 LINES: list[dict] = []
@@ -256,7 +316,7 @@ def growth(device: torch.device, target: str) -> None:
         for x in points:
             at = {"batch": 32, "response length": 32, "vocabulary": 1024, "parameters": 128} | {axis: x}
             shape = at["vocabulary"], 4, 4, at["parameters"]
-            found.append(alone("plainrlhf", "ppo", shape, at["batch"], 4, 4, at["response length"], device=device))
+            found.append(alone(PLAIN, "ppo", shape, at["batch"], 4, 4, at["response length"], device=device))
         if axis == "parameters":
             points = [
                 sum(p.numel() for p in make_gpt((1024, 4, 4, x), 48, torch.device("cpu")).parameters()) for x in points
@@ -296,12 +356,13 @@ def draw(target: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--what", default="train,generate,ppo", help="of train, generate, ppo, growth")
+    parser.add_argument("--what", default="train,generate,ppo", help="of train, generate, ppo, growth, profile")
     parser.add_argument("--shapes", default="small,wide", help=f"of {', '.join(SHAPES)}")
     parser.add_argument("--vs", default="", help="of transformers, trl")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--plot", default="", help="an SVG to draw growth into")
+    parser.add_argument("--compile", action="store_true", help="plainrlhf's stages with --compile")
     parser.add_argument("--child", default="", help=argparse.SUPPRESS)
     options = parser.parse_args()
     device = common.pick_device(options.device)
@@ -312,16 +373,18 @@ def main() -> None:
     for name in options.shapes.split(","):
         for what in [what for what in ("train", "generate", "ppo") if what in whats]:
             rounds = max(1, options.rounds // 2) if what == "ppo" else options.rounds
-            compare(what, name, options.vs.split(","), rounds, device)
+            compare(what, name, COMPILED if options.compile else PLAIN, options.vs.split(","), rounds, device)
+        if "profile" in whats:
+            profile(name, device)
     if "growth" in whats:
         growth(device, options.plot)
     if LINES:
-        print(f"\n{'':<20}{'':<14}{'':>12}   plainrlhf / it")
+        print(f"\n{'':<20}{'':<21}{'':>12}   plainrlhf / it")
     for line in LINES:
         value = f"{line['seconds']:.2f} s" if "seconds" in line else f"{line['tokens_per_s']:,.0f} tok/s"
         spread = f"{line['ratio']:.2f}  ({line['ratio_min']:.2f}-{line['ratio_max']:.2f})"
         memory = f"   {line['peak_GiB']:.2f} GiB" if "peak_GiB" in line else ""
-        print(f"{line['what'] + ', ' + line['shape']:<20}{line['who']:<14}{value:>14}   {spread}{memory}")
+        print(f"{line['what'] + ', ' + line['shape']:<20}{line['who']:<21}{value:>14}   {spread}{memory}")
 
 
 if __name__ == "__main__":
