@@ -196,11 +196,13 @@ def freeze(model: nn.Module, autocast: torch.autocast) -> nn.Module:
 
 
 def compile_blocks(*models: GPT | ScalarModel) -> None:
-    """Have torch.compile fuse the blocks of each net, but for decoding, whose shapes change with every token."""
+    """Have torch.compile fuse the blocks of each net. It leaves decoding alone, which on CUDA becomes a graph."""
     if next(models[0].parameters()).device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
         raise InputError("--compile: on a CPU it needs a C++ compiler; install g++, or leave it out")
     for model in models:
-        for block in (model.trunk if isinstance(model, ScalarModel) else model).h:
+        trunk = model.trunk if isinstance(model, ScalarModel) else model
+        trunk.static_decode = trunk.wte.weight.is_cuda
+        for block in trunk.h:
             block.compile(dynamic=True)
 
 

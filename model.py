@@ -25,6 +25,7 @@ ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_li
 CHUNK = 2**23  # logits that exist at a time; at 32 MiB glibc still takes them from memory that it has
 KEPT = 4  # chunks of them that the backward need not make again
 Rotary = tuple[Tensor, Tensor] | None  # cos and sin, where positions are rotary
+Columns = slice | Tensor | None  # of the cache, where new keys and values go
 
 
 @dataclass
@@ -86,7 +87,7 @@ class Attention(nn.Module):
         self.c_attn = Linear(config.n_embd, n_qkv, bias=config.qkv_bias)
         self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
 
-    def forward(self, x: Tensor, rotary: Rotary, cache: Tensor | None, start: int, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, rotary: Rotary, cache: Tensor | None, to: Columns, mask: Tensor | None) -> Tensor:
         B, T, C = x.shape
         heads = self.c_attn(x).view(B, T, -1, self.head_size).transpose(1, 2)  # (B, H + 2 K, T, D)
         if rotary is not None:
@@ -96,14 +97,14 @@ class Attention(nn.Module):
             heads[:, self.n_head :].unflatten(1, (2, -1)).transpose(0, 1),
         )  # (2, B, K, T, D)
         if cache is not None:
-            cache[:, :, :, start : start + T] = kv
-            kv = cache[:, :, :, : start + T]  # (2, B, K, start + T, D)
+            cache[:, :, :, to] = kv
+            kv = cache  # (2, B, K, t, D)
         k, v = kv.unbind(0)
         if cache is not None and T == 1:  # one query a row: two small products, faster than the kernel for many
             q = (q * self.head_size**-0.5).view(B * self.n_kv_head, -1, self.head_size)  # (B K, H / K, D)
             score = q.bmm(k.flatten(0, 1).transpose(1, 2))  # (B K, H / K, t)
             if mask is not None:
-                score = (score.view(B, -1, start + 1) + mask).view_as(score)
+                score = (score.view(B, -1, k.shape[2]) + mask).view_as(score)
             y = score.softmax(-1).bmm(v.flatten(0, 1))  # (B K, H / K, D)
             return self.c_proj(y.reshape(B, T, C))
         p, grouped = self.dropout if self.training else 0.0, self.n_kv_head < self.n_head
@@ -135,8 +136,8 @@ class Block(nn.Module):
         self.ln_1, self.attn = norm(config), Attention(config)
         self.ln_2, self.mlp = norm(config), MLP(config)
 
-    def forward(self, x: Tensor, rotary: Rotary, cache: Tensor | None, start: int, mask: Tensor | None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), rotary, cache, start, mask)
+    def forward(self, x: Tensor, rotary: Rotary, cache: Tensor | None, to: Columns, mask: Tensor | None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), rotary, cache, to, mask)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -165,6 +166,7 @@ class GPT(nn.Module):
         if config.n_kv_head and config.n_head % config.n_kv_head:
             raise ValueError(f"n_head {config.n_head} is not a multiple of n_kv_head {config.n_kv_head}")
         self.config = config
+        self.static_decode = False  # generate in shapes that do not change; on CUDA, as a graph of one step
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         if not config.rope_theta:
             self.wpe = nn.Embedding(config.block_size, config.n_embd)
@@ -185,17 +187,19 @@ class GPT(nn.Module):
         tokens: Tensor,
         position: Tensor | None = None,
         cache: Tensor | None = None,
-        start: int = 0,
+        to: Columns = None,
         mask: Tensor | None = None,
     ) -> Tensor:
         """Final hidden states (B, T, C) of tokens (B, T).
 
-        `position`, `cache`, `start` and `mask` are for the cached decode in `generate` alone: everything else sits at
-        positions 0…T-1 and attends causally. Raises ValueError where T exceeds the context.
+        `position`, `cache` (L, 2, B, K, t, D), `to` (its columns for what is new) and `mask` are for the cached decode
+        in `generate` alone: everything else sits at positions 0…T-1 and attends causally. Raises ValueError where T, or
+        t, exceeds the context.
         """
         T = tokens.shape[1]
-        if start + T > self.config.block_size:
-            raise ValueError(f"{start + T} tokens do not fit the context of {self.config.block_size}")
+        t = T if cache is None else cache.shape[4]
+        if t > self.config.block_size:
+            raise ValueError(f"{t} tokens do not fit the context of {self.config.block_size}")
         if position is None:
             position = torch.arange(T, device=tokens.device)
         x, rotary, config = self.wte(tokens), None, self.config  # (B, T, C)
@@ -206,9 +210,9 @@ class GPT(nn.Module):
         x = F.dropout(x, config.dropout, self.training)
         for i, block in enumerate(self.h):
             if cache is None:
-                x = block(x, rotary, None, 0, None)
-            else:  # never by torch.compile: `start` changes with every token
-                x = block.forward(x, rotary, cache[i], start, mask)
+                x = block(x, rotary, None, None, None)
+            else:  # never by torch.compile: `to` changes with every token
+                x = block.forward(x, rotary, cache[i], to, mask)
         return self.ln_f(x)
 
     @property
@@ -295,28 +299,51 @@ class GPT(nn.Module):
         dtype = (
             torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else self.wte.weight.dtype
         )
-        cache = torch.empty(config.n_layer, 2, B, n_kv_head, P + N, head_size, device=device, dtype=dtype)
+        allocate = torch.zeros if self.static_decode else torch.empty  # 0 · what lies in empty memory may be nan
+        cache = allocate(config.n_layer, 2, B, n_kv_head, P + N, head_size, device=device, dtype=dtype)
         column = torch.arange(P + N, device=device)
         gap = torch.zeros(B, 1, P + N, device=device)
         gap.masked_fill_(((column >= prompt_len[:, None]) & (column < P))[:, None], -math.inf)
         even = min(map(len, prompts)) == P
-        hidden = self.hidden(tokens[:, :P], cache=cache)  # (B, P, C)
+        hidden = self.hidden(tokens[:, :P], cache=cache[..., :P, :], to=slice(0, P))  # (B, P, C)
         hidden = gather_positions(hidden, prompt_len[:, None] - 1)  # (B, 1, C)
-        new = torch.full((B, N), config.eos, device=device)
+        new = torch.full((N, B), config.eos, device=device)
         n_new = torch.zeros_like(prompt_len)
         done = torch.zeros(B, dtype=torch.bool, device=device)
-        for t in range(N):
+
+        def draw(t: int | Tensor) -> Tensor:
             logits = linear(hidden, self.output_weight)[:, 0]  # (B, V)
-            token = sample(logits, uniform[t], temperature, top_k, top_p)  # (B,)
-            new[:, t] = torch.where(done, config.eos, token)
-            n_new += ~done
-            done |= token == config.eos
+            token = sample(logits, uniform[t].view(B), temperature, top_k, top_p)  # (B,)
+            new[t] = torch.where(done, config.eos, token)
+            n_new.add_(~done)
+            done.logical_or_(token == config.eos)
+            return token
+
+        def static_step() -> None:
+            """Draw and read a token of every row, in shapes and at addresses that no step changes: a CUDA graph's."""
+            token, mask = draw(time), gap.masked_fill(column > P + time, -math.inf)  # (B,), (B, 1, P + N)
+            hidden.copy_(self.hidden(token[:, None], (prompt_len + time)[:, None], cache, P + time, mask))
+            time.add_(1)
+
+        time, step = torch.zeros(1, dtype=torch.long, device=device), static_step
+        for t in range(N):
+            if self.static_decode:
+                step()
+                if t == 0 and device.type == "cuda":
+                    graph = torch.cuda.CUDAGraph()
+                    with torch.cuda.graph(graph):
+                        static_step()
+                    step = graph.replay
+            else:
+                token = draw(t)
             look = device.type == "cpu" or t % 16 == 15  # on an accelerator a look costs a synchronisation
             if t == N - 1 or (look and done.all()):
                 break
-            mask = None if even else gap[..., : P + t + 1]  # (B, 1, P + t + 1)
-            hidden = self.hidden(token[:, None], (prompt_len + t)[:, None], cache, P + t, mask)  # (B, 1, C)
-        tokens.scatter_(1, prompt_len[:, None] + torch.arange(N, device=device), new)
+            if not self.static_decode:
+                mask = None if even else gap[..., : P + t + 1]  # (B, 1, P + t + 1)
+                so_far, to = cache[..., : P + t + 1, :], slice(P + t, P + t + 1)
+                hidden = self.hidden(token[:, None], (prompt_len + t)[:, None], so_far, to, mask)  # (B, 1, C)
+        tokens.scatter_(1, prompt_len[:, None] + torch.arange(N, device=device), new.T)
         length = prompt_len + n_new
         return tokens[:, : int(length.max())], prompt_len, length
 

@@ -378,7 +378,8 @@ def pad(rows: list[Row], device: torch.device | str = "cpu") -> tuple[Tensor, Te
     T = max(len(row.tokens) for row in rows)
     tokens = torch.tensor([row.tokens + [0] * (T - len(row.tokens)) for row in rows])
     prompt_len, length = torch.tensor([row.prompt_len for row in rows]), torch.tensor([len(row.tokens) for row in rows])
-    return tokens.to(device), prompt_len.to(device), length.to(device)
+    pin = torch.device(device).type == "cuda"  # then the host need not wait for the copies
+    return tuple((x.pin_memory() if pin else x).to(device, non_blocking=pin) for x in (tokens, prompt_len, length))
 
 
 # --- batches: which rows a step gets depends on seed and step alone, so a resume needs no state of it ---------------

@@ -96,6 +96,8 @@ def generate(shape: tuple, batch: int, device: torch.device, who: str) -> tuple[
     prompts = random_tokens(shape[0], batch, PROMPT).to(device)
     if who != "transformers":
         model = make_gpt(shape, PROMPT + NEW, device)
+        if who == COMPILED:
+            common.compile_blocks(model)
         return lambda: model.generate(prompts.tolist(), NEW), batch * NEW
     model = make_theirs(shape, PROMPT + NEW, device).eval()
     how = dict(max_new_tokens=NEW, do_sample=True, top_k=0, pad_token_id=0, eos_token_id=None)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import tarfile
 
 import numpy as np
@@ -46,8 +47,7 @@ def folder(tmp_path, monkeypatch):
 def test_tar_folder_and_jsonl_hold_the_same_reviews(tmp_path):
     rows = list(made_up_reviews(30))
     tar = make_tar(tmp_path / "a.tar.gz", rows)
-    with tarfile.open(tar) as archive:
-        archive.extractall(tmp_path / "unpacked", filter="data")
+    shutil.unpack_archive(tar, tmp_path / "unpacked")
     lines = write(tmp_path / "a.jsonl", [{"text": text, "label": label} for text, label in rows])
     for source in (tar, tmp_path / "unpacked", lines):
         assert sorted(imdb.reviews(source)) == sorted(rows)

@@ -109,8 +109,8 @@ def test_the_window_is_every_response_token_from_the_first_to_eos_and_no_pad(net
 @mistake("data/__init__.py", "encoding.encode_ordinary(response) + [eos] * ended", "encoding.encode_ordinary(response)")
 @mistake(
     "model.py",
-    "n_new += ~done\n            done |= token == config.eos",
-    "done |= token == config.eos\n            n_new += ~done",
+    "n_new.add_(~done)\n            done.logical_or_(token == config.eos)",
+    "done.logical_or_(token == config.eos)\n            n_new.add_(~done)",
 )
 def test_eos_is_learned_in_stage_1_and_is_the_last_token_of_a_response_that_ended(gpt, encoding):
     row = data.encode_row(encoding, gpt.config.eos, "ask me", " yes")
@@ -168,7 +168,7 @@ def test_a_row_is_the_same_alone_and_beside_longer_rows(nets):
 
 
 # 7
-@mistake("model.py", "(prompt_len + t)[:, None], cache", "torch.full_like(prompt_len, P + t)[:, None], cache")
+@mistake("model.py", "(prompt_len + t)[:, None], so_far", "torch.full_like(prompt_len, P + t)[:, None], so_far")
 @mistake("model.py", "else gap[..., : P + t + 1]", "else 0 * column[: P + t + 1]")
 def test_a_ragged_batch_is_decoded_as_each_prompt_is_alone(nets):
     policy = nets[0]

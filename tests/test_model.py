@@ -138,6 +138,19 @@ def test_drawing_in_two_levels_finds_the_token_of_one_cumulative_sum(vocab_size)
         assert abs(drawn[row] - plain[row]) == 1 and abs(edge - uniform[row]) < 1e-6
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("how", [{"temperature": 0}, {}, {"top_k": 9, "top_p": 0.9}])
+def test_decoding_in_shapes_that_do_not_change_draws_the_same_tokens(family, how):
+    model = make_gpt(**FAMILIES[family])
+    model.config.eos = int(model(torch.tensor([PROMPTS[1]]))[0, -1].argmax())  # one that is drawn
+    for prompts in (PROMPTS, PROMPTS[:1] * 3, [[5]]):
+        found = []
+        for model.static_decode in (False, True):
+            found.append(model.generate(prompts, 20, generator=torch.Generator().manual_seed(1), **how))
+        for plain, static in zip(*found):
+            assert torch.equal(plain, static)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="torch.compile needs a C++ compiler")
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
