@@ -152,7 +152,10 @@ def test_a_pad_may_be_eos_and_eos_is_not_a_pad(nets):
 
 # 6
 @mistake("model.py", "is_causal=True", "is_causal=False")
-def test_a_row_is_the_same_alone_and_beside_longer_rows(nets):
+@mistake("model.py", "-math.inf, dtype=q.dtype, device=q.device).triu(1)", "0.0, dtype=q.dtype, device=q.device)")
+@pytest.mark.parametrize("short", [0, 128])  # attention by the fused kernel, and by plain products
+def test_a_row_is_the_same_alone_and_beside_longer_rows(nets, short, monkeypatch):
+    monkeypatch.setattr("model.SHORT", short)
     policy, _, value, _ = nets
     batch = rollout(nets, ppo.Config(response_len=12))
     tokens, prompt_len, length = batch["tokens"], batch["prompt_len"], batch["length"]

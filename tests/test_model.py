@@ -9,7 +9,18 @@ import pytest
 import torch
 
 import common
-from model import GPT, ONEDNN, ChosenLogprobs, GPTConfig, linear, response_window, sample
+from model import (
+    GPT,
+    ONEDNN,
+    ChosenLogprobs,
+    GPTConfig,
+    SigmoidGELU,
+    attend,
+    gelu,
+    linear,
+    response_window,
+    sample,
+)
 from tests.conftest import FAMILIES, make_gpt
 
 PROMPTS = [[5], [7, 8, 9, 10, 11, 12], [3, 4, 5]]
@@ -60,6 +71,29 @@ def test_chunked_logprobs_and_their_gradients_are_those_of_one_softmax(temperatu
     parameters, upstream = list(model.parameters()), torch.randn(16, 47, generator=generator)
     for mine, other in zip(*(torch.autograd.grad((x * upstream).sum(), parameters) for x in (logp, whole))):
         assert (mine - other).norm() <= 1e-5 * other.norm() + 1e-5
+
+
+@pytest.mark.parametrize("heads, kv_heads, T", [(4, 4, 47), (4, 2, 20), (6, 1, 9), (4, 2, 1)])
+def test_attention_by_plain_products_and_its_gradients_are_the_fused_kernels(heads, kv_heads, T):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(3, n, T, 8) for n in (heads, kv_heads, kv_heads, heads)]
+    *inputs, upstream = (torch.randn(shape, generator=generator).requires_grad_() for shape in shapes)
+    fused = torch.nn.functional.scaled_dot_product_attention(*inputs, is_causal=True, enable_gqa=True)
+    for mine, other in zip(*([y, *torch.autograd.grad(y, inputs, upstream)] for y in (attend(*inputs, None), fused))):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
+
+
+def test_gelu_by_a_sigmoid_and_its_gradient_are_those_by_tanh():
+    x = torch.cat([torch.linspace(-12, 12, 4001), torch.tensor([-1e4, -100.0, 0.0, 100.0, 1e4])]).double()
+    exact = torch.nn.functional.gelu(x.requires_grad_(), approximate="tanh")
+    (exact_slope,) = torch.autograd.grad(exact.sum(), x)
+    for dtype, error in ((torch.float64, 1e-14), (torch.float32, 2e-6)):
+        mine = SigmoidGELU.apply(given := x.detach().to(dtype).requires_grad_())
+        (slope,) = torch.autograd.grad(mine.sum(), given)
+        torch.testing.assert_close(mine.double(), exact, rtol=error, atol=error)
+        torch.testing.assert_close(slope.double(), exact_slope, rtol=error, atol=error)
+    assert torch.autograd.gradcheck(SigmoidGELU.apply, x[::200].detach().requires_grad_())
+    assert type(gelu(x.float()).grad_fn).__name__.startswith("SigmoidGELU")
 
 
 @pytest.mark.skipif(not ONEDNN, reason="this build of torch has no oneDNN")
