@@ -12,6 +12,7 @@ import re
 import shutil
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -27,7 +28,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from data import InputError, encoding_from_state, encoding_state
-from model import GPT, GPTConfig, ScalarModel
+from model import GPT, GPTConfig, Linear, ScalarModel
 
 # --- command line ---------------------------------------------------------------------------------------------------
 
@@ -68,14 +69,24 @@ def parse(config: type, argv: list[str] | None = None, positional: str = "") -> 
 
 def run_main(main: Callable[[], None]) -> None:
     """Run a script's `main`; bad input ends it with one sentence and exit code 2, without a traceback."""
+    code = 0
     try:
         main()
     except InputError as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-        sys.exit(2)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        code = 2
+    except Exception:
+        if WORLD == 1:
+            raise
+        traceback.print_exc()
+        code = 1
+    if code and WORLD > 1:  # at once: to take leave of the group, which waits for this process, would take for ever
+        sys.stderr.flush()
+        os._exit(code)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if code:
+        sys.exit(code)
 
 
 def load_function(name: str) -> Callable[[str, str], float]:
@@ -110,6 +121,7 @@ def pick_device(name: str) -> torch.device:
         raise InputError(f"--device {name}: there is none on this machine; --device auto takes what there is")
     if kind == "cuda" and WORLD > 1:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
+    if kind == "cuda" and ":" in name:
         torch.cuda.set_device(name)
     return torch.device(name)
 
@@ -125,7 +137,9 @@ def setup(cfg: Any) -> tuple[torch.device, torch.autocast]:
         keep_memory()
     if cfg.dtype not in ("auto", "float32", "bfloat16"):
         raise InputError(f"--dtype {cfg.dtype}: give auto, float32 or bfloat16")
-    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported() if cfg.dtype == "auto" else cfg.dtype == "bfloat16"
+    bf16 = cfg.dtype == "bfloat16"
+    if cfg.dtype == "auto" and device.type == "cuda":
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     torch.manual_seed(cfg.seed)
     return device, torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False)
 
@@ -161,10 +175,8 @@ def sum_gradients(model: nn.Module) -> None:
         for p in model.parameters():
             if p.grad is None:  # no row of this batch fell to this process
                 p.grad = torch.zeros_like(p)
-        gradients = [p.grad for p in model.parameters()]
-        flat = total(torch.cat([g.flatten() for g in gradients]))
-        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients])):
-            gradient.copy_(part.view_as(gradient))
+        for sum_of_one in [dist.all_reduce(p.grad, async_op=True) for p in model.parameters()]:
+            sum_of_one.wait()
 
 
 def first_alone(work: Callable[[], Any]) -> Any:
@@ -185,12 +197,13 @@ def share(items: list) -> list:
 def freeze(model: nn.Module, autocast: torch.autocast) -> nn.Module:
     """In eval mode, without gradients; under autocast the linear layers are kept in its dtype.
 
-    Autocast rounds just those weights before each product, so the frozen copy computes what the live model does.
+    Autocast rounds just those weights before each product, so the frozen copy computes what the live model does. A
+    scalar head and embeddings, which are also read as they are, stay as they are.
     """
     model.eval().requires_grad_(False)
     if autocast._enabled:
         for module in model.modules():
-            if isinstance(module, nn.Linear):
+            if isinstance(module, Linear):
                 module.to(autocast.fast_dtype)
     return model
 
@@ -203,7 +216,7 @@ def compile_blocks(*models: GPT | ScalarModel) -> None:
         trunk = model.trunk if isinstance(model, ScalarModel) else model
         trunk.static_decode = trunk.wte.weight.is_cuda
         for block in trunk.h:
-            block.compile(dynamic=True)
+            block.compile(dynamic=True, recompile_limit=64)  # all blocks of all nets share one code
 
 
 def adamw(model: nn.Module, lr: float, weight_decay: float, eps: float = 1e-8) -> torch.optim.AdamW:
@@ -376,7 +389,7 @@ class Run:
         """Put the seconds that the block takes into `times` as time/phase."""
         began = time.time()
         yield
-        if torch.cuda.is_available():
+        if torch.cuda.is_initialized():
             torch.cuda.synchronize()
         self.times[f"time/{phase}"] = time.time() - began
 

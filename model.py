@@ -6,7 +6,8 @@
 Layout. Sequences are right-padded: tokens (B, T), prompt_len (B,), length (B,). No training or scoring forward needs
 a padding mask, since under causal attention no real token ever looks back at a pad; what is a pad is decided by
 `length`, never by a token's id. Quantities per response token live on the response window (B, R): column r speaks of
-the token at position prompt_len + r, which was predicted at position prompt_len + r - 1.
+the token at position prompt_len + r, which was predicted at position prompt_len + r - 1. The two lengths stay on the
+CPU, so that no forward or backward waits for an accelerator to tell how large a tensor is.
 
 Left out on purpose: left padding, attention masks in training, beam search.
 
@@ -58,7 +59,8 @@ class Linear(nn.Linear):
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear; where a CPU multiplies by a large matrix, by oneDNN, which takes up to half of MKL's time for it."""
     large = ONEDNN and weight.numel() >= 2**20 and x.dtype == weight.dtype == torch.float32
-    if not large or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+    plain = x.device.type != "cpu" or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
+    if plain or not large:
         return F.linear(x, weight, bias)
     return OneDNNLinear.apply(x, weight, bias)
 
@@ -206,7 +208,7 @@ class GPT(nn.Module):
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = norm(config)
         if not config.tied:
-            self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         for name, parameter in self.named_parameters():  # Radford et al. 2019, section 2.3
             if name.endswith("c_proj.weight"):  # two residual additions a layer: keep their sum's variance at 1
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer))
@@ -268,17 +270,17 @@ class GPT(nn.Module):
         """
         position, mask = response_window(prompt_len, length)  # (B, R)
         real = mask.flatten().nonzero()[:, 0]  # (N,) places of the window
-        hidden = self.hidden(tokens[:, :-1])  # (B, T - 1, C): the last token predicts nothing
-        before = (
-            gather_positions(hidden, position - 1).flatten(0, 1).index_select(0, real)
-        )  # (N, C): where each token was predicted
-        target = tokens.gather(1, position)[mask]  # (N,)
+        (B, T), device, at = tokens.shape, tokens.device, position[mask]  # (N,) each
+        row = torch.arange(B, device=mask.device)[:, None].expand_as(mask)[mask]
+        hidden = self.hidden(tokens[:, :-1]).flatten(0, 1)  # (B (T - 1), C): the last token predicts nothing
+        before = hidden.index_select(0, to_device((T - 1) * row + at - 1, device))  # (N, C): where each was predicted
+        target = tokens.flatten().index_select(0, to_device(T * row + at, device))  # (N,)
         weight = self.output_weight
         if torch.is_autocast_enabled(before.device.type):
             dtype = torch.get_autocast_dtype(before.device.type)
             before, weight = before.to(dtype), weight.to(dtype)
         chosen = ChosenLogprobs.apply(before, weight, target, temperature)  # (N,)
-        return chosen.new_zeros(mask.shape).masked_scatter(mask, chosen)
+        return chosen.new_zeros(mask.numel()).index_copy(0, to_device(real, device), chosen).view(mask.shape)
 
     def generate(
         self,
@@ -292,18 +294,25 @@ class GPT(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Sample a response to each of a ragged batch of prompts; stop when every row has produced EOS.
 
-        Returns tokens (B, T) right-padded, prompt_len (B,), length (B,). A response that ended has EOS as its last
-        token; one that `max_new_tokens` cut has not. An empty prompt gets EOS as its first token. `temperature` 0 is
-        greedy; `top_k` 0 and `top_p` 1 are off. `generator` is a CPU generator on every device: it draws one number a
-        row and step, in advance. Raises ValueError where the longest prompt and `max_new_tokens` exceed the context.
+        Returns tokens (B, T) right-padded, and on the CPU prompt_len (B,), length (B,). A response that ended has EOS
+        as its last token; one that `max_new_tokens` cut has not. An empty prompt gets EOS as its first token.
+        `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 are off. `generator` is a CPU generator on every device: it
+        draws one number a row and step, in advance. Raises ValueError where the longest prompt and `max_new_tokens`
+        exceed the context.
         """
-        was_training = self.training
+        was_training, kind = self.training, self.wte.weight.device.type
+        rounds = torch.is_autocast_enabled(kind)
         try:
-            with torch.inference_mode():  # a quarter faster than no_grad; outside of it clones are ordinary tensors
+            # Inference mode is a quarter faster than no_grad, but under autocast rounds all weights for every token.
+            with (
+                torch.no_grad() if rounds else torch.inference_mode(),
+                torch.autocast(kind, torch.get_autocast_dtype(kind), rounds, cache_enabled=True),
+            ):
                 sampled = self.eval()._decode(prompts, max_new_tokens, temperature, top_k, top_p, generator)
         finally:
+            torch.clear_autocast_cache()  # the weights may change before they are needed again
             self.train(was_training)
-        tokens, prompt_len, length = (x.clone() for x in sampled)
+        tokens, prompt_len, length = (x.clone() for x in sampled)  # ordinary tensors again
         return tokens, prompt_len, length
 
     def _decode(
@@ -332,6 +341,7 @@ class GPT(nn.Module):
         dtype = (
             torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else self.wte.weight.dtype
         )
+        weight = self.output_weight.to(dtype)
         allocate = torch.zeros if self.static_decode else torch.empty  # 0 · what lies in empty memory may be nan
         cache = allocate(config.n_layer, 2, B, n_kv_head, P + N, head_size, device=device, dtype=dtype)
         column = torch.arange(P + N, device=device)
@@ -345,7 +355,7 @@ class GPT(nn.Module):
         done = torch.zeros(B, dtype=torch.bool, device=device)
 
         def draw(t: int | Tensor) -> Tensor:
-            logits = linear(hidden, self.output_weight)[:, 0]  # (B, V)
+            logits = output_logits(hidden[:, 0].to(dtype), weight)  # (B, V)
             token = sample(logits, uniform[t].view(B), temperature, top_k, top_p)  # (B,)
             new[t] = torch.where(done, config.eos, token)
             n_new.add_(~done)
@@ -362,7 +372,7 @@ class GPT(nn.Module):
         for t in range(N):
             if self.static_decode:
                 step()
-                if t == 0 and device.type == "cuda":
+                if t == 0 and N > 1 and device.type == "cuda":
                     graph = torch.cuda.CUDAGraph()
                     with torch.cuda.graph(graph):
                         static_step()
@@ -377,7 +387,7 @@ class GPT(nn.Module):
                 so_far, to = cache[..., : P + t + 1, :], slice(P + t, P + t + 1)
                 hidden = self.hidden(token[:, None], (prompt_len + t)[:, None], so_far, to, mask)  # (B, 1, C)
         tokens.scatter_(1, prompt_len[:, None] + torch.arange(N, device=device), new.T)
-        length = prompt_len + n_new
+        prompt_len, length = prompt_len.cpu(), (prompt_len + n_new).cpu()
         return tokens[:, : int(length.max())], prompt_len, length
 
 
@@ -423,7 +433,7 @@ class ChosenLogprobs(torch.autograd.Function):
 
 def chunk_softmax(hidden: Tensor, weight: Tensor, target: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
     """The chosen log-probabilities (n,), and the softmax as exp(logits − max) (n, V) and its sums (n, 1)."""
-    logits = at_least_float32(linear(hidden, weight))
+    logits = output_logits(hidden, weight)
     if temperature != 1:
         logits /= temperature
     logits -= logits.amax(
@@ -432,6 +442,17 @@ def chunk_softmax(hidden: Tensor, weight: Tensor, target: Tensor, temperature: f
     chosen = logits.gather(1, target[:, None])
     total = logits.exp_().sum(-1, keepdim=True)
     return (chosen - total.log())[:, 0], logits, total
+
+
+def output_logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    """hidden (n, C) Wᵀ of W (V, C): (n, V) in at least float32, also from factors in bfloat16.
+
+    Rounded to bfloat16, whose steps are 0.5 from 64 to 128, log-probabilities would be off by more than PPO's ε.
+    """
+    if hidden.is_cuda and hidden.dtype == torch.bfloat16:
+        return torch.mm(hidden, weight.T, out_dtype=torch.float32)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return linear(at_least_float32(hidden), at_least_float32(weight))
 
 
 class ScalarModel(nn.Module):
@@ -455,8 +476,9 @@ class ScalarModel(nn.Module):
         return self.trunk.config
 
     def scalar(self, hidden: Tensor) -> Tensor:
-        """(…, C) → (…) in float32."""
-        return self.gain * at_least_float32(self.head(hidden).squeeze(-1)) + self.bias
+        """(…, C) → (…) in at least float32: rounded to bfloat16, scores that are close would be equal."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.gain * self.head(at_least_float32(hidden)).squeeze(-1) + self.bias
 
     def scores(self, tokens: Tensor, length: Tensor) -> Tensor:
         """The score (B,) of each whole sequence, read at its last real token."""
@@ -465,7 +487,8 @@ class ScalarModel(nn.Module):
     def values(self, tokens: Tensor, prompt_len: Tensor, length: Tensor) -> Tensor:
         """The value (B, R) of the state in which each response token was chosen, 0 outside the response."""
         position, mask = response_window(prompt_len, length)  # (B, R)
-        return self.scalar(gather_positions(self.trunk.hidden(tokens[:, :-1]), position - 1)) * mask
+        values = self.scalar(gather_positions(self.trunk.hidden(tokens[:, :-1]), position - 1))
+        return values * to_device(mask, tokens.device)
 
 
 def response_window(prompt_len: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
@@ -479,14 +502,21 @@ def response_window(prompt_len: Tensor, length: Tensor) -> tuple[Tensor, Tensor]
     return position.minimum(length[:, None] - 1).clamp(min=1), mask
 
 
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """x there; the CPU does not wait for the copy to a GPU, which is from pinned memory."""
+    pin = device.type == "cuda" and not x.is_cuda
+    return (x.pin_memory() if pin else x).to(device, non_blocking=pin)
+
+
 def at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def gather_positions(x: Tensor, position: Tensor) -> Tensor:
-    """x (B, T, C) at position (B, R) → (B, R, C)."""
-    flat = position + x.shape[1] * torch.arange(len(x), device=x.device)[:, None]  # (B, R)
-    return x.flatten(0, 1).index_select(0, flat.flatten()).view(*position.shape, -1)  # faster than gather, and back
+    """x (B, T, …) at position (B, R) → (B, R, …)."""
+    flat = position + x.shape[1] * torch.arange(len(x), device=position.device)[:, None]  # (B, R)
+    flat = to_device(flat.flatten(), x.device)
+    return x.flatten(0, 1).index_select(0, flat).view(*position.shape, *x.shape[2:])  # faster than gather, and back
 
 
 def sample(logits: Tensor, uniform: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:

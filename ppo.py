@@ -30,10 +30,10 @@ from torch import Tensor
 import common
 import data
 from data import InputError, tales
-from model import GPT, ScalarModel, response_window
+from model import GPT, ScalarModel, gather_positions, response_window, to_device
 
 Judge = Callable[[str, str], float]  # (prompt, response) -> how good
-Batch = dict[str, Tensor]  # tokens (B, T), prompt_len (B,), length (B,), then what each function adds
+Batch = dict[str, Tensor]  # tokens (B, T), prompt_len and length (B,) on the CPU, then what each function adds
 
 
 @dataclass
@@ -81,7 +81,7 @@ def rollout(policy: GPT, prompts: list[list[int]], cfg: Config, generator: torch
     """The policy answers: tokens (B, T), prompt_len (B,), length (B,), ended (B,)."""
     sampled = policy.generate(prompts, cfg.response_len, temperature=cfg.temperature, generator=generator)
     tokens, prompt_len, length = sampled
-    ended = tokens.gather(1, length[:, None] - 1)[:, 0] == policy.config.eos
+    ended = gather_positions(tokens, length[:, None] - 1)[:, 0] == policy.config.eos
     return {"tokens": tokens, "prompt_len": prompt_len, "length": length, "ended": ended}
 
 
@@ -97,19 +97,19 @@ def read(
     The old log-probabilities come from the forward that training uses, not from the decode, so that the ratio is 1 at
     the first step. Answers are read shortest first, in micro-batches that each pad to their own longest.
     """
-    _, mask = response_window(batch["prompt_len"], batch["length"])
+    mask = to_device(response_window(batch["prompt_len"], batch["length"])[1], batch["tokens"].device)
     out = {name: torch.zeros(mask.shape, device=mask.device) for name in ("logp", "ref_logp", "values")}
     out |= {"score": torch.zeros(len(mask), device=mask.device), "mask": mask}
     for index in by_length(batch, cfg.micro_batch_size or cfg.minibatch_size):
         part = select(batch, index)
         where = part["tokens"], part["prompt_len"], part["length"]
         logp = policy.logprobs(*where, cfg.temperature)  # (b, r)
-        r = logp.shape[1]
-        out["logp"][index, :r] = logp
-        out["ref_logp"][index, :r] = ref.logprobs(*where, cfg.temperature)
+        r, rows = logp.shape[1], to_device(index, mask.device)
+        out["logp"][rows, :r] = logp
+        out["ref_logp"][rows, :r] = ref.logprobs(*where, cfg.temperature)
         if value is not None:
-            out["values"][index, :r] = value.values(*where)
-        out["score"][index] = score(part)
+            out["values"][rows, :r] = value.values(*where)
+        out["score"][rows] = score(part)
     return out
 
 
@@ -132,7 +132,8 @@ def by_length(batch: Batch, size: int) -> list[Tensor]:
 
 def select(batch: Batch, index: Tensor) -> Batch:
     """The rows `index`, cut to their own longest: (B, T) to (b, t) and (B, R) to (b, r)."""
-    part = {name: x[index] for name, x in batch.items()}
+    on_device = to_device(index, batch["tokens"].device)
+    part = {name: x[on_device if x.device == on_device.device else index] for name, x in batch.items()}
     t, r = int(part["length"].max()), int((part["length"] - part["prompt_len"]).max())
     return {name: x if x.dim() == 1 else x[:, : t if name == "tokens" else r] for name, x in part.items()}
 
@@ -217,7 +218,7 @@ def update(
     sums = torch.zeros(len(names), device=batch["tokens"].device)
     generator, n_steps = torch.Generator().manual_seed(seed), 0
     for _ in range(cfg.epochs):
-        order = torch.randperm(len(batch["tokens"]), generator=generator).to(batch["tokens"].device)
+        order = torch.randperm(len(batch["tokens"]), generator=generator)
         for chosen in order.split(max(1, cfg.minibatch_size // common.WORLD)):
             minibatch = select(batch, chosen)
             n_tokens = common.total(minibatch["mask"].sum())

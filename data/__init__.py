@@ -374,12 +374,12 @@ def fit(items: list, lengths: list[int], room: int, drop_long: bool, what: str) 
 
 
 def pad(rows: list[Row], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
-    """Rows to tokens (B, T), prompt_len (B,), length (B,). Pads are zeros: `length` says what is one, not the id."""
+    """Rows to tokens (B, T) on `device`, prompt_len (B,), length (B,) on the CPU. Pads are zeros, known by `length`."""
     T = max(len(row.tokens) for row in rows)
     tokens = torch.tensor([row.tokens + [0] * (T - len(row.tokens)) for row in rows])
     prompt_len, length = torch.tensor([row.prompt_len for row in rows]), torch.tensor([len(row.tokens) for row in rows])
-    pin = torch.device(device).type == "cuda"  # then the host need not wait for the copies
-    return tuple((x.pin_memory() if pin else x).to(device, non_blocking=pin) for x in (tokens, prompt_len, length))
+    pin = torch.device(device).type == "cuda"  # then the CPU need not wait for the copy
+    return (tokens.pin_memory() if pin else tokens).to(device, non_blocking=pin), prompt_len, length
 
 
 # --- batches: which rows a step gets depends on seed and step alone, so a resume needs no state of it ---------------

@@ -77,7 +77,7 @@ def train(shape: tuple, batch: int, device: torch.device, who: str) -> tuple[Cal
         common.compile_blocks(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     tokens = random_tokens(shape[0], batch, T + 1).to(device)
-    first = torch.ones(batch, dtype=torch.long, device=device)
+    first = torch.ones(batch, dtype=torch.long)
 
     def step() -> None:
         if theirs:
@@ -186,7 +186,8 @@ def trl_iterations(
         output_dir=tempfile.mkdtemp(), report_to="none", disable_tqdm=True, save_strategy="no",
         use_cpu=device.type == "cpu", per_device_train_batch_size=batch, gradient_accumulation_steps=1,
         num_mini_batches=minibatches, num_ppo_epochs=4, total_episodes=batch * n, response_length=32, temperature=1.0,
-        local_rollout_forward_batch_size=batch, num_sample_generations=0, learning_rate=1e-5, bf16=False,
+        local_rollout_forward_batch_size=batch, num_sample_generations=0, learning_rate=1e-5,
+        bf16=device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False),
         gradient_checkpointing=False,
     )  # fmt: skip
     rows = Dataset.from_dict({"input_ids": random_tokens(V, 4 * batch, PROMPT).tolist()})
@@ -269,8 +270,9 @@ def profile(name: str, device: torch.device) -> None:
         common.keep_memory()
     square = torch.randn(2048, 2048, device=device)
     peak = max(rate(lambda: square @ square, 2 * 2048**3, device, 1.0) for _ in range(3)) / 1e9
-    families = {"products": ("mm", "mkldnn"), "attention": ("scaled_dot",), "activation": ("gelu",)}
-    families |= {"norms": ("layer_norm",), "optimizer": ("adam", "foreach"), "copies": ("copy_", "fill_", "cat")}
+    families = {"attention": ("attention", "bmm", "softmax"), "products": ("mm", "mkldnn")}
+    families |= {"activation": ("gelu", "GELU", "sigmoid", "pow", "addcmul")}
+    families |= {"norms": ("layer_norm",), "optimizer": ("adam", "foreach"), "copies": ("copy_", "fill_", "::cat")}
     time_of = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
     for what in ("train", "update"):
         found = torch.profiler.profile(record_shapes=True, with_flops=True)
@@ -284,10 +286,12 @@ def profile(name: str, device: torch.device) -> None:
         spent: dict[str, float] = dict.fromkeys([*families, "other"], 0.0)
         flops = 0.0
         for event in found.key_averages(group_by_input_shape=True):
-            flops += event.flops
+            if event.device_type != torch.autograd.DeviceType.CPU:
+                continue  # a kernel, which its operator counts already
+            family = next((f for f, parts in families.items() if any(part in event.key for part in parts)), "other")
+            flops += event.flops * (family == "products")
             if "linear_pointwise" in event.key:  # which the profiler does not count: x (…, I), W (O, I)
                 flops += 2 * event.count * math.prod(event.input_shapes[0]) * event.input_shapes[1][0]
-            family = next((f for f, parts in families.items() if any(part in event.key for part in parts)), "other")
             spent[family] += getattr(event, time_of) / 1e6  # seconds
         whole = sum(spent.values())
         line = {"what": "profile", "of": what, "shape": name, "seconds": round(whole, 3)}

@@ -1,10 +1,12 @@
 """What several tests share: a tiny model, a tiny tokenizer, and a script run as a user runs it."""
 
+import functools
 import http.server
 import json
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
@@ -130,9 +132,22 @@ TORCHRUN = ["-c", "import sys; from torch.distributed.run import main; sys.exit(
 TORCHRUN += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]  # a free port
 
 
+@functools.cache
+def forks() -> subprocess.Popen:
+    """The process of forks.py. It ends with this one, whose end of the pipe it reads from."""
+    command, pipe = [sys.executable, str(ROOT / "tests" / "forks.py")], subprocess.PIPE
+    return subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdin=pipe, stdout=pipe, text=True)
+
+
 def run(script: str, *options: object, cwd: Path = ROOT, processes: int = 1) -> subprocess.CompletedProcess:
     """A script as a user runs it, with one process or with two under torchrun."""
-    launcher, threads = (TORCHRUN, {"OMP_NUM_THREADS": "1"}) if processes == 2 else ([], {})
-    command = [sys.executable, *launcher, str(ROOT / script), *map(str, options)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)} | threads
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=900)
+    argv, environment = [str(ROOT / script), *map(str, options)], os.environ | {"PYTHONPATH": str(ROOT)}
+    if processes == 2:
+        command = [sys.executable, *TORCHRUN, *argv]
+        environment["OMP_NUM_THREADS"] = "1"
+        return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=900)
+    with tempfile.NamedTemporaryFile() as stdout, tempfile.NamedTemporaryFile() as stderr:
+        job = {"argv": argv, "cwd": str(cwd), "env": environment, "stdout": stdout.name, "stderr": stderr.name}
+        print(json.dumps(job), file=forks().stdin, flush=True)
+        code = int(forks().stdout.readline())
+        return subprocess.CompletedProcess(argv, code, stdout.read().decode(), stderr.read().decode())

@@ -1,5 +1,6 @@
 """What the gradients of stage 3 must equal: any split of the batch, two processes, REINFORCE, finite differences."""
 
+import contextlib
 import copy
 
 import pytest
@@ -127,3 +128,18 @@ def test_finite_differences_of_the_whole_loss_agree_with_autograd_in_float64():
                 for p, d in zip(parameters, direction):
                     p.sub_(d, alpha=sign * h)
         assert (ends[0] - ends[1]) / (2 * h) == pytest.approx(expected, rel=1e-5)
+
+
+def test_an_update_never_waits_for_the_device_to_tell_a_number(monkeypatch):
+    """The meta device has none to tell: int(x.max()), x[mask] or x.nonzero() there would raise."""
+    cfg = ppo.Config(response_len=16, minibatch_size=4, micro_batch_size=3, epochs=2)
+    policy, value, batch = prepared(cfg)
+    meta = {name: x if name in ("prompt_len", "length") else x.to("meta") for name, x in batch.items()}
+    steps, step = [], common.step_optimizer
+    optimizers = [torch.optim.SGD(net.to("meta").parameters(), lr=1.0) for net in (policy, value)]
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: False)  # autocast does not know the meta device
+    monkeypatch.setattr(torch, "autocast", lambda kind, enabled: contextlib.nullcontext())
+    monkeypatch.setattr(common, "step_optimizer", lambda *given: steps.append(step(*given)))
+    with pytest.raises(RuntimeError, match="meta"):  # the metrics, once all is done
+        ppo.update(policy, value, *optimizers, meta, 1.0, cfg, OFF, seed=0)
+    assert len(steps) == 2 * 2 * 2  # nets, minibatches, epochs

@@ -72,7 +72,7 @@ def train_ppo(folders, **options):
 
 
 # 1
-@mistake("ppo.py", 'out["logp"][index, :r] = logp', 'out["logp"][: len(index), :r] = logp')  # sorted rows, not put back
+@mistake("ppo.py", 'out["logp"][rows, :r] = logp', 'out["logp"][: len(rows), :r] = logp')  # sorted rows, not put back
 @mistake("ppo.py", "ratio = (logp - old_logp).exp()", "ratio = (logp - old_logp.roll(1, 1)).exp()")
 def test_ratio_is_one_and_kl_is_zero_before_the_first_update(nets):
     cfg = ppo.Config(response_len=16, minibatch_size=3, epochs=2, lr=0.0)
@@ -217,8 +217,8 @@ def test_responses_are_drawn_from_the_whole_softmax_that_scores_them(nets):
 # 10
 @mistake(
     "model.py",
-    "self.trunk.hidden(tokens[:, :-1]), position - 1)) * mask",
-    "self.trunk.hidden(tokens), position)) * mask",
+    "self.trunk.hidden(tokens[:, :-1]), position - 1))",
+    "self.trunk.hidden(tokens), position))",
 )
 @mistake("ppo.py", "next_value = values[:, r + 1]", "next_value = values[:, r]")
 def test_a_value_is_that_of_the_state_before_its_token(nets):

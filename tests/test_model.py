@@ -14,6 +14,7 @@ from model import (
     ONEDNN,
     ChosenLogprobs,
     GPTConfig,
+    ScalarModel,
     SigmoidGELU,
     attend,
     gelu,
@@ -114,12 +115,52 @@ def test_large_products_and_their_gradients_are_those_of_float64(bias):
         torch.testing.assert_close(linear(x[:, :1], weight), x[:, :1] @ weight.T, rtol=1e-4, atol=1e-4)
 
 
+def test_under_autocast_log_probabilities_and_scores_are_rounded_no_more_than_their_factors():
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 64, generator=generator).mul(4).bfloat16() for n in (50, 61))
+    logits, target = hidden.double() @ weight.double().T, torch.arange(50)
+    assert logits.abs().max() > 256  # where neighbours in bfloat16 are 2 apart
+    scorer = ScalarModel(make_gpt(n_embd=64))
+    with torch.autocast("cpu", torch.bfloat16):
+        logp, scores = ChosenLogprobs.apply(hidden, weight, target, 1.0), scorer.scalar(hidden)
+    exact = logits.log_softmax(-1)[target, target]
+    torch.testing.assert_close(logp.double(), exact, rtol=1e-6, atol=1e-3)
+    exact = (hidden.double() @ scorer.head.weight.double().T)[:, 0]
+    torch.testing.assert_close(scores.double(), exact, rtol=1e-5, atol=1e-5)
+
+
 def test_log_probabilities_pass_gradcheck_in_float64(monkeypatch):
     monkeypatch.setattr("model.CHUNK", 11 * 2)  # two rows a chunk
     generator = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(n, 3, dtype=torch.float64, generator=generator).requires_grad_() for n in (13, 11))
     target = torch.randint(0, 11, (13,), generator=generator)
     assert torch.autograd.gradcheck(lambda h, w: ChosenLogprobs.apply(h, w, target, 0.7), (hidden, weight))
+
+
+def test_under_autocast_generation_rounds_each_weight_once_and_keeps_none():
+    model = make_gpt()
+    casts = []
+
+    class Count(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if (
+                function in (torch.ops.aten._to_copy.default, torch.ops.aten.to.dtype)
+                and result.dtype == torch.bfloat16
+            ):
+                casts.append(args[0].data_ptr())
+            return result
+
+    drawn = []
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        for _ in range(2):
+            with Count():
+                drawn.append(model.generate(PROMPTS, 9, generator=torch.Generator().manual_seed(0))[0])
+            with torch.no_grad():
+                model.h[0].mlp.c_fc.weight.mul_(-1)
+    weights = [p.data_ptr() for name, p in model.named_parameters() if p.dim() == 2 and "wpe" not in name]
+    assert [casts.count(weight) for weight in weights] == [2] * len(weights)  # once in each of two generations
+    assert not torch.equal(*drawn)  # the second saw the weight that had changed
 
 
 def test_generation_stops_at_eos_and_counts_it():
@@ -187,9 +228,9 @@ def test_decoding_in_shapes_that_do_not_change_draws_the_same_tokens(family, how
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="torch.compile needs a C++ compiler")
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_compiled_blocks_compute_what_plain_ones_do(family):
-    plain, compiled = make_gpt(**FAMILIES[family]), make_gpt(**FAMILIES[family])
+@pytest.mark.parametrize("shape", [{}, {"n_inner": 2**15}, FAMILIES["llama"]])  # 2**20 weights go through oneDNN
+def test_compiled_blocks_compute_what_plain_ones_do(shape):
+    plain, compiled = make_gpt(**shape), make_gpt(**shape)
     common.compile_blocks(compiled)
     for prompts, n in ((PROMPTS, 9), (PROMPTS[:2], 20)):
         where = plain.generate(prompts, n)

@@ -51,3 +51,17 @@ def test_no_thread_of_the_process_group_outlives_it(tmp_path):
     )
     done = run(script, processes=2)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_process_that_fails_says_why_and_ends_the_others(tmp_path):
+    script = tmp_path / "fails.py"
+    script.write_text(
+        "import ppo, common, torch\n"
+        "def main():\n"
+        "    common.setup(ppo.Config(device='cpu'))\n"
+        "    if common.RANK == 1: raise ArithmeticError('of one process')\n"
+        "    common.total(torch.ones(1))\n"
+        "common.run_main(main)\n"
+    )
+    done = run(script, processes=2)
+    assert done.returncode == 1 and "ArithmeticError: of one process" in done.stderr
