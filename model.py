@@ -269,9 +269,8 @@ class GPT(nn.Module):
         ever exists.
         """
         position, mask = response_window(prompt_len, length)  # (B, R)
-        real = mask.flatten().nonzero()[:, 0]  # (N,) places of the window
-        (B, T), device, at = tokens.shape, tokens.device, position[mask]  # (N,) each
-        row = torch.arange(B, device=mask.device)[:, None].expand_as(mask)[mask]
+        row, column = mask.nonzero(as_tuple=True)  # (N,) each: where in the window a response token is
+        device, T, at = tokens.device, tokens.shape[1], position[mask]  # and where in its row (N,)
         hidden = self.hidden(tokens[:, :-1]).flatten(0, 1)  # (B (T - 1), C): the last token predicts nothing
         before = hidden.index_select(0, to_device((T - 1) * row + at - 1, device))  # (N, C): where each was predicted
         target = tokens.flatten().index_select(0, to_device(T * row + at, device))  # (N,)
@@ -280,7 +279,8 @@ class GPT(nn.Module):
             dtype = torch.get_autocast_dtype(before.device.type)
             before, weight = before.to(dtype), weight.to(dtype)
         chosen = ChosenLogprobs.apply(before, weight, target, temperature)  # (N,)
-        return chosen.new_zeros(mask.numel()).index_copy(0, to_device(real, device), chosen).view(mask.shape)
+        place = to_device(mask.shape[1] * row + column, device)
+        return chosen.new_zeros(mask.numel()).index_copy(0, place, chosen).view(mask.shape)
 
     def generate(
         self,
@@ -436,9 +436,8 @@ def chunk_softmax(hidden: Tensor, weight: Tensor, target: Tensor, temperature: f
     logits = output_logits(hidden, weight)
     if temperature != 1:
         logits /= temperature
-    logits -= logits.amax(
-        -1, keepdim=True
-    )  # in place, like exp_: at 50,257 tokens new memory costs more than arithmetic
+    # In place, like exp_: at 50,257 tokens new memory costs more than arithmetic.
+    logits -= logits.amax(-1, keepdim=True)
     chosen = logits.gather(1, target[:, None])
     total = logits.exp_().sum(-1, keepdim=True)
     return (chosen - total.log())[:, 0], logits, total

@@ -129,8 +129,8 @@ def test_eos_is_learned_in_stage_1_and_is_the_last_token_of_a_response_that_ende
 # 5
 @mistake(
     "model.py",
-    "position, mask = response_window(prompt_len, length)  # (B, R)\n        real",
-    "position, mask = response_window(prompt_len, length)  # (B, R)\n        mask = mask & (tokens.gather(1, position) != self.config.eos)\n        real",
+    "position, mask = response_window(prompt_len, length)  # (B, R)\n        row",
+    "position, mask = response_window(prompt_len, length)  # (B, R)\n        mask = mask & (tokens.gather(1, position) != self.config.eos)\n        row",
 )
 @mistake(
     "model.py",
