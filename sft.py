@@ -52,7 +52,7 @@ def prepare(
     cfg: Config, run: common.Run, device: torch.device
 ) -> tuple[GPT, tiktoken.Encoding, list[data.Row], Callable[[int], list[data.Row]], float]:
     """The model, its tokenizer, held-out rows, a function step → rows of that batch, and the batches in one epoch."""
-    plain_text = Path(cfg.data).suffix != ".jsonl" or "text" in data.first_row(cfg.data)
+    plain_text = data.suffix(cfg.data) != ".jsonl" or "text" in data.first_row(cfg.data)
     if cfg.n_embd % cfg.n_head:
         raise InputError(f"--n_embd {cfg.n_embd}: not a multiple of --n_head {cfg.n_head}; change one of the two")
     if cfg.init:

@@ -166,11 +166,16 @@ def first_row(path: str | Path) -> dict:
     return next(iterate_jsonl(path, {}))
 
 
+def suffix(path: str | Path) -> str:
+    """.txt, .jsonl or another: what a file is, gzipped or not."""
+    return Path(str(path).removesuffix(".gz")).suffix
+
+
 def documents(path: str | Path) -> Iterator[str]:
     """The texts of a file, one at a time: a .txt is one document, handed over in pieces of whole lines."""
-    if Path(path).suffix not in (".txt", ".jsonl"):
+    if suffix(path) not in (".txt", ".jsonl"):
         raise InputError(f"{path}: neither .txt nor .jsonl; rename it to what it is")
-    if Path(path).suffix == ".jsonl":
+    if suffix(path) == ".jsonl":
         columns = ["text"] if "text" in first_row(path) else ["prompt", "completion"]
         for row in iterate_jsonl(path, dict.fromkeys(columns, str)):
             yield "".join(row[column] for column in columns)
@@ -435,7 +440,7 @@ def token_stream(path: str | Path, encoding: tiktoken.Encoding, eos: int, target
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-        whole = Path(path).suffix != ".jsonl"  # one document, in pieces
+        whole = suffix(path) != ".jsonl"  # one document, in pieces
         with open(temporary, "wb") as out:
             for text in documents(path):
                 np.array(encoding.encode_ordinary(text) + [eos] * (not whole), dtype=dtype).tofile(out)

@@ -1,6 +1,7 @@
 """sft.py and the plumbing under every stage, run as a user runs them."""
 
 import dataclasses
+import gzip
 import importlib
 import json
 import sys
@@ -41,6 +42,19 @@ def test_pretraining_then_fine_tuning_lowers_the_loss_and_repeats_bit_for_bit(fo
     assert {"model.pt", "best.pt", "state.pt", "metrics.jsonl", "samples.txt"} <= {
         p.name for p in (tmp / "tuned").iterdir()
     }
+
+
+@pytest.mark.parametrize("kind", ["text", "pairs"])
+def test_a_gzipped_file_trains_as_the_plain_one_does(folders, kind):
+    plain = folders["tmp"] / f"{kind}.jsonl"
+    packed = folders["tmp"] / f"{kind}.jsonl.gz"
+    packed.write_bytes(gzip.compress(plain.read_bytes()))
+    losses = []
+    for path in (plain, packed):
+        options = ["--data", str(path), "--init", str(folders["sft"]), "--out", f"{path}.run", "--evals", "1"]
+        sft.train(common.parse(sft.Config, options))
+        losses.append([line["loss/train"] for line in common.read_metrics(f"{path}.run")])
+    assert losses[0] == losses[1] and losses[0]
 
 
 def test_a_run_that_was_stopped_and_resumed_is_the_run_that_was_not(folders, monkeypatch):
