@@ -172,7 +172,7 @@ def test_a_row_is_the_same_alone_and_beside_longer_rows(nets, short, monkeypatch
 
 # 7
 @mistake("model.py", "(prompt_len + t)[:, None], so_far", "torch.full_like(prompt_len, P + t)[:, None], so_far")
-@mistake("model.py", "else gap[..., : P + t + 1]", "else 0 * column[: P + t + 1]")
+@mistake("model.py", "else gap[..., : P + t + 1]", "else torch.zeros_like(gap[..., : P + t + 1])")
 def test_a_ragged_batch_is_decoded_as_each_prompt_is_alone(nets):
     policy = nets[0]
     tokens, prompt_len, length = policy.generate(PROMPTS, 20, temperature=0)
@@ -204,7 +204,7 @@ def test_the_temperature_is_in_the_sampling_in_the_ratio_and_in_the_reference(ne
 
 
 # 9
-@mistake("ppo.py", "generator=generator)\n", "generator=generator, top_k=20)\n")
+@mistake("ppo.py", "temperature, generator=generator)\n", "temperature, generator=generator, top_k=20)\n")
 def test_responses_are_drawn_from_the_whole_softmax_that_scores_them(nets):
     n = 20_000
     batch = rollout(nets, ppo.Config(response_len=1), [[1, 2, 3]] * n)
@@ -502,6 +502,10 @@ def test_the_fine_tuning_loss_leaves_the_prompt_out(gpt, encoding):
         expected -= sum(logp[t - 1, row.tokens[t]].item() for t in range(row.prompt_len, len(row.tokens)))
     assert sft.next_token_loss(gpt, rows, CPU).item() == pytest.approx(expected, abs=1e-4)
     assert sft.count_targets(rows) == sum(len(encoding.encode_ordinary(" yes")) + 1 for _ in rows)
+
+
+def test_what_a_mistake_changes_stands_in_its_file_once():
+    assert [(test, file) for test, file, right, _ in MISTAKES if (ROOT / file).read_text().count(right) != 1] == []
 
 
 @pytest.mark.slow
