@@ -52,17 +52,29 @@ class GPTConfig:
 
 
 class Linear(nn.Linear):
+    packed: Tensor | None = None  # the weight in oneDNN's own order, while `generate` runs
+
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+        return linear(x, self.weight if self.packed is None else self.packed, self.bias)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear; where a CPU multiplies by a large matrix, by oneDNN, which takes up to half of MKL's time for it."""
-    large = ONEDNN and weight.numel() >= 2**20 and x.dtype == weight.dtype == torch.float32
-    plain = x.device.type != "cpu" or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
-    if plain or not large:
+    if not for_onednn(weight) or x.dtype != torch.float32:
         return F.linear(x, weight, bias)
-    return OneDNNLinear.apply(x, weight, bias)
+    if torch.is_grad_enabled():
+        return OneDNNLinear.apply(x, weight, bias)
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def for_onednn(weight: Tensor) -> bool:
+    large = weight.numel() >= 2**20 and weight.device.type == "cpu" and weight.dtype == torch.float32
+    return ONEDNN and large and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
+
+
+def pack(weight: Tensor) -> Tensor:
+    """A copy of a large matrix in the order that oneDNN multiplies by: a few rows then take half the time."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach())
 
 
 class OneDNNLinear(torch.autograd.Function):
@@ -78,7 +90,7 @@ class OneDNNLinear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         flat = grad.flatten(0, -2)  # (N, O)
         d_bias = flat.sum(0) if ctx.needs_input_grad[2] else None
-        return linear(grad, weight.T), flat.T @ x.flatten(0, -2), d_bias
+        return grad @ weight, flat.T @ x.flatten(0, -2), d_bias
 
 
 class Attention(nn.Module):
@@ -144,7 +156,7 @@ def gelu(x: Tensor) -> Tensor:
     """GELU in its tanh form, as GPT-2 has it; on a CPU by a sigmoid, which takes half the time of tanh."""
     if x.device.type != "cpu" or x.dtype != torch.float32 or torch.compiler.is_compiling():
         return F.gelu(x, approximate="tanh")
-    return SigmoidGELU.apply(x)
+    return SigmoidGELU.apply(x) if x.requires_grad else x * SigmoidGELU.gate(x)
 
 
 class SigmoidGELU(torch.autograd.Function):
@@ -153,8 +165,12 @@ class SigmoidGELU(torch.autograd.Function):
     A, B = math.sqrt(8 / math.pi), math.sqrt(8 / math.pi) * 0.044715  # 2u = A x + B x³
 
     @staticmethod
+    def gate(x: Tensor) -> Tensor:
+        return x.square().mul_(SigmoidGELU.B).add_(SigmoidGELU.A).mul_(x).sigmoid_()
+
+    @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
-        s = x.square().mul_(SigmoidGELU.B).add_(SigmoidGELU.A).mul_(x).sigmoid_()
+        s = SigmoidGELU.gate(x)
         ctx.save_for_backward(x, s)
         return x * s
 
@@ -250,6 +266,9 @@ class GPT(nn.Module):
                 x = block.forward(x, rotary, cache[i], to, mask)
         return self.ln_f(x)
 
+    def linears(self) -> list[Linear]:
+        return [module for module in self.h.modules() if isinstance(module, Linear)]
+
     @property
     def output_weight(self) -> Tensor:
         return self.wte.weight if self.config.tied else self.lm_head.weight  # (V, C)
@@ -311,6 +330,8 @@ class GPT(nn.Module):
                 sampled = self.eval()._decode(prompts, max_new_tokens, temperature, top_k, top_p, generator)
         finally:
             torch.clear_autocast_cache()  # the weights may change before they are needed again
+            for layer in self.linears():
+                layer.packed = None
             self.train(was_training)
         tokens, prompt_len, length = (x.clone() for x in sampled)  # ordinary tensors again
         return tokens, prompt_len, length
@@ -341,7 +362,10 @@ class GPT(nn.Module):
         dtype = (
             torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else self.wte.weight.dtype
         )
+        for layer in self.linears():
+            layer.packed = pack(layer.weight) if for_onednn(layer.weight) else None
         weight = self.output_weight.to(dtype)
+        weight = pack(weight) if for_onednn(weight) else weight
         allocate = torch.zeros if self.static_decode else torch.empty  # 0 · what lies in empty memory may be nan
         cache = allocate(config.n_layer, 2, B, n_kv_head, P + N, head_size, device=device, dtype=dtype)
         column = torch.arange(P + N, device=device)
@@ -422,7 +446,7 @@ class ChosenLogprobs(torch.autograd.Function):
             )
             p = p.scatter_add_(1, y[:, None], -total).to(h.dtype)  # (n, V): softmax − onehot, times total
             gi = (gi / total).to(h.dtype)  # (n, 1)
-            d.copy_(-gi * linear(p, weight.T))
+            d.copy_(-gi * (p @ weight))
             if h.dtype == grad.dtype:
                 d_weight.addmm_(p.T, gi * h, alpha=-1)
             else:

@@ -1,5 +1,6 @@
 """model.py: the architecture against an independent one, the window, the cache, the sampler."""
 
+import copy
 import math
 import os
 import shutil
@@ -161,6 +162,23 @@ def test_under_autocast_generation_rounds_each_weight_once_and_keeps_none():
     weights = [p.data_ptr() for name, p in model.named_parameters() if p.dim() == 2 and "wpe" not in name]
     assert [casts.count(weight) for weight in weights] == [2] * len(weights)  # once in each of two generations
     assert not torch.equal(*drawn)  # the second saw the weight that had changed
+
+
+@pytest.mark.skipif(not ONEDNN, reason="this build of torch has no oneDNN")
+def test_matrices_repacked_for_generation_give_the_greedy_tokens_of_float64_and_see_every_update():
+    model = make_gpt(vocab_size=2**15, n_inner=2**15)  # 2**20 weights each
+    drawn = []
+    for _ in range(2):
+        tokens, prompt_len, length = model.generate(PROMPTS, 9, temperature=0)
+        logits = copy.deepcopy(model).double()(tokens)
+        for row, start, end in zip(range(3), prompt_len.tolist(), length.tolist()):
+            assert torch.equal(tokens[row, start:end], logits[row, start - 1 : end - 1].argmax(-1))
+        drawn.append(tokens)
+        assert all(layer.packed is None for layer in model.linears())
+        with torch.no_grad():
+            model.wte.weight.mul_(-1)
+            model.h[0].mlp.c_fc.weight.mul_(-1)
+    assert not torch.equal(*drawn)
 
 
 def test_generation_stops_at_eos_and_counts_it():
