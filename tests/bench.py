@@ -262,12 +262,13 @@ def compare(what: str, name: str, ours: str, rivals: list[str], rounds: int, dev
 def profile(name: str, device: torch.device) -> None:
     """Shares of a training step and of an epoch of PPO's update, by kernel; and how near the products come to the peak.
 
-    Short stretches: what the profiler itself allocates breaks up the memory that is kept, so that pages are cleared
-    anew; at 50,257 tokens that still shows, as copies.
+    What the profiler itself allocates breaks up the memory that is kept; so there is plenty of it from the start, lest
+    clearing new pages be counted as work.
     """
     shape, (batch, minibatches, rows) = SHAPES[name], (8, 2, 8) if "gpt2" in name else (64, 4, 32)
     if device.type == "cpu":
         common.keep_memory()
+        torch.empty(2**31 if "gpt2" in name else 2**29).fill_(0)
     square = torch.randn(2048, 2048, device=device)
     peak = max(rate(lambda: square @ square, 2 * 2048**3, device, 1.0) for _ in range(3)) / 1e9
     families = {"attention": ("attention", "bmm", "softmax"), "products": ("mm", "mkldnn")}
