@@ -6,12 +6,17 @@
     python ppo.py --kl_coef 0                                what the KL term is for: see the reward being hacked
     python ppo.py --iterations 0                             only evaluate the policy in --out
 
-Four functions in the order of the paper, and the loop in `train` is their table of contents; a fork changes one:
+Four nets: the policy; its frozen copy, the reference; a frozen reward model; and a value net that starts as the reward
+model. Each iteration answers a batch of prompts, scores the answers, and improves the policy on them. The loop in
+`train` is the table of contents, one function a step; a fork changes one of them.
 
-    1 rollout      the policy answers a batch of prompts
-    2 read         reward model, frozen copy and value net read the answers
-    3 estimate     per-token rewards, GAE, whitening
-    4 update       epochs of clipped updates over minibatches
+    Batch: what each step adds                       shape                made by
+      tokens, prompt_len, length, ended              (B, T) (B,) …        1 rollout
+      logp, ref_logp, values, mask, score            (B, R) … (B,)        2 read
+      rewards, advantages, returns, final_score      (B, R) … (B,)        3 estimate
+
+tokens are right-padded. Columns of the (B, R) tensors are response tokens: column r is about the token at position
+prompt_len + r. They are 0 outside the response, and mask is true inside it. prompt_len and length stay on the CPU.
 
 Ziegler et al. 2019 (arXiv 1909.08593) is the set-up, Schulman et al. 2017 (1707.06347) the update, Stiennon et al. 2020
 (2009.01325) the separate value net that starts as the reward model. Left out on purpose: shared trunks for policy and
@@ -22,6 +27,7 @@ import copy
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import tiktoken
 import torch
@@ -29,11 +35,13 @@ from torch import Tensor
 
 import common
 import data
+import fast
 from data import InputError, tales
-from model import GPT, ScalarModel, gather_positions, response_window, to_device
+from evaluate import Judge, evaluate, report
+from model import GPT, ScalarModel, response_window
 
-Judge = Callable[[str, str], float]  # (prompt, response) -> how good
-Batch = dict[str, Tensor]  # tokens (B, T), prompt_len and length (B,) on the CPU, then what each function adds
+Batch = dict[str, Tensor]
+SHOWN = ["objective/scores", "objective/judge", "objective/kl", "val/ratio", "val/num_eos_tokens", "tokens_per_s"]
 
 
 @dataclass
@@ -74,41 +82,56 @@ class Config:
     resume: bool = False  # continue the run in --out
 
 
-# --- 1 ---------------------------------------------------------------------------------------------------------------
+# --- 1 rollout --------------------------------------------------------------------------------------------------------
 
 
 def rollout(policy: GPT, prompts: list[list[int]], cfg: Config, generator: torch.Generator) -> Batch:
-    """The policy answers: tokens (B, T), prompt_len (B,), length (B,), ended (B,)."""
-    sampled = policy.generate(prompts, cfg.response_len, temperature=cfg.temperature, generator=generator)
-    tokens, prompt_len, length = sampled
-    ended = gather_positions(tokens, length[:, None] - 1)[:, 0] == policy.config.eos
-    return {"tokens": tokens, "prompt_len": prompt_len, "length": length, "ended": ended}
+    """The policy answers: tokens (B, T), prompt_len (B,), length (B,), ended (B,): whether EOS is the last token."""
+    tokens, prompt_len, length = policy.generate(
+        prompts, cfg.response_len, temperature=cfg.temperature, generator=generator
+    )
+    last = fast.pick(tokens, torch.arange(len(tokens)), length - 1)  # (B,)
+    return {"tokens": tokens, "prompt_len": prompt_len, "length": length, "ended": last == policy.config.eos}
 
 
-# --- 2 ---------------------------------------------------------------------------------------------------------------
+def texts(batch: Batch, encoding: tiktoken.Encoding, eos: int) -> list[tuple[str, str]]:
+    """(prompt, response) of every row as text, without the EOS."""
+    pairs = []
+    columns = [batch[name].tolist() for name in ("tokens", "prompt_len", "length", "ended")]
+    for row, start, end, ended in zip(*columns):
+        prompt = [] if row[:start] == [eos] else row[:start]  # what an empty prompt starts from
+        response = row[start : end - 1] if ended else row[start:end]
+        pairs.append((encoding.decode(prompt), encoding.decode(response)))
+    return pairs
+
+
+# --- 2 read -----------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def read(
     batch: Batch, policy: GPT, ref: GPT, value: ScalarModel | None, score: Callable[[Batch], Tensor], cfg: Config
 ) -> Batch:
-    """What every net makes of the answers: score (B,), logp, ref_logp, values (B, R), mask (B, R).
+    """What every net makes of the answers: logp, ref_logp, values (B, R), mask (B, R), score (B,).
 
     The old log-probabilities come from the forward that training uses, not from the decode, so that the ratio is 1 at
     the first step. Answers are read shortest first, in micro-batches that each pad to their own longest.
     """
-    mask = to_device(response_window(batch["prompt_len"], batch["length"])[1], batch["tokens"].device)
-    out = {name: torch.zeros(mask.shape, device=mask.device) for name in ("logp", "ref_logp", "values")}
-    out |= {"score": torch.zeros(len(mask), device=mask.device), "mask": mask}
+    device = batch["tokens"].device
+    _, mask = response_window(batch["prompt_len"], batch["length"])
+    mask = fast.to_device(mask, device)  # (B, R)
+    out = {name: torch.zeros(mask.shape, device=device) for name in ("logp", "ref_logp", "values")}
+    out |= {"score": torch.zeros(len(mask), device=device), "mask": mask}
     for index in by_length(batch, cfg.micro_batch_size or cfg.minibatch_size):
         part = select(batch, index)
-        where = part["tokens"], part["prompt_len"], part["length"]
-        logp = policy.logprobs(*where, cfg.temperature)  # (b, r)
-        r, rows = logp.shape[1], to_device(index, mask.device)
+        sequences = part["tokens"], part["prompt_len"], part["length"]
+        logp = policy.logprobs(*sequences, cfg.temperature)  # (b, r)
+        ref_logp = ref.logprobs(*sequences, cfg.temperature)
+        rows, r = fast.to_device(index, device), logp.shape[1]
         out["logp"][rows, :r] = logp
-        out["ref_logp"][rows, :r] = ref.logprobs(*where, cfg.temperature)
+        out["ref_logp"][rows, :r] = ref_logp
         if value is not None:
-            out["values"][rows, :r] = value.values(*where)
+            out["values"][rows, :r] = value.values(*sequences)
         out["score"][rows] = score(part)
     return out
 
@@ -120,9 +143,12 @@ def scorer(reward: ScalarModel | Judge, encoding: tiktoken.Encoding, eos: int) -
     """
     if isinstance(reward, ScalarModel):
         return lambda batch: reward.scores(batch["tokens"], batch["length"])
-    return lambda batch: torch.tensor(
-        [float(reward(*pair)) for pair in texts(batch, encoding, eos)], device=batch["tokens"].device
-    )
+
+    def score(batch: Batch) -> Tensor:
+        scores = [float(reward(*pair)) for pair in texts(batch, encoding, eos)]
+        return torch.tensor(scores, device=batch["tokens"].device)
+
+    return score
 
 
 def by_length(batch: Batch, size: int) -> list[Tensor]:
@@ -132,22 +158,18 @@ def by_length(batch: Batch, size: int) -> list[Tensor]:
 
 def select(batch: Batch, index: Tensor) -> Batch:
     """The rows `index`, cut to their own longest: (B, T) to (b, t) and (B, R) to (b, r)."""
-    on_device = to_device(index, batch["tokens"].device)
-    part = {name: x[on_device if x.device == on_device.device else index] for name, x in batch.items()}
-    t, r = int(part["length"].max()), int((part["length"] - part["prompt_len"]).max())
-    return {name: x if x.dim() == 1 else x[:, : t if name == "tokens" else r] for name, x in part.items()}
+    device = batch["tokens"].device
+    rows = fast.to_device(index, device)
+    part = {name: x[rows if x.device == device else index] for name, x in batch.items()}
+    t = int(part["length"].max())
+    r = int((part["length"] - part["prompt_len"]).max())
+    for name, x in part.items():
+        if x.dim() == 2:
+            part[name] = x[:, :t] if name == "tokens" else x[:, :r]
+    return part
 
 
-def texts(batch: Batch, encoding: tiktoken.Encoding, eos: int) -> list[tuple[str, str]]:
-    """(prompt, response) of every row as text, without the EOS."""
-    pairs = []
-    for row, start, end, ended in zip(*(batch[name].tolist() for name in ("tokens", "prompt_len", "length", "ended"))):
-        prompt = [] if row[:start] == [eos] else row[:start]  # what an empty prompt starts from
-        pairs.append((encoding.decode(prompt), encoding.decode(row[start : end - ended])))
-    return pairs
-
-
-# --- 3 ---------------------------------------------------------------------------------------------------------------
+# --- 3 estimate -------------------------------------------------------------------------------------------------------
 
 
 def estimate(batch: Batch, kl_coef: float, cap: float, cfg: Config) -> Batch:
@@ -156,40 +178,41 @@ def estimate(batch: Batch, kl_coef: float, cap: float, cfg: Config) -> Batch:
     The score, clipped if asked and capped where EOS is missing, is paid at the last token; every token pays
     β (log π(y_t) − log π₀(y_t)) (Ziegler et al. 2019, equation 2). GAE: Schulman et al. 2016, equation 16.
     """
-    mask, values = batch["mask"], batch["values"]
-    score = batch["score"]
+    mask, values, score = batch["mask"], batch["values"], batch["score"]
     if cfg.score_clip:
         score = score.clamp(-cfg.score_clip, cfg.score_clip)
     score = torch.where(batch["ended"], score, score.clamp(max=cap))  # (B,)
-    last = mask.sum(1) - 1  # (B,) column of each row's last token
+
     rewards = -kl_coef * (batch["logp"] - batch["ref_logp"])  # (B, R)
-    rewards = rewards.scatter_add(1, last[:, None], score[:, None].to(rewards.dtype)) * mask
+    last = mask.sum(1, keepdim=True) - 1  # (B, 1) column of each row's last token
+    rewards = rewards.scatter_add(1, last, score[:, None].to(rewards.dtype)) * mask
+
     advantages = torch.zeros_like(rewards)
-    following = torch.zeros_like(score)  # the advantage one token later
+    next_value = next_advantage = torch.zeros_like(score)  # 0 after the last token
     for r in reversed(range(mask.shape[1])):
-        next_value = values[:, r + 1] if r + 1 < mask.shape[1] else torch.zeros_like(score)  # 0 after the last token
         delta = rewards[:, r] + cfg.gamma * next_value - values[:, r]
-        following = (delta + cfg.gamma * cfg.lam * following) * mask[:, r]
-        advantages[:, r] = following
+        next_advantage = (delta + cfg.gamma * cfg.lam * next_advantage) * mask[:, r]
+        advantages[:, r] = next_advantage
+        next_value = values[:, r]
     returns = (advantages + values) * mask  # from the advantages as they are, before whitening
     return {"rewards": rewards, "advantages": whiten(advantages, mask), "returns": returns, "final_score": score}
 
 
 def whiten(x: Tensor, mask: Tensor) -> Tensor:
-    """x (B, R) shifted and scaled to mean 0, variance 1 over the masked places of all processes; 0 elsewhere."""
-    n, first = common.total(torch.stack([mask.sum().to(x.dtype), (x * mask).sum()]))
-    mean = first / n
-    variance = common.total(((x - mean).square() * mask).sum()) / n
-    return (x - mean) * (variance + 1e-8).rsqrt() * mask
+    """x (B, R) shifted and scaled to mean 0, variance 1 over the masked places of the whole batch; 0 elsewhere."""
+    centred = x - common.masked_mean(x, mask)
+    variance = common.masked_mean(centred.square(), mask)
+    return centred * (variance + 1e-8).rsqrt() * mask
 
 
-# --- 4 ---------------------------------------------------------------------------------------------------------------
+# --- 4 update ---------------------------------------------------------------------------------------------------------
 
 
 def policy_loss(logp: Tensor, old_logp: Tensor, advantages: Tensor, cliprange: float) -> tuple[Tensor, Tensor]:
     """max(−A ρ, −A clip(ρ, 1 ± ε)) for each token (B, R), and ρ (Schulman et al. 2017, equation 7)."""
     ratio = (logp - old_logp).exp()
-    return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - cliprange, 1 + cliprange)), ratio
+    clipped_ratio = ratio.clamp(1 - cliprange, 1 + cliprange)
+    return torch.maximum(-advantages * ratio, -advantages * clipped_ratio), ratio
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, cliprange: float) -> Tensor:
@@ -224,25 +247,29 @@ def update(
             n_tokens = common.total(minibatch["mask"].sum())
             for index in by_length(minibatch, cfg.micro_batch_size or len(chosen)):
                 part = select(minibatch, index)
-                where, mask = (part["tokens"], part["prompt_len"], part["length"]), part["mask"]
+                mask = part["mask"]
+                sequences = part["tokens"], part["prompt_len"], part["length"]
                 with autocast:
-                    logp, values = policy.logprobs(*where, cfg.temperature), value.values(*where)  # (b, r)
+                    logp = policy.logprobs(*sequences, cfg.temperature)  # (b, r)
+                    values = value.values(*sequences)  # (b, r)
                 losses, ratio = policy_loss(logp, part["logp"], part["advantages"], cfg.cliprange)
-                pg = (losses * mask).sum() / n_tokens
-                vf = (value_loss(values, part["values"], part["returns"], cfg.cliprange_value) * mask).sum() / n_tokens
-                pg.backward()
-                (cfg.vf_coef * vf).backward()
+                pg_loss = (losses * mask).sum() / n_tokens
+                losses = value_loss(values, part["values"], part["returns"], cfg.cliprange_value)
+                vf_loss = (losses * mask).sum() / n_tokens
+                pg_loss.backward()
+                (cfg.vf_coef * vf_loss).backward()
                 with torch.no_grad():
                     approxkl = 0.5 * ((logp - part["logp"]).square() * mask).sum() / n_tokens
                     clipfrac = (((ratio - 1).abs() > cfg.cliprange) * mask).sum() / n_tokens
-                    sums += torch.stack([pg, vf, approxkl, clipfrac, (ratio * mask).sum() / n_tokens])
+                    mean_ratio = (ratio * mask).sum() / n_tokens
+                    sums += torch.stack([pg_loss, vf_loss, approxkl, clipfrac, mean_ratio])
             common.step_optimizer(policy_optimizer, policy, lr, cfg.max_grad_norm)
             common.step_optimizer(value_optimizer, value, lr, cfg.max_grad_norm)
             n_steps += 1
     return dict(zip(names, (common.total(sums) / n_steps).tolist()))
 
 
-# --- 5 ---------------------------------------------------------------------------------------------------------------
+# --- 5 β and metrics --------------------------------------------------------------------------------------------------
 
 
 def adapt(kl_coef: float, kl: float, episodes: int, cfg: Config) -> float:
@@ -262,95 +289,45 @@ def rollout_metrics(batch: Batch, judged: list[float], kl_coef: float) -> dict[s
         "objective/scores": batch["score"],
         "objective/non_score_reward": -kl_coef * kl,
         "objective/rlhf_reward": batch["final_score"] - kl_coef * kl,
-        "val/num_eos_tokens": batch["ended"].float(),
+        "val/num_eos_tokens": batch["ended"],
         "response_len": batch["mask"].sum(1),
     }
     if judged:
         columns["objective/judge"] = torch.tensor(judged, device=kl.device)
-    sums = common.total(torch.stack([x.float().sum() for x in columns.values()]))
-    means = (sums / (len(kl) * common.WORLD)).tolist()
-    return dict(zip(columns, means)) | {"kl_coef": kl_coef}
+    return common.means(columns) | {"kl_coef": kl_coef}
 
 
-def evaluate(
-    policy: GPT,
-    ref: GPT,
-    prompts: list[list[int]],
-    score: Callable[[Batch], Tensor],
-    judges: dict[str, Judge],
-    encoding: tiktoken.Encoding,
-    cfg: Config,
-    autocast: torch.autocast,
-) -> dict[str, list]:
-    """A column for each measure, one number a prompt, on one answer to each; and "texts", the pairs themselves."""
-    columns: dict[str, list] = {}
-    for start in range(0, len(prompts), 128):
-        with autocast:
-            batch = rollout(policy, prompts[start : start + 128], cfg, common.generator(cfg.seed, 9, start))
-            batch |= read(batch, policy, ref, None, score, cfg)
-        pairs = texts(batch, encoding, policy.config.eos)
-        new = {name: [float(judge(*pair)) for pair in pairs] for name, judge in judges.items()}
-        new["score"] = batch["score"].tolist()
-        new["KL to the start (nats)"] = ((batch["logp"] - batch["ref_logp"]) * batch["mask"]).sum(1).tolist()
-        new["length (tokens)"] = batch["mask"].sum(1).tolist()
-        new["ended by EOS"] = batch["ended"].float().tolist()
-        new["texts"] = pairs
-        for name, column in new.items():
-            columns.setdefault(name, []).extend(column)
-    return columns
+# --- build, then the loop ---------------------------------------------------------------------------------------------
 
 
-def report(before: dict[str, list], after: dict[str, list], judges: dict[str, Judge]) -> str:
-    """The table before → after with standard errors, the win rate, and four answers side by side."""
-    n = len(before["texts"])
-    lines = [f"\n{n} held-out prompts                 before              after"]
-    for name in [name for name in before if name != "texts"]:
-        cells = []
-        for column in (before[name], after[name]):
-            x = torch.tensor(column, dtype=torch.float64)
-            cells.append(f"{x.mean():8.3f} ± {x.std() / n**0.5 if n > 1 else 0:.3f}")
-        lines.append(f"{name:<28}{cells[0]:>18}  {cells[1]:>18}")
-    by = next(iter(judges), "score")
-    wins = sum((b > a) + 0.5 * (b == a) for a, b in zip(before[by], after[by])) / n
-    lines.append(f"{'win rate against the start':<28}{'':>18}  {wins:8.3f}  (by {by}, ties half)\n")
-    for (prompt, first), (_, second) in list(zip(before["texts"], after["texts"]))[:4]:
-        lines += [f"  {prompt.strip()}", f"    before  {first.strip()}", f"    after   {second.strip()}"]
-    return "\n".join(lines)
+class Parts(NamedTuple):
+    """What `build` makes."""
+
+    policy: GPT
+    ref: GPT  # its frozen copy
+    value: ScalarModel
+    score: Callable[[Batch], Tensor]  # the frozen reward model, or the user's function
+    cap: float  # highest score of a response without EOS
+    policy_optimizer: torch.optim.Optimizer
+    value_optimizer: torch.optim.Optimizer
+    encoding: tiktoken.Encoding
+    prompts: list[list[int]]  # to train on
+    held_out: list[list[int]]  # to evaluate on
+    judges: dict[str, Judge]
 
 
-def load_prompts(path: str, encoding: tiktoken.Encoding, room: int, cfg: Config) -> list[list[int]]:
-    """Prompts as ids, none longer than `room`: raises InputError, or with --drop_long leaves the longer ones out."""
-    prompts = data.prompts(path, encoding)
-    what = f"prompts of {path} (with --response_len {cfg.response_len})"
-    return data.fit(prompts, [max(1, len(p)) for p in prompts], room, cfg.drop_long, what)
-
-
-def train(cfg: Config) -> None:
-    device, autocast = common.setup(cfg)
-    common.check_out(cfg)
+def build(cfg: Config, device: torch.device, autocast: torch.autocast) -> Parts:
+    """Nets, optimizers, prompts and judges. Raises InputError where they do not fit together."""
     if cfg.batch_size % common.WORLD or cfg.minibatch_size % common.WORLD:
         raise InputError(f"--batch_size and --minibatch_size must be multiples of the {common.WORLD} processes")
     if cfg.temperature == 0:
         raise InputError("--temperature 0: a policy that always says the same cannot learn; give a number above 0")
     policy, encoding = common.load_gpt(cfg.init, device, "--init")
     room = common.context(cfg, policy) - cfg.response_len
-    prompts = load_prompts(cfg.data or tales.path("ppo"), encoding, room, cfg)
-    if cfg.eval_data or not cfg.data:
-        held_out = load_prompts(cfg.eval_data or tales.path("eval"), encoding, room, cfg)
-    else:
-        known = list(dict.fromkeys(map(tuple, prompts)))  # a prompt that comes twice falls on one side
-        chosen = set(random.Random(0).sample(known, min(cfg.eval_prompts, -(-len(known) // 10))))
-        held_out = [list(p) for p in known if p in chosen]
-        prompts = [p for p in prompts if tuple(p) not in chosen]
-    held_out = held_out[: cfg.eval_prompts]
-    if cfg.iterations and len(prompts) < cfg.batch_size:
-        raise InputError(
-            f"--batch_size {cfg.batch_size}: there are {len(prompts)} prompts to train on; give fewer or add some"
-        )
+    prompts, held_out = split_prompts(encoding, room, cfg)
     names = cfg.judge.split(",") if cfg.judge else [] if cfg.data else ["data/tales.py:judge", "data/tales.py:grammar"]
     judges = {name: common.load_function(name) for name in names}
 
-    # The nets: policy and its frozen copy; a frozen reward model (or a function), and a value net that starts as it.
     ref = common.freeze(copy.deepcopy(policy), autocast)
     policy.eval().requires_grad_(True)  # eval: no dropout, or the ratio would not be 1
     if ".py:" in cfg.reward:
@@ -358,72 +335,121 @@ def train(cfg: Config) -> None:
         value = ScalarModel(copy.deepcopy(policy)).to(device)
         torch.nn.init.zeros_(value.head.weight)
     else:
-        reward, reward_encoding = common.load_scalar(cfg.reward, device, "--reward")
-        if data.encoding_state(reward_encoding) != data.encoding_state(encoding):
-            raise InputError(
-                f"--reward {cfg.reward}: was trained with another vocabulary than {cfg.init}; train it from that policy"
-            )
-        if reward.config.block_size < room + cfg.response_len:
-            raise InputError(
-                f"--reward {cfg.reward}: its context is shorter than that of {cfg.init}; give a smaller --block_size"
-            )
-        value, cap = copy.deepcopy(reward), -1.0
+        reward, cap = load_reward(encoding, room, device, cfg), -1.0
+        value = copy.deepcopy(reward)
         reward = common.freeze(reward, autocast)
     value.eval().requires_grad_(True)
-    cap = cap if cfg.unended_cap is None else cfg.unended_cap
-    score = scorer(reward, encoding, policy.config.eos)
     if cfg.compile:
-        common.compile_blocks(policy, ref, value, *([reward] if isinstance(reward, ScalarModel) else []))
-    policy_optimizer = common.adamw(policy, cfg.lr, 0.0, eps=1e-5)
-    value_optimizer = common.adamw(value, cfg.lr, 0.0, eps=1e-5)
+        trunks = [reward.trunk] if isinstance(reward, ScalarModel) else []
+        fast.compile_blocks(policy, ref, value.trunk, *trunks)
+    return Parts(
+        policy,
+        ref,
+        value,
+        scorer(reward, encoding, policy.config.eos),
+        cap if cfg.unended_cap is None else cfg.unended_cap,
+        common.adamw(policy, cfg.lr, 0.0, eps=1e-5),
+        common.adamw(value, cfg.lr, 0.0, eps=1e-5),
+        encoding,
+        prompts,
+        held_out,
+        judges,
+    )
 
-    run = common.Run(cfg)
-    if cfg.iterations:
-        parts = {"value": value, "policy_optimizer": policy_optimizer, "value_optimizer": value_optimizer}
-        run.start(cfg.iterations, model=policy, **parts)
-        common.say(
-            f"{cfg.init}, {cfg.reward} → {cfg.out}: {len(prompts):,} prompts, {len(held_out):,} held out, on {device}"
+
+def load_reward(encoding: tiktoken.Encoding, room: int, device: torch.device, cfg: Config) -> ScalarModel:
+    """The reward model of --reward. Raises InputError where it does not read what the policy writes."""
+    reward, reward_encoding = common.load_scalar(cfg.reward, device, "--reward")
+    if data.encoding_state(reward_encoding) != data.encoding_state(encoding):
+        raise InputError(
+            f"--reward {cfg.reward}: was trained with another vocabulary than {cfg.init}; train it from that policy"
         )
+    if reward.config.block_size < room + cfg.response_len:
+        raise InputError(
+            f"--reward {cfg.reward}: its context is shorter than that of {cfg.init}; give a smaller --block_size"
+        )
+    return reward
+
+
+def split_prompts(encoding: tiktoken.Encoding, room: int, cfg: Config) -> tuple[list[list[int]], list[list[int]]]:
+    """Prompts of at most `room` ids to train on, and those to evaluate on. Raises InputError where they are too few."""
+
+    def load(path: str) -> list[list[int]]:
+        prompts = data.prompts(path, encoding)
+        what = f"prompts of {path} (with --response_len {cfg.response_len})"
+        return data.fit(prompts, [max(1, len(p)) for p in prompts], room, cfg.drop_long, what)
+
+    prompts = load(cfg.data or tales.path("ppo"))
+    if cfg.eval_data or not cfg.data:
+        held_out = load(cfg.eval_data or tales.path("eval"))
+    else:  # a tenth; a prompt that comes twice falls on one side
+        known = list(dict.fromkeys(map(tuple, prompts)))
+        chosen = set(random.Random(0).sample(known, min(cfg.eval_prompts, -(-len(known) // 10))))
+        held_out = [list(p) for p in known if p in chosen]
+        prompts = [p for p in prompts if tuple(p) not in chosen]
+    if cfg.iterations and len(prompts) < cfg.batch_size:
+        raise InputError(
+            f"--batch_size {cfg.batch_size}: there are {len(prompts)} prompts to train on; give fewer or add some"
+        )
+    return prompts, held_out[: cfg.eval_prompts]
+
+
+def train(cfg: Config) -> None:
+    device, autocast = common.setup(cfg)
+    common.check_out(cfg)
+    policy, ref, value, score, cap, policy_optimizer, value_optimizer, encoding, prompts, held_out, judges = build(
+        cfg, device, autocast
+    )
+    run = common.Run(cfg)
+    saved = {"value": value, "policy_optimizer": policy_optimizer, "value_optimizer": value_optimizer}
+    if cfg.iterations:
+        run.start(cfg.iterations, model=policy, **saved)
+        counts = f"{len(prompts):,} prompts, {len(held_out):,} held out"
+        common.say(f"{cfg.init}, {cfg.reward} → {cfg.out}: {counts}, on {device}")
     kl_coef = run.state["kl_coef"] if run.state else cfg.kl_coef
 
     for step in range(run.step, cfg.iterations):
+        # 1 The policy answers the next prompts (of all processes together, a batch).
         ids = common.share(data.shuffled(prompts, cfg.batch_size, cfg.seed, None, step))
         with run.timed("rollout"), autocast:
-            batch = rollout(policy, ids, cfg, common.generator(cfg.seed, 1, step, common.RANK))  # 1
+            batch = rollout(policy, ids, cfg, common.generator(cfg.seed, 1, step, common.RANK))
+        # 2 Reward model, frozen copy and value net read the answers.  3 Rewards, advantages, returns.
         with run.timed("score"), autocast:
-            batch |= read(batch, policy, ref, value, score, cfg)  # 2
-            batch |= estimate(batch, kl_coef, cap, cfg)  # 3
+            batch |= read(batch, policy, ref, value, score, cfg)
+            batch |= estimate(batch, kl_coef, cap, cfg)
+        # 4 Epochs of clipped updates over minibatches.
         with run.timed("update"):
             lr = cfg.lr * (1 - step / cfg.iterations)
             seed = common.seed_of(cfg.seed, 2, step, common.RANK)
-            losses = update(policy, value, policy_optimizer, value_optimizer, batch, lr, cfg, autocast, seed)  # 4
-
+            losses = update(policy, value, policy_optimizer, value_optimizer, batch, lr, cfg, autocast, seed)
+        # 5 β moves; metrics, a sample and a checkpoint are written.
         pairs = texts(batch, encoding, policy.config.eos)
         judged = [float(next(iter(judges.values()))(*pair)) for pair in pairs] if judges else []
-        metrics = rollout_metrics(batch, judged, kl_coef) | losses  # 5
+        metrics = rollout_metrics(batch, judged, kl_coef) | losses
         metrics |= {"lr": lr, "episode": (step + 1) * cfg.batch_size} | run.times
         metrics |= run.speed(int(common.total(batch["mask"].sum())))
         kl_coef = adapt(kl_coef, metrics["objective/kl"], cfg.batch_size, cfg)
-        shown = (
-            "objective/scores",
-            "objective/judge",
-            "objective/kl",
-            "val/ratio",
-            "val/num_eos_tokens",
-            "tokens_per_s",
-        )
         last = step + 1 == cfg.iterations
-        run.log(step, metrics, show=shown if step % 5 == 0 or last else ())
+        run.log(step, metrics, show=SHOWN if step % 5 == 0 or last else [])
         if step % 20 == 0 or last:
             run.sample(step + 1, f"[{batch['score'][0].item():+.2f}] {''.join(pairs[0])}")
         if (step + 1) % cfg.save_every == 0 or last:
-            run.save(step + 1, policy, encoding, {"kl_coef": kl_coef}, **parts)
+            run.save(step + 1, policy, encoding, {"kl_coef": kl_coef}, **saved)
+
+    def answers_of(model: GPT) -> Callable:
+        def answer(some_prompts: list[list[int]], start: int) -> tuple[Batch, list[tuple[str, str]]]:
+            with autocast:
+                batch = rollout(model, some_prompts, cfg, common.generator(cfg.seed, 9, start))
+                batch |= read(batch, model, ref, None, score, cfg)
+            return batch, texts(batch, encoding, model.config.eos)
+
+        return answer
 
     if common.RANK == 0:
         if not cfg.iterations:
             policy, _ = common.load_gpt(cfg.out, device, "--out")
-        before = evaluate(ref, ref, held_out, score, judges, encoding, cfg, autocast)
-        after = evaluate(policy, ref, held_out, score, judges, encoding, cfg, autocast)
+        before = evaluate(answers_of(ref), held_out, judges)
+        after = evaluate(answers_of(policy), held_out, judges)
         common.say(report(before, after, judges))
     run.finish(device)
 

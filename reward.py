@@ -23,6 +23,7 @@ from torch import Tensor
 
 import common
 import data
+import fast
 from data import InputError, label, tales
 from model import GPT, ScalarModel
 
@@ -53,70 +54,7 @@ class Config:
     resume: bool = False  # continue the run in --out
 
 
-def score_groups(model: ScalarModel, groups: list[data.Group], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Scores (N,) of all responses of the groups; winner and loser (P,), indices into them, of all their pairs."""
-    tokens, _, length = data.pad([row for group in groups for row in group.rows], device)
-    offset, pairs = 0, []
-    for group in groups:
-        pairs += [(offset + winner, offset + loser) for winner, loser in group.pairs]
-        offset += len(group.rows)
-    winner, loser = torch.tensor(pairs, device=device).T
-    return model.scores(tokens, length), winner, loser
-
-
-def pairwise_loss(margin: Tensor, groups: list[data.Group]) -> Tensor:
-    """Σ over groups of the mean over a group's pairs of −log σ(margin), margins (P,) = s_winner − s_loser."""
-    weight = torch.cat([torch.full((n,), 1 / n) for n in (len(group.pairs) for group in groups)]).to(margin.device)
-    return -(weight * F.logsigmoid(margin)).sum()
-
-
-@torch.no_grad()
-def evaluate(
-    model: ScalarModel, groups: list[data.Group], cfg: Config, device: torch.device, autocast: torch.autocast
-) -> tuple[dict[str, float], list[tuple]]:
-    """Held-out metrics, and ten rows (from, to, pairs, mean predicted, observed win rate) of a calibration table."""
-    model.eval()
-    margins, certain = [], []
-    for start in range(0, len(groups), cfg.micro_batch_size or cfg.batch_size):
-        part = groups[start : start + (cfg.micro_batch_size or cfg.batch_size)]
-        with autocast:
-            scores, winner, loser = score_groups(model, part, device)
-        margins.append((scores[winner] - scores[loser]).cpu())
-        certain += [p for group in part for p in group.certainty]
-    margin = torch.cat(margins)  # (P,)
-    accuracy = ((margin > 0).float() + 0.5 * (margin == 0).float()).mean().item()
-    metrics = {"eval/loss": pairwise_loss(margin, groups).item() / len(groups), "eval/accuracy": accuracy}
-    metrics["eval/accuracy_se"] = math.sqrt(accuracy * (1 - accuracy) / len(margin))
-    if not any(map(math.isnan, certain)):
-        metrics["eval/accuracy_ceiling"] = sum(certain) / len(certain)
-
-    # A file lists the winner first. Half of the pairs are turned round, or every observed win rate would be 1.
-    turned = torch.arange(len(margin)) % 2 == 1
-    predicted = torch.where(turned, -margin, margin).sigmoid()
-    table = []
-    for low in range(10):
-        inside = (predicted * 10).long().clamp(max=9) == low
-        n = int(inside.sum())
-        if n:
-            table.append(
-                (low / 10, low / 10 + 0.1, n, predicted[inside].mean().item(), (~turned[inside]).float().mean().item())
-            )
-    metrics["eval/calibration_error"] = sum(n * abs(p - seen) for _, _, n, p, seen in table) / len(margin)
-    return metrics, table
-
-
-@torch.no_grad()
-def normalize(model: ScalarModel, rows: list[data.Row], device: torch.device, autocast: torch.autocast) -> None:
-    """Set gain and bias so that the scores of `rows` have mean 0 and variance 1 (Ziegler et al. 2019, section 2.2)."""
-    scores = []
-    for part in data.micro_batches(rows, 64):
-        tokens, _, length = data.pad(part, device)
-        with autocast:
-            scores.append(model.scores(tokens, length))
-    raw = torch.cat(scores)
-    std = raw.std().clamp(min=1e-6)
-    model.bias.copy_((model.bias - raw.mean()) / std)
-    model.gain.copy_(model.gain / std)
+# --- 1 comparisons ----------------------------------------------------------------------------------------------------
 
 
 def sample_and_compare(
@@ -147,13 +85,14 @@ def sample_and_compare(
     return target
 
 
-def train(cfg: Config) -> None:
-    device, autocast = common.setup(cfg)
-    common.check_out(cfg)
+def build(
+    cfg: Config, run: common.Run, autocast: torch.autocast, device: torch.device
+) -> tuple[GPT, tiktoken.Encoding, str | Path, bool, list[data.Group], list[data.Group]]:
+    """The starting policy, its tokenizer, the file of comparisons and whether it was made now, groups to train on, and
+    held-out groups."""
     source = cfg.data or tales.path("compare")
     given = not {"chosen", "ranked"}.isdisjoint(data.first_row(source))
     policy, encoding = common.load_gpt(cfg.init, device, "--init")
-    run = common.Run(cfg)
     comparisons = source if given else Path(cfg.out) / "comparisons.jsonl"
     fresh = not given and not run.state
     if fresh:
@@ -162,11 +101,129 @@ def train(cfg: Config) -> None:
     lengths = [max(len(row.tokens) for row in group.rows) for group in groups]
     groups = data.fit(groups, lengths, common.context(cfg, policy), cfg.drop_long, f"comparisons of {comparisons}")
     held_out, groups = data.hold_out(groups, share=10)
+    return policy, encoding, comparisons, fresh, groups, held_out
 
+
+# --- 2 loss -----------------------------------------------------------------------------------------------------------
+
+
+def score_groups(model: ScalarModel, groups: list[data.Group], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores (N,) of all responses of the groups; winner and loser (P,), indices into them, of all their pairs."""
+    tokens, _, length = data.pad([row for group in groups for row in group.rows], device)
+    offset, pairs = 0, []
+    for group in groups:
+        pairs += [(offset + winner, offset + loser) for winner, loser in group.pairs]
+        offset += len(group.rows)
+    winner, loser = torch.tensor(pairs, device=device).T
+    return model.scores(tokens, length), winner, loser
+
+
+def pairwise_loss(margin: Tensor, groups: list[data.Group]) -> Tensor:
+    """Σ over groups of the mean over a group's pairs of −log σ(margin), margins (P,) = s_winner − s_loser."""
+    weight = torch.cat([torch.full((n,), 1 / n) for n in (len(group.pairs) for group in groups)]).to(margin.device)
+    return -(weight * F.logsigmoid(margin)).sum()
+
+
+# --- 3 evaluation -----------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def evaluate(
+    model: ScalarModel, groups: list[data.Group], cfg: Config, device: torch.device, autocast: torch.autocast
+) -> tuple[dict[str, float], list[tuple]]:
+    """Held-out metrics, and ten rows (from, to, pairs, mean predicted, observed win rate) of a calibration table."""
+    model.eval()
+    margins, certain = [], []
+    size = cfg.micro_batch_size or cfg.batch_size
+    for start in range(0, len(groups), size):
+        part = groups[start : start + size]
+        with autocast:
+            scores, winner, loser = score_groups(model, part, device)
+        margins.append((scores[winner] - scores[loser]).cpu())
+        certain += [p for group in part for p in group.certainty]
+    margin = torch.cat(margins)  # (P,)
+    accuracy = ((margin > 0).float() + 0.5 * (margin == 0).float()).mean().item()
+    metrics = {"eval/loss": pairwise_loss(margin, groups).item() / len(groups), "eval/accuracy": accuracy}
+    metrics["eval/accuracy_se"] = math.sqrt(accuracy * (1 - accuracy) / len(margin))
+    if not any(map(math.isnan, certain)):
+        metrics["eval/accuracy_ceiling"] = sum(certain) / len(certain)
+
+    # A file lists the winner first. Half of the pairs are turned round, or every observed win rate would be 1.
+    turned = torch.arange(len(margin)) % 2 == 1
+    predicted = torch.where(turned, -margin, margin).sigmoid()
+    tenth = (predicted * 10).long().clamp(max=9)
+    table = []
+    for i in range(10):
+        inside = tenth == i
+        n = int(inside.sum())
+        if n:
+            observed = (~turned[inside]).float().mean().item()
+            table.append((i / 10, i / 10 + 0.1, n, predicted[inside].mean().item(), observed))
+    metrics["eval/calibration_error"] = sum(n * abs(p - seen) for _, _, n, p, seen in table) / len(margin)
+    return metrics, table
+
+
+def report(metrics: dict[str, float], table: list[tuple]) -> str:
+    """Held-out accuracy beside what the noise allows, and the calibration table."""
+    first = f"\nheld-out accuracy {metrics['eval/accuracy']:.3f} ± {metrics['eval/accuracy_se']:.3f}"
+    if "eval/accuracy_ceiling" in metrics:
+        first += f" (the noise in these labels allows {metrics['eval/accuracy_ceiling']:.3f})"
+    lines = [first, "\nwin rate        pairs   predicted   observed"]
+    for low, high, n, predicted, observed in table:
+        lines.append(f"{low:.1f} – {high:.1f}   {n:>8,}       {predicted:.3f}      {observed:.3f}")
+    return "\n".join(lines)
+
+
+# --- 4 normalisation --------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def normalize(model: ScalarModel, rows: list[data.Row], device: torch.device, autocast: torch.autocast) -> None:
+    """Set gain and bias so that the scores of `rows` have mean 0 and variance 1 (Ziegler et al. 2019, section 2.2)."""
+    scores = []
+    for part in data.micro_batches(rows, 64):
+        tokens, _, length = data.pad(part, device)
+        with autocast:
+            scores.append(model.scores(tokens, length))
+    raw = torch.cat(scores)
+    std = raw.std().clamp(min=1e-6)
+    model.bias.copy_((model.bias - raw.mean()) / std)
+    model.gain.copy_(model.gain / std)
+
+
+def sample_policy(policy: GPT, groups: list[data.Group], cfg: Config, autocast: torch.autocast) -> list[data.Row]:
+    """512 answers of the starting policy to the prompts of `groups`."""
+    prompts = [row.tokens[: row.prompt_len] for row in (group.rows[0] for group in groups)]
+    prompts = [p for p in prompts if len(p) + cfg.response_len <= policy.config.block_size][:512]
+    if not prompts:
+        raise InputError(
+            f"--response_len {cfg.response_len}: no prompt leaves room for it in the context; give a smaller one"
+        )
+    prompts = list(islice(cycle(prompts), 512))
+    rows = []
+    for start in range(0, 512, 128):
+        generator = common.generator(cfg.seed, 3, start)
+        with autocast:
+            sampled = policy.generate(
+                prompts[start : start + 128], cfg.response_len, temperature=cfg.temperature, generator=generator
+            )
+        for tokens, prompt_len, length in zip(*(x.tolist() for x in sampled)):
+            rows.append(data.Row(tokens[:length], prompt_len))
+    return rows
+
+
+# --- the loop ---------------------------------------------------------------------------------------------------------
+
+
+def train(cfg: Config) -> None:
+    device, autocast = common.setup(cfg)
+    common.check_out(cfg)
+    run = common.Run(cfg)
+    policy, encoding, comparisons, fresh, groups, held_out = build(cfg, run, autocast, device)
     torch.manual_seed(cfg.seed)
     model = ScalarModel(copy.deepcopy(policy)).to(device)
     if cfg.compile:
-        common.compile_blocks(model)
+        fast.compile_blocks(model.trunk)
     optimizer = common.adamw(model, cfg.lr, cfg.weight_decay)
     steps = max(1, len(groups) // cfg.batch_size)  # one epoch: a second one overfits (Stiennon et al. 2020, C.1)
     run.start(steps, model=model, optimizer=optimizer)
@@ -179,9 +236,11 @@ def train(cfg: Config) -> None:
 
     model.eval()  # no dropout: a score must not depend on chance
     for step in range(run.step, steps):
+        # 1 The prompts of this step, each with all its responses.
         batch = data.shuffled(groups, cfg.batch_size, cfg.seed, None, step)
         mine = common.share(batch)
         size = cfg.micro_batch_size or len(batch)
+        # 2 Forward and backward, one micro-batch at a time.
         loss = correct = torch.zeros((), device=device)
         for start in range(0, len(mine), size):
             part = mine[start : start + size]
@@ -191,58 +250,25 @@ def train(cfg: Config) -> None:
             part_loss = pairwise_loss(margin, part) / len(batch)
             part_loss.backward()
             loss, correct = loss + part_loss.detach(), correct + (margin > 0).sum()
+        # 3 One step of the optimizer.
         lr = common.warmup_cosine(step, steps, cfg.lr, cfg.warmup)
         norm = common.step_optimizer(optimizer, model, lr, cfg.max_grad_norm)
+        # 4 Metrics and checkpoints; at the end evaluation and normalisation.
         accuracy = common.total(correct).item() / sum(len(group.pairs) for group in batch)
         metrics = {"loss/train": common.total(loss).item(), "accuracy": accuracy, "grad_norm": norm.item(), "lr": lr}
         metrics |= run.speed(sum(len(row.tokens) for group in batch for row in group.rows))
-        if step + 1 == steps:
-            metrics |= finish(model, policy, groups, held_out, cfg, device, autocast)
         last = step + 1 == steps
+        if last:
+            found, table = evaluate(model, held_out, cfg, device, autocast)
+            common.say(report(found, table))
+            metrics |= found
+            normalize(model, sample_policy(policy, groups, cfg, autocast), device, autocast)
+            how = f"(gain {model.gain:.3f}, bias {model.bias:.3f})"
+            common.say(f"\nscores of {cfg.init}'s samples now have mean 0, variance 1 {how}")
         run.log(step, metrics, show=("loss/train", "accuracy", "tokens_per_s") if step % 20 == 0 or last else ())
         if (step + 1) % 200 == 0 or last:
             run.save(step + 1, model, encoding, {}, optimizer=optimizer)
     run.finish(device)
-
-
-def finish(
-    model: ScalarModel,
-    policy: GPT,
-    groups: list[data.Group],
-    held_out: list[data.Group],
-    cfg: Config,
-    device: torch.device,
-    autocast: torch.autocast,
-) -> dict[str, float]:
-    """Report on held-out comparisons, then normalise the scores on fresh samples of the starting policy."""
-    metrics, table = evaluate(model, held_out, cfg, device, autocast)
-    common.say(f"\nheld-out accuracy {metrics['eval/accuracy']:.3f} ± {metrics['eval/accuracy_se']:.3f}", end="")
-    if "eval/accuracy_ceiling" in metrics:
-        common.say(f" (the noise in these labels allows {metrics['eval/accuracy_ceiling']:.3f})", end="")
-    common.say("\n\nwin rate        pairs   predicted   observed")
-    for low, high, n, predicted, observed in table:
-        common.say(f"{low:.1f} – {high:.1f}   {n:>8,}       {predicted:.3f}      {observed:.3f}")
-    prompts = [row.tokens[: row.prompt_len] for row in (group.rows[0] for group in groups)]
-    prompts = [p for p in prompts if len(p) + cfg.response_len <= policy.config.block_size][:512]
-    if not prompts:
-        raise InputError(
-            f"--response_len {cfg.response_len}: no prompt leaves room for it in the context; give a smaller one"
-        )
-    prompts = list(islice(cycle(prompts), 512))
-    rows = []
-    for start in range(0, 512, 128):
-        with autocast:
-            sampled = policy.generate(
-                prompts[start : start + 128], cfg.response_len, temperature=cfg.temperature,
-                generator=common.generator(cfg.seed, 3, start),
-            )  # fmt: skip
-        for tokens, prompt_len, length in zip(*(x.tolist() for x in sampled)):
-            rows.append(data.Row(tokens[:length], prompt_len))
-    normalize(model, rows, device, autocast)
-    common.say(
-        f"\nscores of {cfg.init}'s samples now have mean 0, variance 1 (gain {model.gain:.3f}, bias {model.bias:.3f})"
-    )
-    return metrics
 
 
 def main() -> None:

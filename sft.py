@@ -17,6 +17,7 @@ import torch
 
 import common
 import data
+import fast
 from data import InputError, tales
 from model import GPT, GPTConfig
 
@@ -48,40 +49,59 @@ class Config:
     resume: bool = False  # continue the run in --out
 
 
-def prepare(
+# --- 1 data and model -------------------------------------------------------------------------------------------------
+
+
+def build(
     cfg: Config, run: common.Run, device: torch.device
 ) -> tuple[GPT, tiktoken.Encoding, list[data.Row], Callable[[int], list[data.Row]], float]:
     """The model, its tokenizer, held-out rows, a function step → rows of that batch, and the batches in one epoch."""
-    plain_text = data.suffix(cfg.data) != ".jsonl" or "text" in data.first_row(cfg.data)
     if cfg.n_embd % cfg.n_head:
         raise InputError(f"--n_embd {cfg.n_embd}: not a multiple of --n_head {cfg.n_head}; change one of the two")
+    plain_text = data.suffix(cfg.data) != ".jsonl" or "text" in data.first_row(cfg.data)
     if cfg.init:
         model, encoding = common.load_gpt(cfg.init, device, "--init")
     else:
-        if run.state:
-            encoding = data.encoding_from_state(run.state["tokenizer"])
-        elif cfg.vocab_size == 0:
-            encoding = data.gpt2_encoding()
-        else:
-            encoding = data.learn_bpe(data.documents(cfg.data), cfg.vocab_size)
+        encoding = make_encoding(cfg, run)
         shape = (cfg.block_size or 128, cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.dropout)
         model = GPT(GPTConfig(encoding.n_vocab, *shape, encoding.eot_token)).to(device)
-    eos, width = model.config.eos, common.context(cfg, model)
+    width = common.context(cfg, model)
+    rows_of = text_rows if plain_text else completion_rows
+    return model, encoding, *rows_of(cfg, run, encoding, model.config.eos, width)
 
-    if not plain_text:
-        rows = data.completions(cfg.data, encoding, eos)
-        rows = data.fit(rows, [len(row.tokens) for row in rows], width, cfg.drop_long, f"rows of {cfg.data}")
-        held_out, rows = data.hold_out(rows)
-        lengths = [len(row.tokens) for row in rows]
-        batch = partial(data.shuffled, rows, cfg.batch_size, cfg.seed, lengths)
-        return model, encoding, held_out, batch, len(rows) / cfg.batch_size
+
+def make_encoding(cfg: Config, run: common.Run) -> tiktoken.Encoding:
+    """The tokenizer of a new model: that of the run which is resumed, GPT-2's, or one learned from --data."""
+    if run.state:
+        return data.encoding_from_state(run.state["tokenizer"])
+    if cfg.vocab_size == 0:
+        return data.gpt2_encoding()
+    return data.learn_bpe(data.documents(cfg.data), cfg.vocab_size)
+
+
+def completion_rows(
+    cfg: Config, run: common.Run, encoding: tiktoken.Encoding, eos: int, width: int
+) -> tuple[list[data.Row], Callable[[int], list[data.Row]], float]:
+    """Prompt → completion: held-out rows, the batch of each step, batches in an epoch."""
+    rows = data.completions(cfg.data, encoding, eos)
+    rows = data.fit(rows, [len(row.tokens) for row in rows], width, cfg.drop_long, f"rows of {cfg.data}")
+    held_out, rows = data.hold_out(rows)
+    lengths = [len(row.tokens) for row in rows]
+    batch = partial(data.shuffled, rows, cfg.batch_size, cfg.seed, lengths)
+    return held_out, batch, len(rows) / cfg.batch_size
+
+
+def text_rows(
+    cfg: Config, run: common.Run, encoding: tiktoken.Encoding, eos: int, width: int
+) -> tuple[list[data.Row], Callable[[int], list[data.Row]], float]:
+    """Plain text: the same three, from one stream of tokens that is kept beside --out. Its last part is held out."""
+    stream_file = Path(f"{Path(cfg.out)}.tokens")
 
     def tokenize():
         if common.RANK == 0 and not run.state:
             stream_file.unlink(missing_ok=True)
         return data.token_stream(cfg.data, encoding, eos, stream_file)
 
-    stream_file = Path(f"{Path(cfg.out)}.tokens")
     stream = common.first_alone(tokenize)
     tail = min(len(stream) // 20, 64 * width)
     if tail < width + 1:
@@ -91,7 +111,10 @@ def prepare(
     held_out = data.windows(stream[-tail:], width, range(0, tail - width, width))
     stream = stream[:-tail]
     batch = partial(data.random_windows, stream, width, cfg.batch_size, cfg.seed)
-    return model, encoding, held_out, batch, len(stream) / width / cfg.batch_size
+    return held_out, batch, len(stream) / width / cfg.batch_size
+
+
+# --- 2 loss -----------------------------------------------------------------------------------------------------------
 
 
 def next_token_loss(model: GPT, rows: list[data.Row], device: torch.device) -> torch.Tensor:
@@ -101,6 +124,9 @@ def next_token_loss(model: GPT, rows: list[data.Row], device: torch.device) -> t
 
 def count_targets(rows: list[data.Row]) -> int:
     return sum(len(row.tokens) - row.prompt_len for row in rows)
+
+
+# --- 3 evaluation -----------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -114,13 +140,24 @@ def evaluate(model: GPT, rows: list[data.Row], cfg: Config, device: torch.device
     return common.total(loss).item() / count_targets(rows)
 
 
+def sample(model: GPT, encoding: tiktoken.Encoding, row: data.Row, cfg: Config, step: int) -> str:
+    """The prompt of a held-out row, or the first tokens of plain text, and how the model goes on."""
+    prompt = row.tokens[: row.prompt_len if row.prompt_len > 1 else 8]
+    room = common.context(cfg, model) - len(prompt)
+    tokens, _, _ = model.generate([prompt], min(room, 96), generator=common.generator(cfg.seed, step))
+    return encoding.decode(tokens[0].tolist())
+
+
+# --- the loop ---------------------------------------------------------------------------------------------------------
+
+
 def train(cfg: Config) -> None:
     device, autocast = common.setup(cfg)
     common.check_out(cfg)
     run = common.Run(cfg)
-    model, encoding, held_out, batch, batches = prepare(cfg, run, device)
+    model, encoding, held_out, batch, batches = build(cfg, run, device)
     if cfg.compile:
-        common.compile_blocks(model)
+        fast.compile_blocks(model)
     optimizer = common.adamw(model, cfg.lr, cfg.weight_decay)
     steps = max(1, round(cfg.epochs * batches))
     run.start(steps, model=model, optimizer=optimizer)
@@ -129,19 +166,22 @@ def train(cfg: Config) -> None:
     common.say(f"{cfg.data} → {cfg.out}: {size:,} parameters, {encoding.n_vocab:,} tokens of vocabulary, on {device}")
 
     for step in range(run.step, steps):
-        model.train()
-        torch.manual_seed(common.seed_of(cfg.seed, step, common.RANK))  # dropout's
+        # 1 The rows of this step.
         rows = batch(step)
         n_targets = count_targets(rows)  # of the whole batch, so that no split of it changes the gradient
+        # 2 Forward and backward, one micro-batch at a time.
+        model.train()
+        torch.manual_seed(common.seed_of(cfg.seed, step, common.RANK))  # dropout's
         loss = torch.zeros((), device=device)
         for part in data.micro_batches(common.share(rows), cfg.micro_batch_size or len(rows)):
             with autocast:
                 part_loss = next_token_loss(model, part, device) / n_targets
             part_loss.backward()
             loss += part_loss.detach()
+        # 3 One step of the optimizer.
         lr = common.warmup_cosine(step, steps, cfg.lr, cfg.warmup)
         norm = common.step_optimizer(optimizer, model, lr, cfg.max_grad_norm)
-
+        # 4 Metrics; now and then held-out loss, a sample and a checkpoint.
         metrics = {"loss/train": common.total(loss).item(), "grad_norm": norm.item(), "lr": lr}
         metrics |= run.speed(sum(len(row.tokens) for row in rows))
         due = (step + 1) * cfg.evals // steps > step * cfg.evals // steps
@@ -149,11 +189,7 @@ def train(cfg: Config) -> None:
             metrics["loss/held_out"] = evaluate(model, held_out, cfg, device, autocast)
         run.log(step, metrics, show=("loss/train", "loss/held_out", "tokens_per_s") if due or step % 20 == 0 else ())
         if due:
-            row = held_out[step % len(held_out)]
-            prompt = row.tokens[: row.prompt_len if row.prompt_len > 1 else 8]
-            room = common.context(cfg, model) - len(prompt)
-            tokens, _, _ = model.generate([prompt], min(room, 96), generator=common.generator(cfg.seed, step))
-            run.sample(step + 1, encoding.decode(tokens[0].tolist()))
+            run.sample(step + 1, sample(model, encoding, held_out[step % len(held_out)], cfg, step))
             if metrics["loss/held_out"] < best:
                 best = metrics["loss/held_out"]
                 run.save_best(model, encoding)

@@ -18,7 +18,7 @@ import zlib
 from collections import Counter
 from pathlib import Path
 
-from data import InputError, download_from_hub, iterate_jsonl, write_jsonl
+from data.files import InputError, download_from_hub, iterate_jsonl, write_jsonl
 
 FOLDER = Path(__file__).resolve().parent.parent / "out/data/hh"
 SETS = ("helpful-base", "helpful-online", "helpful-rejection-sampled", "harmless-base")

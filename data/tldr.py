@@ -16,7 +16,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from data import InputError, download, gpt2_encoding, iterate_jsonl, write_jsonl
+from data.files import InputError, download, iterate_jsonl, write_jsonl
+from data.tokenizer import gpt2_encoding
 
 URL = "https://openaipublic.blob.core.windows.net/summarize-from-feedback"
 FOLDER = Path(__file__).resolve().parent.parent / "out/data/tldr"

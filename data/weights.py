@@ -19,13 +19,14 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import regex  # tiktoken's own dependency
 import tiktoken
 import torch
 from torch import Tensor
 
 import common
-from data import SPLIT, InputError, download_from_hub, gpt2_encoding
+from data.files import InputError, download_from_hub, read_json
+from data.tokenizer import gpt2_encoding
+from data.tokenizer_json import eos_id, fill_gaps, read_tokenizer, tokenizer_json
 from model import GPT, GPTConfig, ScalarModel
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "plainrlhf"
@@ -90,13 +91,6 @@ def tensors(config: GPTConfig, scalar: bool) -> Iterator[tuple[str, list[str], b
 # --- config.json ------------------------------------------------------------------------------------------------------
 
 
-def read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); give a whole Hugging Face folder") from None
-
-
 def read_config(path: Path) -> tuple[GPTConfig, bool]:
     """Our config from a config.json, and whether the model is a sequence classifier. `eos` is left at 0."""
     c = read_json(path)
@@ -159,130 +153,6 @@ def config_json(config: GPTConfig, scalar: bool) -> dict:
     }  # fmt: skip
 
 
-# --- tokenizer.json ---------------------------------------------------------------------------------------------------
-
-# Byte-level vocabularies write a byte as a printable character: itself where it is one, else the next from U+0100 on.
-_PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
-_OTHERS = [b for b in range(256) if b not in _PRINTABLE]
-CHARACTER = {b: chr(b) for b in _PRINTABLE} | {b: chr(256 + i) for i, b in enumerate(_OTHERS)}
-BYTE = {character: byte for byte, character in CHARACTER.items()}
-
-
-def read_tokenizer(path: Path) -> tiktoken.Encoding:
-    """A tokenizer.json's byte-level BPE as a tiktoken.Encoding, its added tokens as special ones.
-
-    tiktoken merges in the order of the ids, so the merges must be listed in that order, which byte-level vocabularies
-    are. Raises InputError, by name, for a tokenizer, a pre-tokenizer or an added token that this cannot express.
-    """
-    if not path.exists():
-        raise InputError(f"{path}: is not there; save the tokenizer there as a fast one")
-    spec = read_json(path)
-    spec["model"].setdefault("type", "BPE" if "merges" in spec["model"] else "unnamed")  # GPT-2's own does not name it
-    model, added = spec["model"], {token["content"]: token for token in spec.get("added_tokens", [])}
-    vocab = {token: i for token, i in model["vocab"].items() if token not in added} if model["type"] == "BPE" else {}
-    if not vocab or model.get("byte_fallback") or not BYTE.keys() >= set("".join(vocab)):
-        raise InputError(f"{path}: a tokenizer of type {model['type']} is not supported unless it is a byte-level BPE")
-    ranks = {bytes(BYTE[character] for character in token): i for token, i in vocab.items()}
-    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
-    order = [vocab.get(a + b, -1) for a, b in merges]
-    if -1 in order or order != sorted(order):
-        raise InputError(f"{path}: a vocabulary whose ids are not in the order of its merges is not supported")
-    unmade = [token for token, i in vocab.items() if len(token) > 1 and i not in set(order)]
-    if unmade and not model.get("ignore_merges"):  # tiktoken gives a word that is one token that token, merges or none
-        raise InputError(f"{path}: the token {unmade[0]} that no merge makes is not supported without ignore_merges")
-    if (normalizer := (spec.get("normalizer") or {}).get("type")) not in (None, "NFC"):
-        raise InputError(f"{path}: normalizer {normalizer} is not supported; remove it, or give another tokenizer")
-    for name, token in added.items():
-        if token.get("lstrip") or token.get("rstrip") or token.get("single_word"):
-            raise InputError(f"{path}: added token {name} with lstrip, rstrip or single_word is not supported")
-    pattern = split_pattern(spec["pre_tokenizer"], lacking(ranks, path), path)
-    if normalizer:
-        print(f"{path}: normalizer NFC is left out; a text that is not in NFC gets other tokens than in transformers")
-    if '"SpecialToken"' in json.dumps(spec.get("post_processor")):
-        print(f"{path}: adds tokens to every text, which is not done here; write them into your prompts")
-    special = {name: token["id"] for name, token in added.items()}
-    return tiktoken.Encoding("bpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
-
-
-def lacking(ranks: dict[bytes, int], path: Path) -> list[tuple[str, str]]:
-    """(first, last) of the characters that a vocabulary has no bytes for: control characters, unassigned planes."""
-    ranges = []
-    for byte in (b for b in range(256) if bytes([b]) not in ranks):
-        if byte < 128 and not regex.match(r"[\s\p{L}\p{N}]", chr(byte)):
-            ranges.append((chr(byte), chr(byte)))
-        elif 0xF1 <= byte <= 0xF3:  # opens the characters of four planes
-            ranges.append((chr((byte & 7) << 18), chr((byte & 7) << 18 | 0x3FFFF)))
-        elif byte not in (0xC0, 0xC1, *range(0xF5, 256)):  # which occur in no UTF-8 text
-            raise InputError(f"{path}: a vocabulary without byte {byte:#x} is not supported")
-    return ranges
-
-
-def split_pattern(pre_tokenizer: dict | None, lacks: list[tuple[str, str]], path: Path) -> str:
-    """The pattern whose matches are the words that BPE is applied to; no word holds a character of `lacks`.
-
-    Known are GPT-2's own pattern, the same behind a step that splits off every digit, and a Split by any pattern.
-    Characters that the vocabulary lacks are dropped, as transformers drops them (which joins what stands around them).
-    """
-    steps = pre_tokenizer or {"type": "none"}
-    *before, last = steps["pretokenizers"] if steps["type"] == "Sequence" else [steps]
-    split = {"behavior": "Isolated", "invert": False} | (before[0] if before else {})
-    if last["type"] == "ByteLevel" and not last["add_prefix_space"]:
-        if last.get("use_regex", True) and before in ([], [{"type": "Digits", "individual_digits": True}]):
-            pattern = SPLIT
-            if before:
-                pattern = pattern.replace(r" ?\p{N}+", r"\p{N}").replace(r"|\s+(?!\S)", r"|\s+(?=\p{N})|\s+(?!\S)")
-            unknown = "".join(f"{regex.escape(a)}-{regex.escape(z)}" for a, z in lacks)
-            return pattern.replace(r"[^\s\p{L}\p{N}]", rf"[^\s\p{{L}}\p{{N}}{unknown}]")
-        if split["type"] == "Split" and split["behavior"] == "Isolated" and not split["invert"] and len(before) == 1:
-            pattern = split["pattern"].get("Regex", "")
-            if pattern and not last.get("use_regex", True) and not any(regex.search(pattern, a) for a, _ in lacks):
-                return pattern
-    raise InputError(
-        f"{path}: pre-tokenizer {' + '.join(step['type'] for step in [*before, last])}, with its options, is not "
-        "supported; ByteLevel, Digits + ByteLevel and Split + ByteLevel are"
-    )
-
-
-def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """The merges that made a vocabulary: each token, put together with the earlier ones only, is two parts at last.
-
-    A token of which more parts are left has no merge: it is found only as a whole word, here and with ignore_merges.
-    """
-    merges = []
-    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
-        parts = [token[i : i + 1] for i in range(len(token))]
-        while len(parts) > 2:
-            best = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], rank))
-            if ranks.get(parts[best] + parts[best + 1], rank) >= rank:
-                break
-            parts[best : best + 2] = [parts[best] + parts[best + 1]]
-        if len(parts) == 2:
-            merges.append((parts[0], parts[1]))
-    return merges
-
-
-def tokenizer_json(encoding: tiktoken.Encoding) -> dict:
-    """A tokenizer.json for an encoding; the inverse of `read_tokenizer`."""
-    ranks = encoding._mergeable_ranks
-    text = lambda token: "".join(CHARACTER[b] for b in token)  # noqa: E731
-    flags = dict.fromkeys(["single_word", "lstrip", "rstrip", "normalized"], False) | {"special": True}
-    special = sorted(encoding._special_tokens.items(), key=lambda item: item[1])
-    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    split = {"type": "Split", "pattern": {"Regex": encoding._pat_str}, "behavior": "Isolated", "invert": False}
-    return {
-        "version": "1.0", "truncation": None, "padding": None,
-        "added_tokens": [{"id": i, "content": name} | flags for name, i in special],
-        "normalizer": None, "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, level]},
-        "post_processor": None, "decoder": level | {"use_regex": True},
-        "model": {
-            "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": "",
-            "end_of_word_suffix": "", "fuse_unk": False, "byte_fallback": False, "ignore_merges": True,
-            "vocab": {text(token): i for token, i in ranks.items()} | encoding._special_tokens,
-            "merges": [[text(a), text(b)] for a, b in merges_of(ranks)],
-        },
-    }  # fmt: skip
-
-
 # --- in ---------------------------------------------------------------------------------------------------------------
 
 
@@ -324,39 +194,6 @@ def read_model(folder: Path) -> tuple[GPT | ScalarModel, tiktoken.Encoding]:
         raise InputError(
             f"{folder}: config.json or tokenizer.json is not as expected ({what}); fetch it again"
         ) from None
-
-
-def eos_id(folder: Path, encoding: tiktoken.Encoding) -> int:
-    """The id of the token that ends a text: tokenizer_config.json's eos_token, else config.json's eos_token_id."""
-    name = None
-    if (path := folder / "tokenizer_config.json").exists():
-        name = read_json(path).get("eos_token")
-        name = name.get("content") if isinstance(name, dict) else name
-    if name in encoding._special_tokens:
-        return encoding._special_tokens[name]
-    eos = read_json(folder / "config.json").get("eos_token_id")
-    if eos is None:
-        raise InputError(
-            f"{folder}: neither tokenizer_config.json nor config.json names an EOS token; add eos_token_id"
-        )
-    eos = eos[0] if isinstance(eos, list) else eos
-    if eos not in encoding._special_tokens.values():
-        raise InputError(f"{folder}: eos_token_id {eos} is no special token of tokenizer.json; mend one of the two")
-    return eos
-
-
-def fill_gaps(encoding: tiktoken.Encoding, vocab_size: int, folder: Path) -> tiktoken.Encoding:
-    """The encoding with a special token for each id that the model has a row for and the tokenizer no name."""
-    used = set(encoding._mergeable_ranks.values()) | set(encoding._special_tokens.values())
-    if max(used) >= vocab_size:
-        raise InputError(
-            f"{folder}: the tokenizer has ids up to {max(used)}, the model only {vocab_size} rows for them"
-        )
-    names = {f"<|unused_{i}|>": i for i in range(vocab_size) if i not in used}
-    return tiktoken.Encoding(
-        encoding.name, pat_str=encoding._pat_str, mergeable_ranks=encoding._mergeable_ranks,
-        special_tokens=encoding._special_tokens | names,
-    )  # fmt: skip
 
 
 def load(config: GPTConfig, scalar: bool, found: dict[str, Tensor], source: str) -> GPT | ScalarModel:

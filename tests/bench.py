@@ -28,6 +28,7 @@ import torch
 
 import common
 import data
+import fast
 import ppo
 from model import GPT, GPTConfig, ScalarModel
 
@@ -74,7 +75,7 @@ def train(shape: tuple, batch: int, device: torch.device, who: str) -> tuple[Cal
     T, theirs = 64, who == "transformers"
     model = (make_theirs if theirs else make_gpt)(shape, T + 1, device).train()
     if who == COMPILED:
-        common.compile_blocks(model)
+        fast.compile_blocks(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     tokens = random_tokens(shape[0], batch, T + 1).to(device)
     first = torch.ones(batch, dtype=torch.long)
@@ -97,7 +98,7 @@ def generate(shape: tuple, batch: int, device: torch.device, who: str) -> tuple[
     if who != "transformers":
         model = make_gpt(shape, PROMPT + NEW, device)
         if who == COMPILED:
-            common.compile_blocks(model)
+            fast.compile_blocks(model)
         return lambda: model.generate(prompts.tolist(), NEW), batch * NEW
     model = make_theirs(shape, PROMPT + NEW, device).eval()
     how = dict(max_new_tokens=NEW, do_sample=True, top_k=0, pad_token_id=0, eos_token_id=None)
@@ -125,7 +126,7 @@ def ppo_iterations(
     ref, reward = common.freeze(ref, autocast), common.freeze(reward, autocast)
     policy.eval(), value.eval()
     if who == COMPILED:
-        common.compile_blocks(policy, ref, value, reward)
+        fast.compile_blocks(policy, ref, value.trunk, reward.trunk)
     score = ppo.scorer(reward, None, -1)
     optimizers = [common.adamw(net, cfg.lr, 0.0, eps=1e-5) for net in (policy, value)]
     prompts = random_tokens(shape[0], 4 * batch, PROMPT).tolist()

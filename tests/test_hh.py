@@ -85,7 +85,7 @@ def serve(server, name, content):
 
 def test_the_public_files_are_downloaded_once_and_checked(folder, server, monkeypatch, capsys):
     serve(server, "harmless-base", made_up())
-    monkeypatch.setattr(data, "HUB", server.url)
+    monkeypatch.setattr(data.files, "HUB", server.url)
     place = "/datasets/Anthropic/hh-rlhf/resolve/main/harmless-base/test.jsonl.gz"
     right = server.files[place]
     for wrong, words in ((right[:-9] + b"x" * 9, "wrong checksum"), (right[:-9], "wrong checksum"), (None, "404")):

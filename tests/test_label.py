@@ -17,6 +17,9 @@ import pytest
 import common
 import data
 from data import InputError, label
+from data.label import command
+from data.label import sitting as rooms
+from data.label.sitting import AHEAD
 from tests.conftest import ROOT, run, write
 
 PROMPTS = [f"question {i}" for i in range(30)]
@@ -141,7 +144,7 @@ def test_nobody_waits_for_the_model_and_only_so_many_are_made_ahead(sit):
     sitting = sit(make=lambda prompt: made.append(prompt) or make(prompt))
     sitting.next("ann")
     time.sleep(0.2)
-    assert label.AHEAD < len(made) <= label.AHEAD + 2
+    assert AHEAD < len(made) <= AHEAD + 2
     sitting = sit(make=lambda prompt: None if prompt == "question 0" else make(prompt), prompts=PROMPTS[:3])
     assert sitting.next("ann").prompt == "question 1" and sitting.progress("ann")["left"] == 2
 
@@ -178,7 +181,7 @@ def test_a_question_that_somebody_left_open_goes_to_another_in_the_end(sit, monk
     left = sitting.next("ann")
     prefer(sitting, "bob", "answer 1")
     assert sitting.next("bob") is None  # ann may still be reading
-    monkeypatch.setattr(label, "ABANDONED", 0)
+    monkeypatch.setattr(rooms, "ABANDONED", 0)
     time.sleep(0.01)
     assert prefer(sitting, "bob", "answer 1") is left
     with pytest.raises(ValueError, match="no longer open"):
@@ -195,7 +198,7 @@ def test_an_answer_that_cannot_be_written_leaves_the_file_as_it_was(sit, monkeyp
         raise OSError("no space left on device")
 
     with monkeypatch.context() as broken:
-        broken.setattr(label.os, "fsync", full)
+        broken.setattr(rooms.os, "fsync", full)
         with pytest.raises(OSError, match="no space"):
             sitting.answer("ann", question.number, "tie")
     assert sit.out.read_bytes() == before and sitting.progress("ann")["done"] == 1
@@ -350,8 +353,8 @@ def test_a_simulated_person_decides_every_pair_and_reward_py_trains_on_it(folder
 def test_samples_depend_on_seed_and_prompt_alone_and_two_models_answer_in_turn(folders):
     both = f"{folders['sft']},{folders['sft']}/model.pt"
     shape = ["--init", both, "--samples", 4]
-    prompts, first = label.prepare(common.parse(label.Config, [str(x) for x in given(folders, *shape)]))
-    _, second = label.prepare(common.parse(label.Config, [str(x) for x in given(folders, *shape)]))
+    prompts, first = command.prepare(common.parse(label.Config, [str(x) for x in given(folders, *shape)]))
+    _, second = command.prepare(common.parse(label.Config, [str(x) for x in given(folders, *shape)]))
     questions = [first(prompt) for prompt in prompts[:6]]
     assert [q.answers for q in questions] == [second(prompt).answers for prompt in reversed(prompts[:6])][::-1]
     assert all(sorted(q.checkpoints) == sorted(both.split(",") * 2) for q in questions)

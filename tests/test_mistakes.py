@@ -106,11 +106,11 @@ def test_the_window_is_every_response_token_from_the_first_to_eos_and_no_pad(net
 
 
 # 4
-@mistake("data/__init__.py", "encoding.encode_ordinary(response) + [eos] * ended", "encoding.encode_ordinary(response)")
+@mistake("data/batches.py", "encoding.encode_ordinary(response) + [eos] * ended", "encoding.encode_ordinary(response)")
 @mistake(
     "model.py",
-    "n_new.add_(~done)\n            done.logical_or_(token == config.eos)",
-    "done.logical_or_(token == config.eos)\n            n_new.add_(~done)",
+    "n_new.add_(~done)\n            done.logical_or_(token == eos)",
+    "done.logical_or_(token == eos)\n            n_new.add_(~done)",
 )
 def test_eos_is_learned_in_stage_1_and_is_the_last_token_of_a_response_that_ended(gpt, encoding):
     row = data.encode_row(encoding, gpt.config.eos, "ask me", " yes")
@@ -129,13 +129,13 @@ def test_eos_is_learned_in_stage_1_and_is_the_last_token_of_a_response_that_ende
 # 5
 @mistake(
     "model.py",
-    "position, mask = response_window(prompt_len, length)  # (B, R)\n        row",
-    "position, mask = response_window(prompt_len, length)  # (B, R)\n        mask = mask & (tokens.gather(1, position) != self.config.eos)\n        row",
+    "row, r = mask.nonzero(as_tuple=True)",
+    "mask = mask & (tokens.gather(1, position) != self.config.eos)\n        row, r = mask.nonzero(as_tuple=True)",
 )
 @mistake(
     "model.py",
-    "gather_positions(self.trunk.hidden(tokens), length[:, None] - 1)",
-    "gather_positions(self.trunk.hidden(tokens), (tokens != self.config.eos).sum(1, keepdim=True) - 1)",
+    "fast.pick(hidden, torch.arange(len(tokens)), length - 1)",
+    "fast.pick(hidden, torch.arange(len(tokens)), (tokens != self.config.eos).sum(1) - 1)",
 )
 def test_a_pad_may_be_eos_and_eos_is_not_a_pad(nets):
     policy, _, value, _ = nets
@@ -151,11 +151,11 @@ def test_a_pad_may_be_eos_and_eos_is_not_a_pad(nets):
 
 
 # 6
-@mistake("model.py", "is_causal=True", "is_causal=False")
-@mistake("model.py", "-math.inf, dtype=q.dtype, device=q.device).triu(1)", "0.0, dtype=q.dtype, device=q.device)")
+@mistake("fast.py", "is_causal=T > 1, enable_gqa=grouped", "is_causal=False, enable_gqa=grouped")
+@mistake("fast.py", "-math.inf, dtype=q.dtype, device=q.device).triu(1)", "0.0, dtype=q.dtype, device=q.device)")
 @pytest.mark.parametrize("short", [0, 128])  # attention by the fused kernel, and by plain products
 def test_a_row_is_the_same_alone_and_beside_longer_rows(nets, short, monkeypatch):
-    monkeypatch.setattr("model.SHORT", short)
+    monkeypatch.setattr("fast.SHORT", short)
     policy, _, value, _ = nets
     batch = rollout(nets, ppo.Config(response_len=12))
     tokens, prompt_len, length = batch["tokens"], batch["prompt_len"], batch["length"]
@@ -171,8 +171,8 @@ def test_a_row_is_the_same_alone_and_beside_longer_rows(nets, short, monkeypatch
 
 
 # 7
-@mistake("model.py", "(prompt_len + t)[:, None], so_far", "torch.full_like(prompt_len, P + t)[:, None], so_far")
-@mistake("model.py", "else gap[..., : P + t + 1]", "else torch.zeros_like(gap[..., : P + t + 1])")
+@mistake("model.py", "(prompt_len + t - 1)[:, None]", "torch.full_like(prompt_len, P + t - 1)[:, None]")
+@mistake("model.py", ".masked_fill(in_gap[:, None, None], -math.inf)", "")
 def test_a_ragged_batch_is_decoded_as_each_prompt_is_alone(nets):
     policy = nets[0]
     tokens, prompt_len, length = policy.generate(PROMPTS, 20, temperature=0)
@@ -186,10 +186,18 @@ def test_a_ragged_batch_is_decoded_as_each_prompt_is_alone(nets):
 
 
 # 8
-@mistake("ppo.py", "logp = policy.logprobs(*where, cfg.temperature)  # (b, r)", "logp = policy.logprobs(*where)")
-@mistake("ppo.py", "ref.logprobs(*where, cfg.temperature)", "ref.logprobs(*where)")
-@mistake("ppo.py", "policy.logprobs(*where, cfg.temperature), value.values", "policy.logprobs(*where), value.values")
-@mistake("ppo.py", "cfg.response_len, temperature=cfg.temperature", "cfg.response_len")
+@mistake(
+    "ppo.py",
+    "logp = policy.logprobs(*sequences, cfg.temperature)  # (b, r)\n        ref",
+    "logp = policy.logprobs(*sequences)  # (b, r)\n        ref",
+)
+@mistake("ppo.py", "ref.logprobs(*sequences, cfg.temperature)", "ref.logprobs(*sequences)")
+@mistake(
+    "ppo.py",
+    "policy.logprobs(*sequences, cfg.temperature)  # (b, r)\n                    values",
+    "policy.logprobs(*sequences)  # (b, r)\n                    values",
+)
+@mistake("ppo.py", "prompts, cfg.response_len, temperature=cfg.temperature", "prompts, cfg.response_len")
 def test_the_temperature_is_in_the_sampling_in_the_ratio_and_in_the_reference(nets):
     cfg = ppo.Config(response_len=1, minibatch_size=10_000, epochs=1, temperature=0.5)
     batch = rollout(nets, cfg, [[1, 2, 3]] * 20_000)
@@ -204,7 +212,7 @@ def test_the_temperature_is_in_the_sampling_in_the_ratio_and_in_the_reference(ne
 
 
 # 9
-@mistake("ppo.py", "temperature, generator=generator)\n", "temperature, generator=generator, top_k=20)\n")
+@mistake("ppo.py", "temperature, generator=generator\n", "temperature, generator=generator, top_k=20\n")
 def test_responses_are_drawn_from_the_whole_softmax_that_scores_them(nets):
     n = 20_000
     batch = rollout(nets, ppo.Config(response_len=1), [[1, 2, 3]] * n)
@@ -217,10 +225,10 @@ def test_responses_are_drawn_from_the_whole_softmax_that_scores_them(nets):
 # 10
 @mistake(
     "model.py",
-    "self.trunk.hidden(tokens[:, :-1]), position - 1))",
-    "self.trunk.hidden(tokens), position))",
+    "self.trunk.hidden(tokens[:, :-1])  # (B, T - 1, C)\n        values = self.scalar(fast.pick(hidden, torch.arange(len(tokens))[:, None], position - 1))",
+    "self.trunk.hidden(tokens)\n        values = self.scalar(fast.pick(hidden, torch.arange(len(tokens))[:, None], position))",
 )
-@mistake("ppo.py", "next_value = values[:, r + 1]", "next_value = values[:, r]")
+@mistake("ppo.py", "cfg.gamma * next_value - values[:, r]", "cfg.gamma * values[:, r] - values[:, r]")
 def test_a_value_is_that_of_the_state_before_its_token(nets):
     cfg = ppo.Config(response_len=16, lam=0.0)
     batch = rollout(nets, cfg)
@@ -235,7 +243,9 @@ def test_a_value_is_that_of_the_state_before_its_token(nets):
 
 
 # 11
-@mistake("ppo.py", "mask.sum().to(x.dtype), (x * mask).sum()", "torch.tensor(mask.numel()).to(x.dtype), x.sum()")
+@mistake(
+    "processes.py", "total((x * mask).sum()) / total(mask.sum())", "total(x.sum()) / total(torch.tensor(mask.numel()))"
+)
 @mistake("ppo.py", "whiten(advantages, mask),", "whiten(whiten(advantages, mask) + values, mask),")
 def test_whitened_advantages_have_mean_0_and_variance_1_over_real_tokens_and_keep_their_order():
     for seed in range(5):
@@ -296,8 +306,8 @@ def test_a_responses_kl_is_the_sum_over_its_tokens_and_all_of_it_is_charged(nets
 
 
 # 15
-@mistake("ppo.py", "pg = (losses * mask).sum() / n_tokens", "pg = (losses * mask).sum() / mask.sum()")
-@mistake("ppo.py", "* mask).sum() / n_tokens\n                pg", "* mask).sum() / mask.sum()\n                pg")
+@mistake("ppo.py", "pg_loss = (losses * mask).sum() / n_tokens", "pg_loss = (losses * mask).sum() / mask.sum()")
+@mistake("ppo.py", "vf_loss = (losses * mask).sum() / n_tokens", "vf_loss = (losses * mask).sum() / mask.sum()")
 @mistake("reward.py", "pairwise_loss(margin, part) / len(batch)", "pairwise_loss(margin, part) / len(part)")
 @mistake(
     "sft.py",
@@ -342,8 +352,8 @@ def test_a_value_clipped_on_the_wrong_side_still_gets_a_gradient():
 # 17
 @mistake(
     "ppo.py",
-    "                pg.backward()\n                (cfg.vf_coef * vf).backward()",
-    "                torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)\n                cfg = copy.copy(cfg)\n                cfg.max_grad_norm = 0.0\n                pg.backward()\n                (cfg.vf_coef * vf).backward()",
+    "                pg_loss.backward()\n                (cfg.vf_coef * vf_loss).backward()",
+    "                torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)\n                cfg = copy.copy(cfg)\n                cfg.max_grad_norm = 0.0\n                pg_loss.backward()\n                (cfg.vf_coef * vf_loss).backward()",
 )
 @mistake(
     "common.py",
@@ -362,7 +372,7 @@ def test_gradients_are_clipped_after_backward_each_net_by_itself(nets):
 
 # 18
 @mistake("ppo.py", "ref = common.freeze(copy.deepcopy(policy), autocast)", "ref = common.freeze(policy, autocast)")
-@mistake("ppo.py", "value, cap = copy.deepcopy(reward), -1.0", "value, cap = reward, -1.0")
+@mistake("ppo.py", "value = copy.deepcopy(reward)", "value = reward")
 def test_frozen_copy_and_reward_model_end_bit_identical_to_how_they_began(folders, monkeypatch):
     kept, freeze = [], common.freeze
     monkeypatch.setattr(common, "freeze", lambda m, a: kept.append((freeze(m, a), copy.deepcopy(m.state_dict()))) or m)
@@ -395,7 +405,7 @@ def test_the_tokens_that_are_scored_are_those_that_were_sampled(gpt, encoding):
 
 
 # 20
-@mistake("data/__init__.py", "    if dropped and not drop_long:", "    if False:")
+@mistake("data/batches.py", "    if dropped and not drop_long:", "    if False:")
 @mistake(
     "ppo.py", "prompts = data.prompts(path, encoding)", "prompts = [p[:room] for p in data.prompts(path, encoding)]"
 )
@@ -406,7 +416,7 @@ def test_prompts_that_do_not_fit_are_counted_and_never_cut(folders):
 
 
 # 21
-@mistake("common.py", "return items[RANK::WORLD]", "return items[: len(items) // WORLD]")
+@mistake("processes.py", "return items[RANK::WORLD]", "return items[: len(items) // WORLD]")
 @mistake("ppo.py", "common.generator(cfg.seed, 1, step, common.RANK)", "common.generator(cfg.seed, 1, step)")
 def test_every_process_answers_prompts_of_its_own_with_chance_of_its_own(folders):
     tmp = folders["tmp"]
@@ -474,8 +484,8 @@ def test_the_scalar_head_starts_with_std_one_over_root_of_width_plus_one():
 # 24
 @mistake(
     "model.py",
-    "gather_positions(self.trunk.hidden(tokens), length[:, None] - 1)",
-    "gather_positions(self.trunk.hidden(tokens), length[:, None] * 0 + tokens.shape[1] - 1)",
+    "fast.pick(hidden, torch.arange(len(tokens)), length - 1)",
+    "fast.pick(hidden, torch.arange(len(tokens)), length * 0 + tokens.shape[1] - 1)",
 )
 def test_the_score_is_read_at_the_last_real_token(nets):
     scorer = nets[3]

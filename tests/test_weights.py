@@ -12,7 +12,7 @@ import torch
 
 import common
 import data
-from data import InputError, weights
+from data import InputError, tokenizer_json, weights
 from model import ScalarModel
 from tests.conftest import FAMILIES, make_gpt, run, uneven, write
 
@@ -60,7 +60,7 @@ def make_tokenizer(folder, split="gpt2", alphabet=True, special=("<|end|>", "<|u
     """A trained tokenizer, saved to folder/tokenizer.json. Without the whole `alphabet` it lacks a few rare bytes."""
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer, tokenizer.decoder = SPLITS[split], tokenizers.decoders.ByteLevel()
-    start = sorted(set(LEVEL.alphabet()) - {weights.CHARACTER[b] for b in (() if alphabet else RARE)})
+    start = sorted(set(LEVEL.alphabet()) - {tokenizer_json.CHARACTER[b] for b in (() if alphabet else RARE)})
     options = dict(vocab_size=900, special_tokens=list(special), initial_alphabet=start, show_progress=False) | trainer
     tokenizer.train_from_iterator(strings(2000, seed=1), tokenizers.trainers.BpeTrainer(**options))
     folder.mkdir(exist_ok=True)
@@ -71,11 +71,11 @@ def make_tokenizer(folder, split="gpt2", alphabet=True, special=("<|end|>", "<|u
 @pytest.mark.parametrize("split, alphabet", [("gpt2", True), ("digits", True), ("digits", False), ("split", True)])
 def test_tokens_are_those_of_tokenizers_both_ways(tmp_path, split, alphabet):
     theirs = make_tokenizer(tmp_path / "hf", split, alphabet)
-    ours = weights.read_tokenizer(tmp_path / "hf" / "tokenizer.json")
+    ours = tokenizer_json.read_tokenizer(tmp_path / "hf" / "tokenizer.json")
     (tmp_path / "again").mkdir()
-    (tmp_path / "again" / "tokenizer.json").write_text(json.dumps(weights.tokenizer_json(ours)))
+    (tmp_path / "again" / "tokenizer.json").write_text(json.dumps(tokenizer_json.tokenizer_json(ours)))
     exported = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "again" / "tokenizer.json"))
-    back = weights.read_tokenizer(tmp_path / "again" / "tokenizer.json")
+    back = tokenizer_json.read_tokenizer(tmp_path / "again" / "tokenizer.json")
     texts = strings(1000) + (["a\x04b", "\x04", " \x13 x"] if not alphabet else [])
     for text in texts:
         expected = theirs.encode(text).ids
@@ -158,7 +158,7 @@ def test_a_hugging_face_folder_comes_in_and_goes_out_with_its_logits(tmp_path, f
 def test_a_reward_model_is_a_sequence_classifier_of_one_label_with_the_same_scores(tmp_path, family):
     """Where the norm has no bias, less one constant; and of a padded batch too, since its pad token is not EOS."""
     make_tokenizer(tmp_path / "hf")
-    encoding = weights.read_tokenizer(tmp_path / "hf" / "tokenizer.json")
+    encoding = tokenizer_json.read_tokenizer(tmp_path / "hf" / "tokenizer.json")
     gpt = uneven(make_gpt(vocab_size=encoding.n_vocab, eos=0, **{"n_head": 4} | FAMILIES[family]))
     reward = ScalarModel(gpt).eval()
     reward.gain.fill_(1.7), reward.bias.fill_(-0.6)
@@ -183,7 +183,7 @@ def test_a_reward_model_is_a_sequence_classifier_of_one_label_with_the_same_scor
 
 def test_gpt2_is_downloaded_once_and_checked_against_the_hubs_checksum(tmp_path, server, monkeypatch):
     theirs = hugging_face_folder(tmp_path / "hf", "gpt2")
-    encoding = weights.fill_gaps(data.learn_bpe(strings(9), 400), 1000, tmp_path)
+    encoding = tokenizer_json.fill_gaps(data.learn_bpe(strings(9), 400), 1000, tmp_path)
     content = (tmp_path / "hf" / "model.safetensors").read_bytes()
     pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{hashlib.sha256(content).hexdigest()}\nsize 9\n"
     hub = {"raw/main/model.safetensors": pointer.encode(), "resolve/main/model.safetensors": content}
@@ -292,8 +292,8 @@ def test_llama_3s_form_lists_every_split_of_a_token_and_words_that_no_merge_make
     assert len(merges) > len(model["merges"])
     vocab["Ġqzqzq"] = len(vocab)
     edit(path, model=model | {"vocab": vocab, "merges": merges, "ignore_merges": True})
-    theirs, ours = tokenizers.Tokenizer.from_file(str(path)), weights.read_tokenizer(path)
-    out = tokenizers.Tokenizer.from_str(json.dumps(weights.tokenizer_json(ours)))
+    theirs, ours = tokenizers.Tokenizer.from_file(str(path)), tokenizer_json.read_tokenizer(path)
+    out = tokenizers.Tokenizer.from_str(json.dumps(tokenizer_json.tokenizer_json(ours)))
     texts = ["a qzqzq", "a qzqzqz", *strings(500)]
     for text in texts:
         assert ours.encode_ordinary(text) == theirs.encode(text).ids == out.encode(text).ids, repr(text)
@@ -304,7 +304,7 @@ def test_gpt2s_own_tokenizer_file_does_not_name_its_type(tmp_path):
     theirs = make_tokenizer(tmp_path)
     model = json.loads((tmp_path / "tokenizer.json").read_text())["model"]
     edit(tmp_path / "tokenizer.json", model={key: value for key, value in model.items() if key != "type"})
-    ours = weights.read_tokenizer(tmp_path / "tokenizer.json")
+    ours = tokenizer_json.read_tokenizer(tmp_path / "tokenizer.json")
     assert all(ours.encode_ordinary(text) == theirs.encode(text).ids for text in strings(50))
 
 

@@ -1,0 +1,180 @@
+"""Rows of token ids: made from files, padded, shuffled into batches, held out."""
+
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import tiktoken
+import torch
+from torch import Tensor
+
+from data.files import InputError, documents, first_row, iterate_jsonl, suffix
+from data.tokenizer import encode_prompt
+from fast import to_device
+
+
+class Row(NamedTuple):
+    """A prompt and its response as one list of ids; EOS is part of the response where the text was complete."""
+
+    tokens: list[int]
+    prompt_len: int
+
+
+class Group(NamedTuple):
+    """The responses to one prompt that were compared, and which beat which: pairs of (winner, loser) indices."""
+
+    rows: list[Row]
+    pairs: list[tuple[int, int]]
+    certainty: list[float]  # the probability, where the labels were simulated, of the likelier outcome; else nan
+
+
+def encode_row(encoding: tiktoken.Encoding, eos: int, prompt: str, response: str, ended: bool = True) -> Row:
+    """Prompt and response are encoded each by itself, as they will be when the response is sampled."""
+    start = encode_prompt(encoding, prompt) or [eos]
+    return Row(start + encoding.encode_ordinary(response) + [eos] * ended, len(start))
+
+
+def _ended(path: str | Path, number: int, row: dict, column: str) -> bool:
+    ended = row.get(f"{column}_ended", True)
+    if not isinstance(ended, bool):
+        raise InputError(f'{path}: row {number}: "{column}_ended" is neither true nor false; mend the row')
+    return ended
+
+
+def completions(path: str | Path, encoding: tiktoken.Encoding, eos: int) -> list[Row]:
+    return [
+        encode_row(encoding, eos, row["prompt"], row["completion"], _ended(path, number, row, "completion"))
+        for number, row in enumerate(iterate_jsonl(path, {"prompt": str, "completion": str}), 1)
+    ]
+
+
+def comparisons(path: str | Path, encoding: tiktoken.Encoding, eos: int) -> list[Group]:
+    """Rows with "ranked" become a group each; neighbouring pair rows of one prompt share a group and its responses."""
+    kind = {"ranked": list} if "ranked" in first_row(path) else {"chosen": str, "rejected": str}
+    groups: list[Group] = []
+    index: dict[tuple[str, bool], int] = {}
+    previous = None
+    for number, row in enumerate(iterate_jsonl(path, {"prompt": str} | kind), 1):
+        if "ranked" in kind:
+            texts, ends = row["ranked"], row.get("ranked_ended", [True] * len(row["ranked"]))
+            if len(texts) < 2 or not all(isinstance(text, str) for text in texts):
+                raise InputError(f'{path}: row {number}: "ranked" must be two or more texts, best first; mend the row')
+            if not isinstance(ends, list) or len(ends) != len(texts) or not all(isinstance(e, bool) for e in ends):
+                raise InputError(
+                    f'{path}: row {number}: "ranked_ended" must be true or false for each text; mend the row'
+                )
+        else:
+            texts, ends = [row[c] for c in kind], [_ended(path, number, row, c) for c in kind]
+        if "ranked" in kind or row["prompt"] != previous:
+            groups.append(Group([], [], []))
+            index, previous = {}, row["prompt"]
+        group, places = groups[-1], []
+        for response in zip(texts, ends):
+            if response not in index:
+                index[response] = len(group.rows)
+                group.rows.append(encode_row(encoding, eos, row["prompt"], *response))
+            places.append(index[response])
+        pairs = [(w, l) for i, w in enumerate(places) for l in places[i + 1 :]]
+        group.pairs.extend(pairs)
+        group.certainty.extend([max(p, 1 - p) if (p := row.get("p_chosen")) is not None else float("nan")] * len(pairs))
+    return groups
+
+
+def prompts(path: str | Path, encoding: tiktoken.Encoding) -> list[list[int]]:
+    return [encode_prompt(encoding, row["prompt"]) for row in iterate_jsonl(path, {"prompt": str})]
+
+
+def fit(items: list, lengths: list[int], room: int, drop_long: bool, what: str) -> list:
+    """The items whose length is at most `room`. Raises InputError where some are not and `drop_long` is off."""
+    kept = [item for item, length in zip(items, lengths) if length <= room]
+    dropped = len(items) - len(kept)
+    if dropped and not drop_long:
+        raise InputError(
+            f"{dropped:,} of {len(items):,} {what} exceed the {room} tokens of room; --drop_long leaves them out"
+        )
+    if not kept:
+        raise InputError(f"none of {len(items):,} {what} fits the {room} tokens there is room for; give shorter ones")
+    return kept
+
+
+def pad(rows: list[Row], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
+    """Rows to tokens (B, T) on `device`, prompt_len (B,), length (B,) on the CPU. Pads are zeros, known by `length`."""
+    T = max(len(row.tokens) for row in rows)
+    tokens = torch.tensor([row.tokens + [0] * (T - len(row.tokens)) for row in rows])
+    prompt_len, length = torch.tensor([row.prompt_len for row in rows]), torch.tensor([len(row.tokens) for row in rows])
+    return to_device(tokens, device), prompt_len, length
+
+
+# --- batches: which rows a step gets depends on seed and step alone, so a resume needs no state of it ---------------
+
+
+def shuffled(items: list, batch_size: int, seed: int, lengths: list[int] | None, step: int) -> list:
+    """The items of batch number `step`: every epoch in a new order, what does not fill a batch left out of it.
+
+    With `lengths`, batches hold items of like length, so that little padding is computed: within every stretch of 16
+    batches items are sorted by length and cut into batches, whose order is then shuffled. Where there are fewer than
+    `batch_size` items, a batch is all of them.
+    """
+    batch_size = min(batch_size, len(items))
+    per_epoch = len(items) // batch_size
+    epoch, place = divmod(step, per_epoch)
+    rng = np.random.default_rng([seed, epoch])
+    order = rng.permutation(len(items))[: per_epoch * batch_size]
+    if lengths is not None:
+        size, stretch = np.asarray(lengths), 16 * batch_size
+        stretches = [order[start : start + stretch] for start in range(0, len(order), stretch)]
+        order = np.concatenate([part[np.argsort(size[part], kind="stable")] for part in stretches])
+        place = rng.permutation(per_epoch)[place]
+    return [items[i] for i in order[place * batch_size : (place + 1) * batch_size]]
+
+
+def micro_batches(rows: list[Row], size: int) -> Iterator[list[Row]]:
+    """The rows in parts of at most `size`, like lengths together, so that each part pads to its own longest only."""
+    rows = sorted(rows, key=lambda row: len(row.tokens))
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]
+
+
+def hold_out(items: list[Row] | list[Group], share: int = 20) -> tuple[list, list]:
+    """(held out, the rest): those of every `share`-th prompt, of 512 prompts at most. No prompt is on both sides."""
+
+    def prompt(item: Row | Group) -> tuple[int, ...]:
+        row = item if isinstance(item, Row) else item.rows[0]
+        return tuple(row.tokens[: row.prompt_len])
+
+    known = list(dict.fromkeys(map(prompt, items)))
+    chosen = np.random.default_rng(0).permutation(len(known))[: min(512, len(known) // share)]
+    out = {known[i] for i in chosen}
+    held, rest = [item for item in items if prompt(item) in out], [item for item in items if prompt(item) not in out]
+    if not held:
+        raise InputError(f"{len(known)} different prompts are too few to hold some out; give at least {share}")
+    return held, rest
+
+
+def token_stream(path: str | Path, encoding: tiktoken.Encoding, eos: int, target: str | Path) -> np.memmap:
+    """All documents of `path`, each with EOS behind it, as one memory-mapped array of ids, kept in `target`."""
+    dtype = np.uint16 if encoding.n_vocab <= 2**16 else np.uint32
+    target = Path(target)
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+        whole = suffix(path) != ".jsonl"  # one document, in pieces
+        with open(temporary, "wb") as out:
+            for text in documents(path):
+                np.array(encoding.encode_ordinary(text) + [eos] * (not whole), dtype=dtype).tofile(out)
+            if whole:
+                np.array([eos], dtype=dtype).tofile(out)
+        temporary.replace(target)
+    return np.memmap(target, dtype=dtype, mode="r")
+
+
+def windows(stream: np.ndarray, width: int, starts: Iterable[int]) -> list[Row]:
+    """Stretches of `width` ids as rows whose first id stands as the prompt."""
+    return [Row(stream[start : start + width].tolist(), 1) for start in starts]
+
+
+def random_windows(stream: np.ndarray, width: int, batch_size: int, seed: int, step: int) -> list[Row]:
+    """Batch number `step` of stretches of the stream that start anywhere."""
+    return windows(stream, width, np.random.default_rng([seed, step]).integers(0, len(stream) - width, batch_size))

@@ -1,0 +1,174 @@
+"""Files that come in: text and JSONL, checked line by line, and downloads, checked by their checksum."""
+
+import base64
+import gzip
+import hashlib
+import http.client
+import json
+import os
+import re
+import sys
+import time
+import urllib.error
+import urllib.request
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+HUB = "https://huggingface.co"
+
+
+class InputError(Exception):
+    """Bad input. The message is one sentence that names the file, line or option and says what to do."""
+
+
+def _lines(path: str | Path) -> Iterator[tuple[int, str]]:
+    try:
+        with gzip.open(path) if Path(path).suffix == ".gz" else open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}; give a file that can be read") from None
+    except (EOFError, zlib.error) as error:
+        raise InputError(f"{path}: cannot be read as gzip ({error}); fetch it again") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path}:{number}: not UTF-8; save the file as UTF-8") from None
+
+
+def download(url: str, target: Path, checksum: str | None, tries: int = 3) -> None:
+    """Fetch `url` into `target` with progress; `checksum` is "sha256:…" or "md5:…", None for what the server says.
+
+    Raises InputError where it cannot be had whole; nothing is left at `target` then.
+    """
+    temporary = target.with_name(f"{target.name}.{os.getpid()}.part")
+    kind, _, expected = (checksum or "md5:").partition(":")
+    for attempt in range(tries):
+        digest, done = hashlib.new(kind), 0
+        try:
+            with urllib.request.urlopen(url, timeout=60) as response, open(temporary, "wb") as file:
+                size = int(response.headers.get("Content-Length") or 0)
+                if checksum is None and (named := response.headers.get("Content-MD5")):
+                    expected = base64.b64decode(named).hex()
+                while chunk := response.read(2**20):
+                    file.write(chunk)
+                    digest.update(chunk)
+                    done += len(chunk)
+                    if sys.stderr.isatty():
+                        print(f"\r{target.name}: {done / 1e6:.0f} of {size / 1e6:.0f} MB ", end="", file=sys.stderr)
+            if size and done < size:
+                problem = f"only {done:,} of {size:,} bytes came"
+            elif expected and digest.hexdigest() != expected:
+                problem = f"{done:,} bytes came with the wrong checksum"
+            else:
+                temporary.replace(target)
+                return
+        except (OSError, http.client.HTTPException) as error:
+            problem = f"could not be downloaded ({error})"
+            if isinstance(error, urllib.error.HTTPError) and error.code < 500:
+                break
+        finally:
+            temporary.unlink(missing_ok=True)
+        time.sleep(attempt < tries - 1)
+    raise InputError(f"{url}: {problem}; try again later, or fetch it by other means")
+
+
+def download_from_hub(repository: str, file: str, target: Path) -> None:
+    """Fetch a file of a Hugging Face repository into `target`.
+
+    The sha256 of a large one is in its Git LFS pointer, which the hub itself serves; the content comes from elsewhere.
+    """
+    url = f"{HUB}/{repository}/raw/main/{file}"
+    pointer = target.with_name(f"{target.name}.{os.getpid()}.pointer")
+    try:
+        download(url, pointer, None)
+        oid = re.search(r"^oid (sha256:[0-9a-f]{64})$", pointer.read_text(errors="replace"), re.MULTILINE)
+    finally:
+        pointer.unlink(missing_ok=True)
+    if not oid and target.suffix != ".json":
+        raise InputError(f"{url}: names no sha256; try again later, or fetch it by other means")
+    download(f"{HUB}/{repository}/resolve/main/{file}", target, oid and oid[1])
+
+
+def iterate_jsonl(path: str | Path, columns: dict[str, type], verdicts: bool = False) -> Iterator[dict]:
+    """The rows of a JSONL file, each checked to have `columns` of the given types. Raises InputError with the line.
+
+    Rows with a "verdict", the ties and skips of a label file, are left out unless `verdicts` asks for them.
+    """
+    empty = True
+    for number, line in _lines(path):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise InputError(f"{path}:{number}: not JSON ({error}); mend or remove the line") from None
+        if not isinstance(row, dict):
+            raise InputError(f"{path}:{number}: not a JSON object; each line must be {{…}}")
+        if "verdict" in row and not verdicts:
+            continue
+        for column, kind in columns.items():
+            if column not in row:
+                raise InputError(f'{path}:{number}: no column "{column}"; a row needs {", ".join(columns)}')
+            if not isinstance(row[column], kind):
+                name = {str: "text", list: "list", dict: "JSON object"}.get(kind, "number")
+                raise InputError(f'{path}:{number}: "{column}" is not a {name}; mend the line')
+        empty = False
+        yield row
+    if empty:
+        raise InputError(f"{path}: no rows; give a file with at least one")
+
+
+def read_jsonl(path: str | Path, columns: dict[str, type], verdicts: bool = False) -> list[dict]:
+    return list(iterate_jsonl(path, columns, verdicts))
+
+
+def write_jsonl(path: str | Path, rows: Iterable[dict]) -> int:
+    """Write JSONL under a temporary name and rename it into place. Returns the number of rows."""
+    temporary, n = Path(f"{path}.{os.getpid()}.tmp"), 0
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    with open(temporary, "w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row) + "\n")
+            n += 1
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    return n
+
+
+def read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); give a whole Hugging Face folder") from None
+
+
+def first_row(path: str | Path) -> dict:
+    """The first row of a JSONL file, which tells what kind of data it is."""
+    return next(iterate_jsonl(path, {}))
+
+
+def suffix(path: str | Path) -> str:
+    """.txt, .jsonl or another: what a file is, gzipped or not."""
+    return Path(str(path).removesuffix(".gz")).suffix
+
+
+def documents(path: str | Path) -> Iterator[str]:
+    """The texts of a file, one at a time: a .txt is one document, handed over in pieces of whole lines."""
+    if suffix(path) not in (".txt", ".jsonl"):
+        raise InputError(f"{path}: neither .txt nor .jsonl; rename it to what it is")
+    if suffix(path) == ".jsonl":
+        columns = ["text"] if "text" in first_row(path) else ["prompt", "completion"]
+        for row in iterate_jsonl(path, dict.fromkeys(columns, str)):
+            yield "".join(row[column] for column in columns)
+        return
+    piece: list[str] = []
+    size = 0
+    for _, line in _lines(path):
+        piece.append(line)
+        size += len(line)
+        if size > 2**20:
+            yield "".join(piece)
+            piece, size = [], 0
+    if piece:
+        yield "".join(piece)

@@ -1,0 +1,118 @@
+"""Comparisons from people: sample several responses to a prompt, ask which is better, append the answer to a JSONL."""
+
+import getpass
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import common
+from data.batches import fit
+from data.files import InputError, read_jsonl, write_jsonl
+from data.label.report import report
+from data.label.sampling import Answer, sample_responses, simulate
+from data.label.server import Server
+from data.label.sitting import Question, Sitting, alone, read_answers
+from data.label.terminal import ask_in_terminal
+from data.tokenizer import encode_prompt
+
+
+@dataclass
+class Config:
+    init: str = "out/sft"  # run folder of the model that answers; several (commas) answer in turn
+    prompts: str = ""  # JSONL "prompt"
+    out: str = "comparisons.jsonl"  # file that answers are appended to
+    samples: int = 2  # responses to a prompt: 2 are compared, more are ranked
+    response_len: int = 64  # longest response, in tokens
+    temperature: float = 1.0  # of the samples
+    n_prompts: int = 0  # use the first so many prompts; 0: all
+    drop_long: bool = False  # leave out prompts that with the response exceed the model's context
+    people: int = 1  # how many people answer each question
+    seed: int = 0  # of samples and of the order they are shown in
+    device: str = "auto"  # auto, cpu, cuda or mps
+    host: str = "127.0.0.1"  # address to serve on; 0.0.0.0: every network of this machine
+    port: int = 8000  # 0: any that is free
+    terminal: bool = False  # ask here in place of a page
+    annotator: str = ""  # name for --terminal; empty: the login name
+    judge: str = ""  # a simulated person, FILE.py:function
+    label_temperature: float = 0.1  # of the simulated person's choices: 0.1 judges 0.1 better right in 73%
+    report: bool = False  # print what is in --out
+
+
+def prepare(cfg: Config) -> tuple[list[str], Callable[[str], Question | None]]:
+    """The different prompts, and a function prompt → question, which depends on the seed and the prompt alone."""
+    if not cfg.prompts:
+        raise InputError("--prompts: name a JSONL file with prompts")
+    rows = read_jsonl(cfg.prompts, {"prompt": str})
+    prompts = list(dict.fromkeys(row["prompt"] for row in rows))[: cfg.n_prompts or None]
+    device = common.pick_device(cfg.device)
+    names = cfg.init.split(",")
+    if len(set(names)) < len(names):
+        raise InputError(f"--init {cfg.init}: names a model twice; name each once")
+    models = [(name, *common.load_gpt(name, device, "--init")) for name in names]
+    if cfg.samples < max(2, len(models)):
+        raise InputError(f"--samples {cfg.samples}: give at least 2, and one for each model of --init")
+
+    def make(prompt: str) -> Question | None:
+        answers: list[Answer] = []
+        checkpoints: list[str] = []
+        for attempt in range(5):  # as long as there are too few different ones
+            for j, (name, model, encoding) in enumerate(models):
+                n = len(range(j, cfg.samples, len(models))) - checkpoints.count(name)
+                seed = common.seed_of(cfg.seed, attempt, j, zlib.crc32(prompt.encode("utf-8", "replace")))
+                shape = cfg.response_len, cfg.temperature, seed
+                for answer in sample_responses(model, encoding, [prompt], n, *shape)[0] if n else []:
+                    if answer[0] not in [text for text, _ in answers]:
+                        answers.append(answer)
+                        checkpoints.append(name)
+        return Question(prompt, answers, checkpoints) if len(answers) == cfg.samples else None
+
+    for _, model, encoding in models:
+        lengths = [len(encode_prompt(encoding, prompt)) + cfg.response_len for prompt in prompts]
+        what = f"prompts of {cfg.prompts} (with --response_len {cfg.response_len})"
+        prompts = fit(prompts, lengths, model.config.block_size, cfg.drop_long, what)
+    return prompts, make
+
+
+def label(cfg: Config) -> None:
+    out = Path(cfg.out)
+    if cfg.report:
+        if not out.exists():
+            raise InputError(f"--out {out}: no such file; name the one that was labelled into")
+        return print(report(read_answers(out)))
+    prompts, make = prepare(cfg)
+    if cfg.judge:
+        judge = common.load_function(cfg.judge)
+        if out.exists():
+            raise InputError(f"--out {out}: exists already; name a new file for the simulated person")
+        questions = [question for question in map(make, prompts) if question]
+        answers = [question.answers for question in questions]
+        rows = simulate([q.prompt for q in questions], answers, judge, cfg.label_temperature, cfg.seed)
+        write_jsonl(out, rows)
+        return print(f"{out}: {len(rows):,} comparisons of {len(questions):,} prompts")
+    with alone(out):
+        kind = "chosen" if cfg.samples == 2 else "ranked"
+        if any("verdict" not in row and kind not in row for row in read_answers(out)):
+            raise InputError(f"--samples {cfg.samples}: {out} holds answers of another number; name another file")
+        sitting = Sitting(prompts, make, out, cfg.people, cfg.seed)
+        try:
+            if cfg.terminal:
+                ask_in_terminal(sitting, cfg.annotator or getpass.getuser())
+            else:
+                serve(sitting, cfg)
+        except (EOFError, KeyboardInterrupt):
+            print(f"\n{out} holds {len(sitting.rows):,} answers; the same command goes on from there")
+        finally:
+            sitting.stop()
+    if sitting.alike:
+        print(f"{sitting.alike:,} prompts were left out, since the model always gives them the same response")
+
+
+def serve(sitting: Sitting, cfg: Config) -> None:
+    try:
+        server = Server(sitting, cfg.host, cfg.port)
+    except OSError as error:
+        raise InputError(f"--port {cfg.port}: {error.strerror}; give another, or 0 for any that is free") from None
+    print(f"Open {server.address}\nAnswers go to {cfg.out}. Ctrl-C stops.", flush=True)
+    with server:
+        server.serve_forever()

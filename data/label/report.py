@@ -1,0 +1,43 @@
+"""What is in a label file."""
+
+import itertools
+import math
+import statistics
+from collections import Counter, defaultdict
+
+
+def report(rows: list[dict]) -> str:
+    """Counts by annotator, position bias, wins by checkpoint, and agreement where two people had the same prompt."""
+    preferred = [row for row in rows if "verdict" not in row]
+    lines = ["annotator             preferences   ties  skips   median seconds"]
+    for who in sorted({row["annotator"] for row in rows}):
+        mine = [row for row in rows if row["annotator"] == who]
+        kinds = Counter(row.get("verdict", "preferred") for row in mine)
+        pace = statistics.median(row["seconds"] for row in mine)
+        lines.append(f"{who:<20} {kinds['preferred']:>12} {kinds['tie']:>6} {kinds['skip']:>6} {pace:>16.1f}")
+    if preferred:
+        places = Counter(row["position"] for row in preferred)
+        n = len(preferred)
+        share, chance = places[0] / n, statistics.mean(1 / len(row.get("ranked", "12")) for row in preferred)
+        lines.append(
+            f"\nposition: the first shown was preferred in {share:.3f} ± {math.sqrt(share * (1 - share) / n):.3f} "
+            f"of {n} (no bias would be {chance:.3f})"
+        )
+    pairs = [row["checkpoint"] for row in preferred if len(set(row["checkpoint"])) > 1]
+    for name in sorted({name for pair in pairs for name in pair}):
+        against = [pair[0] == name for pair in pairs if name in pair]
+        lines.append(
+            f"{name} was preferred in {sum(against)} of the {len(against)} questions that it was in with another"
+        )
+    alike: defaultdict[tuple, list] = defaultdict(list)  # (prompt, the responses) → the best, for each person
+    for row in rows:
+        if row.get("verdict") != "skip":
+            texts = row.get("responses") or row.get("ranked") or [row["chosen"], row["rejected"]]
+            alike[row["prompt"], *sorted(texts)].append(None if "verdict" in row else texts[0])
+    twice = [list(itertools.combinations(best, 2)) for best in alike.values() if len(best) > 1]
+    if twice:
+        same = [a == b for pair in twice for a, b in pair]
+        lines.append(f"agreement on the best: {sum(same)} of {len(same)} pairs of people who had the same question")
+    else:
+        lines.append("agreement: no question was judged by two people (--people 2 asks for that)")
+    return "\n".join(lines)

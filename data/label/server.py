@@ -1,0 +1,110 @@
+"""The page for people in a browser: a small HTTP server in front of a sitting."""
+
+import json
+import re
+import secrets
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+from data.label.sitting import Sitting
+
+PAGE = Path(__file__).with_name("page.html")
+LONGEST_BODY = 2**14  # bytes of a request
+
+
+class Handler(BaseHTTPRequestHandler):
+    """GET /TOKEN/ is the page; POST /TOKEN/next, answer and undo take and give JSON. Everything else is 404."""
+
+    timeout = 30  # seconds that a client may be silent for
+    server: "Server"
+
+    def _reply(self, code: int, content: bytes, kind: str = "text/plain; charset=utf-8") -> None:
+        self.send_response(code)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(content)))
+        self.send_header("Cache-Control", "no-store")
+        self.send_header("Referrer-Policy", "no-referrer")
+        self.send_header("X-Content-Type-Options", "nosniff")
+        self.send_header("X-Frame-Options", "DENY")
+        policy = f"default-src 'none'; connect-src 'self'; script-src 'nonce-{self.server.nonce}'; "
+        policy += f"style-src 'nonce-{self.server.nonce}'; base-uri 'none'; form-action 'none'"
+        self.send_header("Content-Security-Policy", policy)
+        self.end_headers()
+        self.wfile.write(content)
+
+    def _refused(self) -> bool:
+        """Whether the request was answered already: wrong token, or sent from another site or to another name."""
+        host, origin = self.headers.get("Host", ""), self.headers.get("Origin")
+        token = (self.path.split("/") + [""])[1]
+        if not secrets.compare_digest(token.encode("utf-8", "replace"), self.server.token.encode()):
+            self._reply(404, b"not found")
+        elif not self.server.known(host) or origin not in (None, f"http://{host}", f"https://{host}"):
+            self._reply(403, b"forbidden")
+        else:
+            return False
+        return True
+
+    def do_GET(self) -> None:
+        if self._refused():
+            return
+        if self.path != f"/{self.server.token}/":
+            return self._reply(404, b"not found")
+        self._reply(200, self.server.page, "text/html; charset=utf-8")
+
+    def do_POST(self) -> None:
+        if self._refused():
+            return
+        action = self.path.removeprefix(f"/{self.server.token}/")
+        if action not in ("next", "answer", "undo"):
+            return self._reply(404, b"not found")
+        size = self.headers.get("Content-Length", "")
+        if not size.isascii() or not size.isdigit():
+            return self._reply(411, b"length required")
+        if len(size) > 9 or int(size) > LONGEST_BODY:
+            return self._reply(413, b"too large")
+        try:
+            asked = json.loads(self.rfile.read(int(size)))
+            annotator = asked["annotator"]
+            if not isinstance(annotator, str) or not 0 < len(annotator.strip()) <= 40:
+                raise ValueError("a name has 1 to 40 characters")
+            self._reply(200, json.dumps(self._do(action, annotator.strip(), asked)).encode(), "application/json")
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            self._reply(400, str(error).encode())
+        except OSError as error:  # the answer could not be written, or sampling failed
+            self._reply(500, str(error).encode())
+
+    def _do(self, action: str, annotator: str, asked: dict) -> dict:
+        sitting = self.server.sitting
+        if action == "answer":
+            sitting.answer(annotator, asked["number"], asked["verdict"])
+        undone = action == "undo" and sitting.undo(annotator)
+        question = sitting.next(annotator)
+        shown = sitting.progress(annotator) | {"undone": undone, "prompt": None}
+        if question:
+            answers = [question.answers[i] for i in sitting.order(question, annotator)]
+            shown |= {"prompt": question.prompt, "number": question.number, "responses": [text for text, _ in answers]}
+            shown["cut"] = [not ended for _, ended in answers]
+        return shown
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+class Server(ThreadingHTTPServer):
+    request_queue_size = 256
+    daemon_threads = True
+
+    def __init__(self, sitting: Sitting, host: str, port: int):
+        super().__init__((host, port), Handler)
+        self.sitting, self.token, self.nonce = sitting, secrets.token_urlsafe(16), secrets.token_urlsafe(16)
+        self.host = host
+        self.page = PAGE.read_bytes().replace(b"NONCE", self.nonce.encode())
+        self.address = f"http://{host}:{self.server_port}/{self.token}/"
+
+    def known(self, host: str) -> bool:
+        """Whether a Host header is ours: a name that somebody else made point here (DNS rebinding) is not.
+
+        Any port will do, since a tunnel may come from another.
+        """
+        name = host.partition(":")[0]
+        return name in ("localhost", self.host) or re.fullmatch(r"[0-9]+(\.[0-9]+){3}", name) is not None

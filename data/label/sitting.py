@@ -1,0 +1,217 @@
+"""A sitting: who is asked which question, and where the answers go."""
+
+import fcntl
+import json
+import os
+import random
+import statistics
+import threading
+import time
+import zlib
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from data.files import InputError, read_jsonl, write_jsonl
+from data.label.sampling import Answer, preference
+
+AHEAD = 16  # prompts that are answered before somebody asks for them
+ABANDONED = 300  # seconds after which a question that one person has open goes to another, when nothing else is left
+
+
+@dataclass(eq=False)
+class Question:
+    prompt: str
+    answers: list[Answer]
+    checkpoints: list[str]  # of each answer
+    number: int = 0  # of its prompt
+
+
+class Sitting:
+    """Questions made ahead in the background, handed to annotators, and their answers, appended to one file.
+
+    `make` makes a prompt's question, or None where the model says the same every time. Every method may be called from
+    any thread. A question that somebody has open is offered to nobody else, until `people` have answered it.
+    """
+
+    def __init__(self, prompts: list[str], make: Callable[[str], Question | None], out: Path, people: int, seed: int):
+        self.out, self.people, self.seed = out, people, seed
+        self.rows = read_answers(out, repair=True)
+        self.by: dict[str, set[str]] = {prompt: set() for prompt in prompts}  # who has answered it
+        for row in self.rows:
+            self.by.setdefault(row["prompt"], set()).add(row["annotator"])
+        self.prompts, self.alike = prompts, 0  # alike: prompts left out, since the model says the same every time
+        self.waiting: list[Question] = []  # made, and not yet answered by enough
+        self.open: dict[str, tuple[Question, float]] = {}  # annotator → what they look at, and since when
+        self.past: defaultdict[str, list[Question]] = defaultdict(list)  # annotator → what they answered here
+        self.changed = threading.Condition()
+        self.making, self.stopping, self.error = True, False, ""
+        left = [(i, prompt) for i, prompt in enumerate(prompts) if len(self.by[prompt]) < people]
+        self.maker = threading.Thread(target=self._make_ahead, args=(left, make), daemon=True)
+        self.maker.start()
+
+    def _make_ahead(self, prompts: list[tuple[int, str]], make: Callable[[str], Question | None]) -> None:
+        try:
+            for number, prompt in prompts:
+                question = make(prompt)
+                with self.changed:
+                    if question is None:
+                        self.alike += 1
+                    else:
+                        question.number = number
+                        self.waiting.append(question)
+                    self.changed.notify_all()
+                    self.changed.wait_for(self._wants_more)
+                if self.stopping:
+                    return
+        except Exception as error:
+            self.error = f"sampling failed: {error!r}"
+        finally:
+            with self.changed:
+                self.making = False
+                self.changed.notify_all()
+
+    def _wants_more(self) -> bool:
+        return self.stopping or sum(not self._takers(question) for question in self.waiting) < AHEAD
+
+    def stop(self) -> None:
+        """End the sampling, once the prompt at hand is answered: a process must not end in the middle of a forward."""
+        with self.changed:
+            self.stopping = True
+            self.changed.notify_all()
+        self.maker.join()
+
+    def _takers(self, question: Question) -> set[str]:
+        """Who has answered a question or has it open."""
+        return self.by[question.prompt] | {who for who, (shown, _) in self.open.items() if shown is question}
+
+    def next(self, annotator: str) -> Question | None:
+        """What `annotator` looks at, now or next; None where nothing is left. Raises OSError where sampling failed."""
+
+        def pick() -> Question | None:
+            for question in self.waiting:
+                takers = self._takers(question)
+                if len(takers) < self.people and annotator not in takers:
+                    return question
+            return None
+
+        with self.changed:
+            self.changed.wait_for(lambda: annotator in self.open or pick() or not self.making)
+            if annotator not in self.open:  # another request of theirs may have opened one meanwhile
+                if (question := pick()) is None:
+                    if self.error:
+                        raise OSError(self.error)
+                    before = time.monotonic() - ABANDONED
+                    old = [
+                        who
+                        for who, (q, since) in self.open.items()
+                        if since < before and annotator not in self.by[q.prompt]
+                    ]
+                    if not old:
+                        return None
+                    question = self.open.pop(old[0])[0]
+                self.open[annotator] = question, time.monotonic()
+                self.changed.notify_all()
+            return self.open[annotator][0]
+
+    def order(self, question: Question, annotator: str) -> list[int]:
+        """Which answer stands at which place: a random order that a reload does not change."""
+        key = f"{self.seed} {annotator} {question.prompt}"
+        return random.Random(zlib.crc32(key.encode("utf-8", "replace"))).sample(range(n := len(question.answers)), n)
+
+    def answer(self, annotator: str, number: int, verdict: str | list[int]) -> None:
+        """Append a verdict on the open question: "tie", "skip", or the places as shown, best first.
+
+        Raises ValueError where it is none of these, or where the annotator has another question open; OSError where it
+        cannot be written, and then the file is as it was.
+        """
+        with self.changed:
+            question, since = self.open.get(annotator, (None, 0.0))
+            if question is None or question.number != number:
+                raise ValueError("this question is no longer open; reload the page")
+            order, prompt = self.order(question, annotator), question.prompt
+            row: dict = {"prompt": prompt}
+            if verdict in ("tie", "skip"):
+                row |= {"verdict": verdict, "responses": [text for text, _ in question.answers]}
+                row["checkpoint"] = question.checkpoints
+            elif isinstance(verdict, list) and {*map(type, verdict)} == {int} and sorted(verdict) == sorted(order):
+                best_first = [order[place] for place in verdict]
+                row |= preference([question.answers[i] for i in best_first])
+                row |= {"checkpoint": [question.checkpoints[i] for i in best_first], "position": verdict[0]}
+            else:
+                raise ValueError("a verdict is tie, skip, or every place once, best first")
+            row |= {"annotator": annotator, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+            row |= {"seconds": round(time.monotonic() - since, 2), "seed": self.seed}
+            with open(self.out, "ab", buffering=0) as file:
+                size = file.tell()
+                try:
+                    line = (json.dumps(row) + "\n").encode()
+                    if file.write(line) < len(line):
+                        raise OSError("the disk is full")
+                    os.fsync(file.fileno())
+                except OSError:
+                    file.truncate(size)
+                    raise
+            self.rows.append(row)
+            self.by[prompt].add(annotator)
+            self.past[annotator].append(question)
+            del self.open[annotator]
+            if len(self.by[prompt]) >= self.people:
+                self.waiting.remove(question)
+            self.changed.notify_all()
+
+    def undo(self, annotator: str) -> bool:
+        """Take the annotator's last answer of this sitting out of the file, and show its question again."""
+        with self.changed:
+            if not self.past[annotator]:
+                return False
+            question = self.past[annotator].pop()
+            at = max(
+                i
+                for i, row in enumerate(self.rows)
+                if (row["annotator"], row["prompt"]) == (annotator, question.prompt)
+            )
+            write_jsonl(self.out, self.rows[:at] + self.rows[at + 1 :])
+            del self.rows[at]
+            self.by[question.prompt].discard(annotator)
+            if question not in self.waiting:
+                self.waiting.insert(0, question)
+            self.open[annotator] = question, time.monotonic()
+            self.changed.notify_all()
+            return True
+
+    def progress(self, annotator: str) -> dict:
+        """How many this annotator has answered, how many are left for them, and the seconds that will take."""
+        with self.changed:
+            mine = [row for row in self.rows if row["annotator"] == annotator]
+            full = sum(len(self.by[p]) >= self.people or annotator in self.by[p] for p in self.prompts)
+            left = len(self.prompts) - self.alike - full
+            pace = statistics.median(row["seconds"] for row in mine[-20:]) if mine else None
+            return {"done": len(mine), "left": left, "seconds_left": pace and pace * left}
+
+
+def read_answers(path: Path, repair: bool = False) -> list[dict]:
+    """The rows of a label file. `repair` takes a last line out that a kill cut short, since nobody saw it accepted."""
+    if not path.exists() or path.stat().st_size == 0:
+        return []
+    if repair:
+        whole, _, rest = path.read_bytes().rpartition(b"\n")
+        if rest:
+            with open(path, "r+b") as file:
+                file.truncate(len(whole) + bool(whole))
+    columns = {"prompt": str, "annotator": str, "seconds": float}
+    return read_jsonl(path, columns, verdicts=True) if path.stat().st_size else []
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Raises InputError where another process is labelling into `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{path}.lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(f"--out {path}: another labelling session writes to it; stop that one first") from None
+        yield

@@ -1,0 +1,38 @@
+"""The same sitting in a terminal."""
+
+import re
+
+from data.label.sitting import Sitting
+
+
+def ask_in_terminal(sitting: Sitting, annotator: str) -> None:
+    """The same sitting by input(): places in order, best first; t a tie, s to skip, u to undo, q to stop."""
+    while question := sitting.next(annotator):
+        order, shown = sitting.order(question, annotator), sitting.progress(annotator)
+        pace = f", about {shown['seconds_left'] / 60:.0f} min left" if shown["seconds_left"] else ""
+        print(f"\n{'─' * 72}\n{shown['done']} done, {shown['left']} to go{pace}\n\n{visible(question.prompt)}")
+        for place, i in enumerate(order, 1):
+            text, ended = question.answers[i]
+            print(f"\n[{place}] {visible(text)}{'' if ended else ' …'}")
+        best_first = "1 or 2" if len(order) == 2 else "the order, best first (as 312)"
+        said = input(f"\nBetter: {best_first}; t tie, s skip, u undo, q quit > ").strip().lower()
+        if said == "q":
+            return
+        if said == "u":
+            print("taken back" if sitting.undo(annotator) else "nothing to take back")
+            continue
+        verdict: str | list[int] = {"t": "tie", "s": "skip"}.get(said, said)
+        if verdict == said:
+            verdict = [int(digit) - 1 for digit in re.findall(r"\d", said)]
+            if len(order) == 2 and verdict in ([0], [1]):
+                verdict.append(1 - verdict[0])
+        try:
+            sitting.answer(annotator, question.number, verdict)
+        except ValueError as error:
+            print(f"{error}, please")
+    print("\nThat was the last one. Thank you.")
+
+
+def visible(text: str) -> str:
+    """Text without the control characters that could move a terminal's cursor."""
+    return re.sub(r"[^\n\t\x20-\x7e\xa0-\U0010ffff]", "�", text)

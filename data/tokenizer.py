@@ -1,0 +1,109 @@
+"""The tokenizer, always a tiktoken.Encoding: a byte-level BPE learned here, or GPT-2's."""
+
+import heapq
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+
+import regex  # tiktoken's own dependency
+import tiktoken
+
+from data.files import InputError
+
+SPLIT = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""  # GPT-2's words
+EOS_TEXT = "<|endoftext|>"
+
+
+def learn_bpe(texts: Iterable[str], vocab_size: int, limit: int = 50_000_000) -> tiktoken.Encoding:
+    """Byte-level BPE (Sennrich et al. 2016; Radford et al. 2019, section 2.2) from the first `limit` characters.
+
+    Ids 0…255 are the bytes, then come the merges in the order learned, then EOS. The vocabulary is smaller than
+    `vocab_size` where no pair is left that occurs twice.
+    """
+    if vocab_size < 257:
+        raise InputError(
+            f"--vocab_size {vocab_size}: a byte-level vocabulary needs 256 bytes and EOS; give 257 or more"
+        )
+    counts: Counter[str] = Counter()
+    for text in texts:
+        counts.update(regex.findall(SPLIT, text[:limit]))
+        limit -= len(text)
+        if limit <= 0:
+            break
+    words = [(list(word.encode("utf-8", "replace")), count) for word, count in counts.items()]
+    pairs: Counter[tuple[int, int]] = Counter()
+    where: defaultdict[tuple[int, int], set[int]] = defaultdict(set)
+    for i, (ids, count) in enumerate(words):
+        for pair in zip(ids, ids[1:]):
+            pairs[pair] += count
+            where[pair].add(i)
+    heap = [(-count, pair) for pair, count in pairs.items()]  # commonest first; equals by id, so that it is repeatable
+    heapq.heapify(heap)
+    tokens = [bytes([i]) for i in range(256)]
+    while len(tokens) < vocab_size - 1 and heap:
+        count, pair = heapq.heappop(heap)
+        if -count != pairs[pair]:  # an old entry
+            continue
+        if -count < 2:
+            break
+        new = len(tokens)
+        tokens.append(tokens[pair[0]] + tokens[pair[1]])
+        changed = set()
+        for i in where.pop(pair):
+            ids, count = words[i]
+            merged, j = [], 0
+            while j < len(ids):
+                if j + 1 < len(ids) and (ids[j], ids[j + 1]) == pair:
+                    merged.append(new)
+                    j += 2
+                else:
+                    merged.append(ids[j])
+                    j += 1
+            for old in zip(ids, ids[1:]):
+                pairs[old] -= count
+                changed.add(old)
+            for fresh in zip(merged, merged[1:]):
+                pairs[fresh] += count
+                where[fresh].add(i)
+                changed.add(fresh)
+            words[i] = (merged, count)
+        for each in changed:
+            if pairs[each] > 0:
+                heapq.heappush(heap, (-pairs[each], each))
+    ranks = {token: i for i, token in enumerate(tokens)}
+    return tiktoken.Encoding("bpe", pat_str=SPLIT, mergeable_ranks=ranks, special_tokens={EOS_TEXT: len(ranks)})
+
+
+def gpt2_encoding() -> tiktoken.Encoding:
+    """GPT-2's vocabulary of 50,257, which tiktoken downloads once. Raises InputError where it cannot."""
+    try:
+        return tiktoken.get_encoding("gpt2")
+    except Exception as error:
+        raise InputError(
+            f"--vocab_size 0: tiktoken could not download GPT-2's vocabulary ({error}); go online once"
+        ) from error
+
+
+def encoding_state(encoding: tiktoken.Encoding) -> dict:
+    """The encoding as a plain dict, bytes written as Latin-1 text, for a checkpoint."""
+    ranks = {token.decode("latin-1"): rank for token, rank in encoding._mergeable_ranks.items()}
+    return {
+        "name": encoding.name,
+        "pattern": encoding._pat_str,
+        "ranks": ranks,
+        "special": dict(encoding._special_tokens),
+    }
+
+
+def encoding_from_state(state: dict) -> tiktoken.Encoding:
+    ranks = {token.encode("latin-1"): rank for token, rank in state["ranks"].items()}
+    return tiktoken.Encoding(
+        state["name"], pat_str=state["pattern"], mergeable_ranks=ranks, special_tokens=state["special"]
+    )
+
+
+def encode_prompt(encoding: tiktoken.Encoding, prompt: str) -> list[int]:
+    """Special tokens that stand in a prompt, as the turns of a chat template do, are what they say.
+
+    In completions and documents they are ordinary text, so that no model learns to write them from being quoted.
+    """
+    return encoding.encode(prompt, allowed_special="all")

@@ -1,0 +1,337 @@
+"""The arithmetic of model.py, faster. To learn how RLHF works you need not open this file.
+
+Every docstring opens with the plain line that the function equals; tests/test_fast.py holds the two together. No other
+file knows of oneDNN and its packed matrices, attention by plain products, chunks of logits and their derivative, a draw
+in two levels, decoding as a CUDA graph, pinned copies, memory that glibc keeps, or compiled blocks.
+"""
+
+import ctypes
+import functools
+import math
+import sys
+from collections.abc import Callable
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+CHUNK = 2**23  # logits that exist at a time; glibc still takes 32 MiB from memory that it has
+KEPT = 4  # chunks of logits that the backward need not compute again
+SHORT = 128  # a CPU attends to up to this many keys by plain products
+
+
+# --- products ---------------------------------------------------------------------------------------------------------
+
+
+class Linear(nn.Linear):
+    """`nn.Linear`. Its large matrix is packed while the model generates (see `decoding`)."""
+
+    packed: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight if self.packed is None else self.packed, self.bias)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear; where a CPU multiplies by a large matrix, by oneDNN, which takes up to half of MKL's time for it."""
+    if not for_onednn(weight) or x.dtype != torch.float32:
+        return F.linear(x, weight, bias)
+    if torch.is_grad_enabled():
+        return OneDNNLinear.apply(x, weight, bias)
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def for_onednn(weight: Tensor) -> bool:
+    large = weight.numel() >= 2**20 and weight.device.type == "cpu" and weight.dtype == torch.float32
+    return ONEDNN and large and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
+
+
+class OneDNNLinear(torch.autograd.Function):
+    """x Wᵀ + b: x (…, I), W (O, I), b (O,) or None → (…, O). `_linear_pointwise` has no derivative of its own."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple:
+        x, weight = ctx.saved_tensors
+        flat = grad.flatten(0, -2)  # (N, O)
+        d_bias = flat.sum(0) if ctx.needs_input_grad[2] else None
+        # Plain products: backward, MKL takes three quarters of oneDNN's time (third generation EPYC).
+        return grad @ weight, flat.T @ x.flatten(0, -2), d_bias
+
+
+def pack(weight: Tensor) -> Tensor:
+    """`weight`, under autocast in its dtype; a large matrix in the order that oneDNN reads fastest for a few rows."""
+    weight = weight.to(compute_dtype(weight))
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach()) if for_onednn(weight) else weight
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """`x.dtype`, or under autocast the dtype that products are computed in."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def linear_float32(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear(x.float(), weight.float(), bias)`, also under autocast; float64 stays float64.
+
+    Rounded to bfloat16, whose steps are 0.5 from 64 to 128, log-probabilities would be off by more than PPO's ε, and
+    scores that are close would be equal.
+    """
+    if x.is_cuda and x.dtype == weight.dtype == torch.bfloat16 and bias is None:
+        return torch.mm(x, weight.T, out_dtype=torch.float32)
+    with torch.autocast(x.device.type, enabled=False):
+        return linear(at_least_float32(x), at_least_float32(weight), bias)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+# --- attention --------------------------------------------------------------------------------------------------------
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float = 0.0) -> Tensor:
+    """`F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=T > 1, enable_gqa=True)`.
+
+    q (B, H, T, D), k and v (B, K, t, D) → (B, H, T, D). One query a row (T = 1) may have a mask (B, 1, 1, t) of 0 and
+    −inf. Short rows on a CPU, and one query on every device, are attended to by two plain products.
+    """
+    B, H, T, D = q.shape
+    short = q.device.type == "cpu" and k.shape[2] <= SHORT
+    if dropout or not (short or T == 1):
+        grouped = k.shape[1] < H
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=T > 1, enable_gqa=grouped)
+    q = (q * D**-0.5).reshape(B * k.shape[1], -1, D)  # (B K, H / K · T, D)
+    scores = q.bmm(k.flatten(0, 1).transpose(1, 2))  # (B K, H / K · T, t)
+    if T > 1:
+        mask = torch.full((T, T), -math.inf, dtype=q.dtype, device=q.device).triu(1)
+    if mask is not None:
+        scores = (scores.view(B, H, T, -1) + mask).view_as(scores)
+    return scores.softmax(-1).bmm(v.flatten(0, 1)).view(B, H, T, D)
+
+
+def gelu(x: Tensor) -> Tensor:
+    """GELU in its tanh form, as GPT-2 has it; on a CPU by a sigmoid, which takes half the time of tanh."""
+    if x.device.type != "cpu" or x.dtype != torch.float32 or torch.compiler.is_compiling():
+        return F.gelu(x, approximate="tanh")
+    return SigmoidGELU.apply(x) if x.requires_grad else x * SigmoidGELU.gate(x)
+
+
+class SigmoidGELU(torch.autograd.Function):
+    """x σ(2u) = x (1 + tanh u) / 2 with u = √(2/π) (x + 0.044715 x³) (Hendrycks and Gimpel 2016)."""
+
+    A, B = math.sqrt(8 / math.pi), math.sqrt(8 / math.pi) * 0.044715  # 2u = A x + B x³
+
+    @staticmethod
+    def gate(x: Tensor) -> Tensor:
+        return x.square().mul_(SigmoidGELU.B).add_(SigmoidGELU.A).mul_(x).sigmoid_()
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        s = SigmoidGELU.gate(x)
+        ctx.save_for_backward(x, s)
+        return x * s
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        x, s = ctx.saved_tensors
+        slope = x.square().mul_(3 * SigmoidGELU.B).add_(SigmoidGELU.A).mul_(x)  # x · d(2u)/dx
+        return slope.addcmul_(slope, s, value=-1).add_(1).mul_(s).mul_(grad)  # s + x s (1 − s) d(2u)/dx
+
+
+# --- log-probabilities ------------------------------------------------------------------------------------------------
+
+
+def chosen_logprobs(hidden: Tensor, weight: Tensor, target: Tensor, temperature: float) -> Tensor:
+    """`F.log_softmax(hidden @ weight.T / temperature, -1).gather(1, target[:, None])[:, 0]` in float32.
+
+    hidden (N, C), W (V, C), target (N,) → (N,) in nats. Logits exist for one chunk of rows at a time. The backward
+    computes them again, all but the last few chunks, which are kept where a gradient is wanted. There is no second
+    derivative.
+    """
+    dtype = compute_dtype(hidden)
+    wanted = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    return ChosenLogprobs.apply(hidden.to(dtype), weight.to(dtype), target, temperature, KEPT if wanted else 0)
+
+
+class ChosenLogprobs(torch.autograd.Function):
+    """With p = softmax, the gradient of a chosen log-probability with respect to the logits is onehot − p."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, target: Tensor, temperature: float, n_kept: int) -> Tensor:
+        ctx.save_for_backward(hidden, weight, target)
+        ctx.temperature, ctx.rows, ctx.kept = temperature, max(1, CHUNK // len(weight)), []
+        chunks = list(zip(hidden.split(ctx.rows), target.split(ctx.rows)))
+        chosen = []
+        for i, (h, y) in enumerate(chunks):
+            logp, exp, total = chunk_softmax(h, weight, y, temperature)
+            chosen.append(logp)
+            if i >= len(chunks) - n_kept:
+                ctx.kept.append((exp, total))
+        return torch.cat(chosen)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple:
+        hidden, weight, target = ctx.saved_tensors
+        g = (grad / ctx.temperature)[:, None]  # (N, 1) float32
+        d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=grad.dtype)  # (N, C), (V, C)
+        for h, y, gi, d in reversed(list(zip(*(x.split(ctx.rows) for x in (hidden, target, g, d_hidden))))):
+            exp, total = ctx.kept.pop() if ctx.kept else chunk_softmax(h, weight, y, ctx.temperature)[1:]
+            p = exp.scatter_add_(1, y[:, None], -total).to(h.dtype)  # (n, V): softmax − onehot, times total
+            gi = (gi / total).to(h.dtype)  # (n, 1)
+            d.copy_(-gi * (p @ weight))
+            if h.dtype == grad.dtype:
+                d_weight.addmm_(p.T, gi * h, alpha=-1)
+            else:
+                d_weight -= p.T @ (gi * h)
+            del exp, p, total  # before the next chunk takes its memory
+        return d_hidden, d_weight.to(weight.dtype), None, None, None
+
+
+def chunk_softmax(hidden: Tensor, weight: Tensor, target: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The chosen log-probabilities (n,), and the softmax as exp(logits − max) (n, V) and its sums (n, 1)."""
+    logits = linear_float32(hidden, weight)
+    if temperature != 1:
+        logits /= temperature
+    logits -= logits.amax(-1, keepdim=True)  # in place, like exp_: new memory costs more than arithmetic
+    chosen = logits.gather(1, target[:, None])
+    total = logits.exp_().sum(-1, keepdim=True)
+    return (chosen - total.log())[:, 0], logits, total
+
+
+# --- drawing and decoding ---------------------------------------------------------------------------------------------
+
+
+def draw(probs: Tensor, uniform: Tensor) -> Tensor:
+    """`torch.searchsorted(probs.cumsum(-1), uniform[:, None] * probs.sum(-1, keepdim=True), right=True)[:, 0]`.
+
+    probs (B, V), uniform (B,) in float64 in [0, 1) → token ids (B,). Sums are in float64: in float32 they are off by up
+    to 4e-4 in total variation over 50,257 tokens. A large vocabulary is searched in two levels.
+    """
+    V, width, u = probs.shape[-1], 256, uniform[:, None].clamp(max=1 - 2**-52)  # (B, 1)
+    if V <= 16 * width:
+        cdf = probs.cumsum(-1, dtype=torch.float64)
+        return torch.searchsorted(cdf, u * cdf[:, -1:], right=True)[:, 0]
+    # First: which stretch of 256 tokens.
+    whole = V // width * width
+    mass = probs[:, :whole].unflatten(1, (-1, width)).sum(-1)  # (B, V / 256)
+    mass = torch.cat([mass, probs[:, whole:].sum(-1, keepdim=True)], 1).double()
+    cdf = mass.cumsum(-1)
+    u = u * cdf[:, -1:]
+    stretch = torch.searchsorted(cdf, u, right=True)
+    # Then: which token of it.
+    left = mass.gather(1, stretch) - cdf.gather(1, stretch) + u  # of u, within the stretch
+    token = stretch * width + torch.arange(width, device=u.device)  # (B, 256)
+    inside = (probs.gather(1, token.clamp(max=V - 1)) * (token < V)).cumsum(-1, dtype=torch.float64)
+    share = (left / mass.gather(1, stretch)).clamp(0, 1 - 2**-52)  # rounding must not leave the stretch
+    place = torch.searchsorted(inside, share * inside[:, -1:], right=True)
+    return (stretch * width + place)[:, 0]
+
+
+def decoding(generate: Callable) -> Callable:
+    """`torch.no_grad()(generate)`, with the model in eval mode meanwhile, its large matrices packed."""
+
+    @functools.wraps(generate)
+    def decorated(model: nn.Module, *args, **options) -> tuple[Tensor, ...]:
+        was_training, kind = model.training, model.wte.weight.device.type
+        rounds = torch.is_autocast_enabled(kind)
+        layers = [layer for layer in model.h.modules() if isinstance(layer, Linear)]
+        # Inference mode is faster than no_grad, but under autocast would round all weights for every token.
+        grad_mode = torch.no_grad() if rounds else torch.inference_mode()
+        autocast = torch.autocast(kind, torch.get_autocast_dtype(kind), rounds, cache_enabled=True)
+        try:
+            with grad_mode, autocast, torch.compiler.set_stance("force_eager"):
+                for layer in layers:
+                    layer.packed = pack(layer.weight) if for_onednn(layer.weight) else None
+                result = generate(model.eval(), *args, **options)
+        finally:
+            torch.clear_autocast_cache()  # the weights may change before they are needed again
+            for layer in layers:
+                layer.packed = None
+            model.train(was_training)
+        return tuple(x.clone() for x in result)  # ordinary tensors again
+
+    return decorated
+
+
+def uniform(*size: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
+    """`torch.rand(size, dtype=torch.float64)`, from a CPU generator, on a device that has float64."""
+    numbers = torch.rand(size, dtype=torch.float64, generator=generator)
+    return numbers.to(device) if device.type == "cuda" else numbers
+
+
+def columns(kv: Tensor, gap: Tensor, column: int | Tensor) -> tuple[Tensor, slice | Tensor, Tensor]:
+    """`kv[..., : column + 1, :], column, gap[..., : column + 1]`: the cache up to a column, that column, and its mask.
+
+    A graph cannot know the value of a tensor: then these are the whole cache, and a mask that hides what comes later.
+    """
+    if isinstance(column, int):
+        return kv[..., : column + 1, :], slice(column, column + 1), gap[..., : column + 1]
+    later = torch.arange(gap.shape[-1], device=gap.device) > column
+    return kv, column, gap.masked_fill(later, -math.inf)
+
+
+def static(step: Callable[[Tensor], None], device: torch.device) -> Callable[[int], None]:
+    """`step`, called for t = 1, 2, 3 … in turn, with t in a tensor; on CUDA the second call becomes a graph."""
+    time, graphs = torch.ones(1, dtype=torch.long, device=device), []
+
+    def advance() -> None:
+        step(time)
+        time.add_(1)
+
+    def replay(t: int) -> None:
+        if t == 1 or device.type != "cuda":
+            return advance()
+        if not graphs:
+            graphs.append(torch.cuda.CUDAGraph())
+            with torch.cuda.graph(graphs[0]):
+                advance()
+        graphs[0].replay()
+
+    return replay
+
+
+def all_true(x: Tensor, t: int) -> bool:
+    """`x.all()`; on an accelerator, where a look costs a synchronisation, at every sixteenth t alone."""
+    look = x.device.type == "cpu" or t % 16 == 0
+    return look and bool(x.all())
+
+
+# --- memory, copies, compiling ----------------------------------------------------------------------------------------
+
+
+def to_device(x: Tensor, device: torch.device | str) -> Tensor:
+    """`x.to(device)`. The CPU does not wait for a copy to a GPU, which is from pinned memory."""
+    pin = torch.device(device).type == "cuda" and not x.is_cuda
+    return (x.pin_memory() if pin else x).to(device, non_blocking=pin)
+
+
+def pick(x: Tensor, row: Tensor, column: Tensor) -> Tensor:
+    """`x[row, column]` of x (B, T, …), by one index for both, which is faster backward. Indices may be on the CPU."""
+    index = row * x.shape[1] + column
+    flat = to_device(index.flatten(), x.device)
+    return x.flatten(0, 1).index_select(0, flat).view(*index.shape, *x.shape[2:])
+
+
+def keep_memory() -> None:
+    """Nothing, to a reader. glibc keeps what is freed: new pages cost more than the arithmetic on them."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:
+        for option, setting in ((-4, 0), (-1, -1)):  # M_MMAP_MAX: no mapping of its own; M_TRIM_THRESHOLD: never
+            mallopt(option, setting)
+
+
+def compile_blocks(*models: nn.Module) -> None:
+    """Nothing, to a reader. torch.compile fuses the blocks of each GPT; on CUDA a decode step becomes a graph."""
+    for model in models:
+        model.static_decode = model.wte.weight.is_cuda
+        for block in model.h:
+            block.compile(dynamic=True, recompile_limit=64)  # all blocks of all models share one code

@@ -1,0 +1,106 @@
+"""The device, and the processes of torchrun. With one process every function here is the plain thing it says."""
+
+import importlib
+import os
+import shutil
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from data.files import InputError
+from fast import keep_memory
+
+RANK = int(os.environ.get("RANK", 0))  # of this process
+WORLD = int(os.environ.get("WORLD_SIZE", 1))  # how many there are
+
+
+def pick_device(name: str) -> torch.device:
+    """auto takes CUDA, then MPS, then the CPU. Under torchrun every process gets the GPU of its local rank."""
+    available = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available, "cpu": lambda: True}
+    if name == "auto":
+        name = next(kind for kind, there in available.items() if there())
+    kind = name.partition(":")[0]
+    if kind not in available:
+        raise InputError(f"--device {name}: give auto, cpu, cuda or mps")
+    if not available[kind]():
+        raise InputError(f"--device {name}: there is none on this machine; --device auto takes what there is")
+    if kind == "cuda" and WORLD > 1:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    if kind == "cuda" and ":" in name:
+        torch.cuda.set_device(name)
+    return torch.device(name)
+
+
+def setup(cfg: Any) -> tuple[torch.device, torch.autocast]:
+    """Device, autocast context and, under torchrun, the process group. Seeds torch for weight initialisation."""
+    device = pick_device(cfg.device)
+    if WORLD > 1 and not dist.is_initialized():
+        # the optimiser imports this; once the group is made, its default arguments would keep gloo's threads to the end
+        importlib.import_module("torch.distributed.nn.functional")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=12))
+    if device.type == "cpu":
+        keep_memory()
+    if getattr(cfg, "compile", False) and device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
+        raise InputError("--compile: on a CPU it needs a C++ compiler; install g++, or leave it out")
+    if cfg.dtype not in ("auto", "float32", "bfloat16"):
+        raise InputError(f"--dtype {cfg.dtype}: give auto, float32 or bfloat16")
+    bf16 = cfg.dtype == "bfloat16"
+    if cfg.dtype == "auto" and device.type == "cuda":
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    torch.manual_seed(cfg.seed)
+    return device, torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False)
+
+
+def total(x: Tensor) -> Tensor:
+    """The sum over all processes of a tensor that each of them has."""
+    if WORLD > 1:
+        x = x.clone()
+        dist.all_reduce(x)
+    return x
+
+
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """The mean of x over the places where `mask` is true, in all processes together."""
+    return total((x * mask).sum()) / total(mask.sum())
+
+
+def means(columns: dict[str, Tensor]) -> dict[str, float]:
+    """The mean of each column (B,), over the rows of all processes together. Each process has the same B."""
+    n = len(next(iter(columns.values()))) * WORLD
+    sums = total(torch.stack([x.float().sum() for x in columns.values()]))
+    return dict(zip(columns, (sums / n).tolist()))
+
+
+def sum_gradients(model: nn.Module) -> None:
+    """Add up the gradients of all processes. Every loss divides by the tokens of the whole batch, so a sum is right."""
+    if WORLD > 1:
+        for p in model.parameters():
+            if p.grad is None:  # no row of this batch fell to this process
+                p.grad = torch.zeros_like(p)
+        for sum_of_one in [dist.all_reduce(p.grad, async_op=True) for p in model.parameters()]:
+            sum_of_one.wait()
+
+
+def first_alone(work: Callable[[], Any]) -> Any:
+    """What `work` returns, done by process 0 before the others do it (they find its files)."""
+    if RANK > 0:
+        dist.barrier()
+    result = work()
+    if RANK == 0 and WORLD > 1:
+        dist.barrier()
+    return result
+
+
+def share(items: list) -> list:
+    """This process's part of a batch: every WORLD-th item."""
+    return items[RANK::WORLD]
+
+
+def say(text: str, end: str = "\n") -> None:
+    """Print, from the first process alone."""
+    if RANK == 0:
+        print(text, end=end, flush=True)

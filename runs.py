@@ -1,0 +1,244 @@
+"""Checkpoints and run folders: what a run writes, how it is read again, and how a stopped one goes on."""
+
+import dataclasses
+import importlib.util
+import json
+import math
+import os
+import re
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import tiktoken
+import torch
+import torch.distributed as dist
+
+import plots
+from data.files import InputError
+from data.tokenizer import encoding_from_state, encoding_state
+from model import GPT, GPTConfig, ScalarModel
+from processes import RANK, WORLD, say
+
+# --- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+def save_file(content: dict, path: Path) -> None:
+    """torch.save under a temporary name, renamed into place: a kill leaves the old file or the new one, whole."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def save_model(model: GPT | ScalarModel, encoding: tiktoken.Encoding, path: Path) -> None:
+    """A model.pt: {"model": weights, "config": GPTConfig's fields, "tokenizer": the encoding}, all plain."""
+    content = {
+        "model": model.state_dict(),
+        "config": dataclasses.asdict(model.config),
+        "tokenizer": encoding_state(encoding),
+    }
+    save_file(content, path)
+
+
+def load(
+    folder: str | Path, device: torch.device | str = "cpu", option: str = "", kind: type | None = None
+) -> tuple[GPT | ScalarModel, tiktoken.Encoding]:
+    """The model of a run folder (or of a .pt file) in eval mode, and its tokenizer.
+
+    Raises InputError where there is none, or where it is not of the `kind` that `option` wants.
+    """
+    path = Path(folder) / "model.pt" if Path(folder).suffix != ".pt" else Path(folder)
+    if not path.exists():
+        raise InputError(
+            f"{option} {folder}: no model.pt there; run the stage that writes it, or name another run folder"
+        )
+    try:
+        saved = torch.load(path, map_location=device, weights_only=True)
+        scalar, config, encoding = (
+            "head.weight" in saved["model"], GPTConfig(**saved["config"]), encoding_from_state(saved["tokenizer"])
+        )  # fmt: skip
+    except Exception as error:  # torch.load raises many kinds
+        raise InputError(
+            f"{path}: not a checkpoint of this project ({type(error).__name__}); name another run folder"
+        ) from None
+    if kind is GPT and scalar:
+        raise InputError(f"{option} {folder}: holds a reward model; give a run folder of sft.py or ppo.py")
+    if kind is ScalarModel and not scalar:
+        raise InputError(f"{option} {folder}: holds a language model; give a run folder of reward.py")
+    with torch.device("meta"):  # no memory yet: the saved tensors become the parameters
+        model = GPT(config)
+        model = ScalarModel(model) if scalar else model
+    model.load_state_dict(saved["model"], assign=True)
+    return model.eval(), encoding
+
+
+def load_gpt(folder: str | Path, device: torch.device | str = "cpu", option: str = "") -> tuple[GPT, tiktoken.Encoding]:
+    return load(folder, device, option, GPT)
+
+
+def load_scalar(
+    folder: str | Path, device: torch.device | str = "cpu", option: str = ""
+) -> tuple[ScalarModel, tiktoken.Encoding]:
+    return load(folder, device, option, ScalarModel)
+
+
+# --- run folders ------------------------------------------------------------------------------------------------------
+
+
+def check_out(cfg: Any) -> None:
+    """Raises InputError where --out cannot become a run folder: it is --init itself, or not a folder of ours."""
+    out = Path(cfg.out)
+    for name in ("init", "reward"):
+        if getattr(cfg, name, "") and out.resolve() == Path(getattr(cfg, name)).resolve():
+            raise InputError(f"--out {out}: is --{name} too; name another folder, so that it is not overwritten")
+    if out.exists() and not (out.is_dir() and ((out / "metrics.jsonl").exists() or not any(out.iterdir()))):
+        raise InputError(f"--out {out}: not empty and not a run folder; name another, so that nothing in it is lost")
+
+
+class Run:
+    """A run folder: model.pt, state.pt, metrics.jsonl, samples.txt, curves.png.
+
+    Made once all input has been checked. An earlier run there is renamed FOLDER.1, FOLDER.2, …, unless it is resumed.
+    """
+
+    def __init__(self, cfg: Any):
+        self.cfg, self.folder, self.step = cfg, Path(cfg.out), 0
+        self.times: dict[str, float] = {}
+        self.state = self._read_state() if cfg.resume else None
+
+    def _read_state(self) -> dict | None:
+        """What --resume continues from, or None where there is nothing. Raises InputError where the options differ."""
+        path = self.folder / "state.pt"
+        if not path.exists():
+            say(f"nothing to resume in {self.folder}, so this starts from the beginning")
+            return None
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        for name, value in dataclasses.asdict(self.cfg).items():
+            if name not in ("resume", "device") and state["options"].get(name) != value:
+                raise InputError(
+                    f"--resume: {path} was made with --{name} {state['options'].get(name)}; give the same options"
+                )
+        return state
+
+    def start(self, steps: int, **parts: Any) -> None:
+        """Open the folder for writing. On a resume, put the saved state into `parts` (nets, optimizers)."""
+        if WORLD > 1:
+            dist.barrier()  # every process has read its input: what was in the folder may move
+        self.steps = steps
+        self.started = self.logged = time.time()
+        if self.state:
+            self.step = self.state["step"]
+            for name, part in parts.items():
+                part.load_state_dict(self.state[name])
+        if RANK > 0:
+            return
+        if self.state:
+            kept = [line for line in read_metrics(self.folder) if line["step"] < self.step]
+            if (samples := self.folder / "samples.txt").exists():
+                lines = samples.read_text(encoding="utf-8").splitlines(keepends=True)
+                samples.write_text("".join(s for s in lines if int(s.split()[1]) <= self.step), encoding="utf-8")
+        else:
+            if self.folder.exists() and any(self.folder.iterdir()):
+                old = next(name for n in count(1) if not (name := Path(f"{self.folder}.{n}")).exists())
+                self.folder.rename(old)
+                say(f"the run that was in {self.folder} is kept in {old}")
+            kept = []
+        self.folder.mkdir(parents=True, exist_ok=True)
+        temporary = self.folder / "metrics.tmp"
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        temporary.replace(self.folder / "metrics.jsonl")
+
+    def log(self, step: int, metrics: dict[str, float], show: Iterable[str] = ()) -> None:
+        """Append a step's metrics to metrics.jsonl; with `show`, print those of them and the time left."""
+        if RANK > 0:
+            return
+        with open(self.folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps({"step": step} | metrics) + "\n")
+        if show:
+            left = (time.time() - self.started) / (step + 1 - self.step) * (self.steps - step - 1)
+            width = len(str(self.steps))
+            shown = "  ".join(f"{name.split('/')[-1]} {number(metrics[name])}" for name in show if name in metrics)
+            print(f"step {step + 1:>{width}}/{self.steps}  {shown}  {clock(left)} left", flush=True)
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Put the seconds that the block takes into `times` as time/phase."""
+        began = time.time()
+        yield
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        self.times[f"time/{phase}"] = time.time() - began
+
+    def speed(self, tokens: int) -> dict[str, float]:
+        """tokens_per_s since the last call."""
+        before, self.logged = self.logged, time.time()
+        return {"tokens_per_s": tokens / (self.logged - before)}
+
+    def save_best(self, model: GPT | ScalarModel, encoding: tiktoken.Encoding) -> None:
+        if RANK == 0:
+            save_model(model, encoding, self.folder / "best.pt")
+
+    def save(
+        self, step: int, model: GPT | ScalarModel, encoding: tiktoken.Encoding, values: dict, **parts: Any
+    ) -> None:
+        """Write model.pt, and state.pt with the model, `parts` (optimizers, nets) and plain `values`."""
+        if RANK == 0:
+            save_model(model, encoding, self.folder / "model.pt")
+            saved = {name: part.state_dict() for name, part in ({"model": model} | parts).items()}
+            about = {"step": step, "options": dataclasses.asdict(self.cfg), "tokenizer": encoding_state(encoding)}
+            save_file(about | values | saved, self.folder / "state.pt")
+
+    def sample(self, step: int, text: str) -> None:
+        """Append a sample to samples.txt and print it, its line breaks made visible."""
+        if RANK == 0:
+            text = "⏎".join(text.splitlines())
+            with open(self.folder / "samples.txt", "a", encoding="utf-8") as file:
+                file.write(f"step {step}  {text}\n")
+            print(f"    “{text}”", flush=True)
+
+    def finish(self, device: torch.device) -> None:
+        """Say the most memory that was taken; draw curves.png from metrics.jsonl, where matplotlib is installed."""
+        if RANK > 0:
+            return
+        say(f"peak memory: {peak_memory(device):.2f} GiB")
+        if importlib.util.find_spec("matplotlib") is None:
+            return say(f"pip install matplotlib, and the next run draws {self.folder}/curves.png")
+        plots.curves(read_metrics(self.folder), self.folder / "curves.png")
+
+
+def read_metrics(folder: str | Path) -> list[dict]:
+    """The lines of a run's metrics.jsonl; one that a kill cut short is left out."""
+    lines = []
+    for line in (Path(folder) / "metrics.jsonl").read_text().splitlines():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            break
+    return lines
+
+
+def peak_memory(device: torch.device) -> float:
+    """The most memory that this process has taken so far, in GiB: allocated on the GPU with CUDA, else resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    if (status := Path("/proc/self/status")).exists():  # Linux: ru_maxrss would count what started this process
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) / 2**20
+    if importlib.util.find_spec("resource") is None:  # Windows
+        return math.nan
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30  # bytes on macOS
+
+
+def number(x: float) -> str:
+    return f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.2e}" if 0 < abs(x) < 0.001 else f"{x:.3f}"
+
+
+def clock(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

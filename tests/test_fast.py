@@ -1,0 +1,187 @@
+"""fast.py: every function equals the plain line that its docstring opens with."""
+
+import copy
+import os
+import shutil
+
+import pytest
+import torch
+
+import fast
+from model import ScalarModel, sample
+from tests.conftest import FAMILIES, make_gpt
+
+PROMPTS = [[5], [7, 8, 9, 10, 11, 12], [3, 4, 5]]
+
+
+def linears(model):
+    return [layer for layer in model.modules() if isinstance(layer, fast.Linear)]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_chunked_logprobs_and_their_gradients_are_those_of_one_softmax(temperature, monkeypatch):
+    monkeypatch.setattr("fast.CHUNK", 61 * 100)  # 100 rows a chunk: eight chunks, four of them made again
+    model = make_gpt()
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(0, 61, (16, 48), generator=generator)
+    prompt_len, length = torch.ones(16, dtype=torch.long), torch.full((16,), 48)
+    logp = model.logprobs(tokens, prompt_len, length, temperature)
+    whole = (model(tokens[:, :-1]) / temperature).log_softmax(-1).gather(2, tokens[:, 1:, None])[:, :, 0]
+    torch.testing.assert_close(logp, whole, rtol=1e-5, atol=1e-5)
+    parameters, upstream = list(model.parameters()), torch.randn(16, 47, generator=generator)
+    for mine, other in zip(*(torch.autograd.grad((x * upstream).sum(), parameters) for x in (logp, whole))):
+        assert (mine - other).norm() <= 1e-5 * other.norm() + 1e-5
+
+
+@pytest.mark.parametrize("heads, kv_heads, T", [(4, 4, 47), (4, 2, 20), (6, 1, 9), (4, 2, 1)])
+def test_attention_by_plain_products_and_its_gradients_are_the_fused_kernels(heads, kv_heads, T):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(3, n, T, 8) for n in (heads, kv_heads, kv_heads, heads)]
+    *inputs, upstream = (torch.randn(shape, generator=generator).requires_grad_() for shape in shapes)
+    fused = torch.nn.functional.scaled_dot_product_attention(*inputs, is_causal=True, enable_gqa=True)
+    for mine, other in zip(
+        *([y, *torch.autograd.grad(y, inputs, upstream)] for y in (fast.attend(*inputs, None), fused))
+    ):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(not fast.ONEDNN, reason="this build of torch has no oneDNN")
+@pytest.mark.parametrize("bias", [True, False])
+def test_large_products_and_their_gradients_are_those_of_float64(bias):
+    generator = torch.Generator().manual_seed(0)
+    x, weight, b = (torch.randn(*n, generator=generator) for n in ((3, 5, 1100), (1000, 1100), (1000,)))
+    upstream = torch.randn(3, 5, 1000, generator=generator)
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        inputs = [each.to(dtype, copy=True).requires_grad_() for each in (x, weight, b)[: 2 + bias]]
+        y = fast.linear(*inputs)
+        assert ("OneDNN" in type(y.grad_fn).__name__) == (dtype == torch.float32)
+        found.append([y.detach(), *torch.autograd.grad((y * upstream.to(dtype)).sum(), inputs)])
+    for mine, exact in zip(*found):
+        assert (mine - exact).norm() <= 1e-6 * exact.norm()
+    with torch.no_grad():  # one token, as in decoding
+        torch.testing.assert_close(fast.linear(x[:, :1], weight), x[:, :1] @ weight.T, rtol=1e-4, atol=1e-4)
+
+
+def test_under_autocast_log_probabilities_and_scores_are_rounded_no_more_than_their_factors():
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 64, generator=generator).mul(4).bfloat16() for n in (50, 61))
+    logits, target = hidden.double() @ weight.double().T, torch.arange(50)
+    assert logits.abs().max() > 256  # where neighbours in bfloat16 are 2 apart
+    scorer = ScalarModel(make_gpt(n_embd=64))
+    with torch.autocast("cpu", torch.bfloat16):
+        logp, scores = fast.chosen_logprobs(hidden, weight, target, 1.0), scorer.scalar(hidden)
+    exact = logits.log_softmax(-1)[target, target]
+    torch.testing.assert_close(logp.double(), exact, rtol=1e-6, atol=1e-3)
+    exact = (hidden.double() @ scorer.head.weight.double().T)[:, 0]
+    torch.testing.assert_close(scores.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_log_probabilities_pass_gradcheck_in_float64(monkeypatch):
+    monkeypatch.setattr("fast.CHUNK", 11 * 2)  # two rows a chunk
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 3, dtype=torch.float64, generator=generator).requires_grad_() for n in (13, 11))
+    target = torch.randint(0, 11, (13,), generator=generator)
+    assert torch.autograd.gradcheck(lambda h, w: fast.chosen_logprobs(h, w, target, 0.7), (hidden, weight))
+
+
+def test_under_autocast_generation_rounds_each_weight_once_and_keeps_none():
+    model = make_gpt()
+    casts = []
+
+    class Count(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if (
+                function in (torch.ops.aten._to_copy.default, torch.ops.aten.to.dtype)
+                and result.dtype == torch.bfloat16
+            ):
+                casts.append(args[0].data_ptr())
+            return result
+
+    drawn = []
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        for _ in range(2):
+            with Count():
+                drawn.append(model.generate(PROMPTS, 9, generator=torch.Generator().manual_seed(0))[0])
+            with torch.no_grad():
+                model.h[0].mlp.c_fc.weight.mul_(-1)
+    weights = [p.data_ptr() for name, p in model.named_parameters() if p.dim() == 2 and "wpe" not in name]
+    assert [casts.count(weight) for weight in weights] == [2] * len(weights)  # once in each of two generations
+    assert not torch.equal(*drawn)  # the second saw the weight that had changed
+
+
+@pytest.mark.skipif(not fast.ONEDNN, reason="this build of torch has no oneDNN")
+def test_matrices_repacked_for_generation_give_the_greedy_tokens_of_float64_and_see_every_update(monkeypatch):
+    model = make_gpt(vocab_size=2**15, n_inner=2**15)  # 2**20 weights each
+    drawn, repacked, pack = [], [], fast.pack
+    monkeypatch.setattr("fast.pack", lambda weight: repacked.append(weight) or pack(weight))
+    for _ in range(2):
+        tokens, prompt_len, length = model.generate(PROMPTS, 9, temperature=0)
+        logits = copy.deepcopy(model).double()(tokens)
+        for row, start, end in zip(range(3), prompt_len.tolist(), length.tolist()):
+            assert torch.equal(tokens[row, start:end], logits[row, start - 1 : end - 1].argmax(-1))
+        drawn.append(tokens)
+        assert all(layer.packed is None for layer in linears(model))
+        with torch.no_grad():
+            model.wte.weight.mul_(-1)
+            model.h[0].mlp.c_fc.weight.mul_(-1)
+    assert len(repacked) == 2 * (1 + 2 * len(model.h))  # of each generation: the output layer, both of every MLP
+    assert not torch.equal(*drawn)
+
+
+def test_the_sampler_is_exact_to_1e_6_over_a_large_vocabulary():
+    logits = torch.randn(1, 50_257, generator=torch.Generator().manual_seed(0)) * 3
+    exact = logits.double().softmax(-1)[0]
+    # a uniform number draws token i when it falls in i's interval of the CDF: probe both ends of the commonest ones
+    edges = exact.cumsum(0)
+    for i in exact.topk(200).indices.tolist():
+        low, high = edges[i] - exact[i], edges[i]
+        inside = torch.stack([low + 1e-6, high - 1e-6])
+        assert (high - low) < 3e-6 or sample(logits.expand(2, -1), inside).tolist() == [i, i]
+
+
+@pytest.mark.parametrize("vocab_size", [2, 61, 4096, 4097, 4352, 50_257])
+def test_drawing_in_two_levels_finds_the_token_of_one_cumulative_sum(vocab_size):
+    generator = torch.Generator().manual_seed(0)
+    n = 50 if vocab_size > 1000 else 2000
+    logits = torch.randn(n, vocab_size, generator=generator) * 3
+    uniform = torch.rand(n, dtype=torch.float64, generator=generator)
+    uniform[:2] = torch.tensor([0.0, 1 - 2**-53])
+    cdf = logits.softmax(-1).double().cumsum(-1)
+    plain = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True)[:, 0]
+    drawn = sample(logits, uniform)
+    apart = (drawn != plain).nonzero()[:, 0]  # only where the number falls on the edge between two tokens
+    for row in apart.tolist():
+        edge = cdf[row, min(drawn[row], plain[row])] / cdf[row, -1]
+        assert abs(drawn[row] - plain[row]) == 1 and abs(edge - uniform[row]) < 1e-6
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("how", [{"temperature": 0}, {}, {"top_k": 9, "top_p": 0.9}])
+def test_decoding_in_shapes_that_do_not_change_draws_the_same_tokens(family, how):
+    model = make_gpt(**FAMILIES[family])
+    model.config.eos = int(model(torch.tensor([PROMPTS[1]]))[0, -1].argmax())  # one that is drawn
+    for prompts in (PROMPTS, PROMPTS[:1] * 3, [[5]]):
+        found = []
+        for model.static_decode in (False, True):
+            found.append(model.generate(prompts, 20, generator=torch.Generator().manual_seed(1), **how))
+        for plain, static in zip(*found):
+            assert torch.equal(plain, static)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("shape", [{}, {"n_inner": 2**15}, FAMILIES["llama"]])  # 2**20 weights go through oneDNN
+def test_compiled_blocks_compute_what_plain_ones_do(shape):
+    plain, compiled = make_gpt(**shape), make_gpt(**shape)
+    fast.compile_blocks(compiled)
+    for prompts, n in ((PROMPTS, 9), (PROMPTS[:2], 20)):
+        where = plain.generate(prompts, n)
+        found = []
+        for model in (plain, compiled):
+            logp = model.logprobs(*where)
+            found.append([logp, *torch.autograd.grad(logp.square().sum(), list(model.parameters()))])
+        for mine, other in zip(*found):
+            torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)
+    assert torch.equal(plain.generate(PROMPTS, 9, temperature=0)[0], compiled.generate(PROMPTS, 9, temperature=0)[0])
