@@ -15,7 +15,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 CHUNK = 2**23  # logits that exist at a time; glibc still takes 32 MiB from memory that it has
@@ -32,38 +31,20 @@ class Linear(nn.Linear):
     packed: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight if self.packed is None else self.packed, self.bias)
+        return F.linear(x, self.weight, self.bias) if self.packed is None else linear(x, self.packed, self.bias)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear; where a CPU multiplies by a large matrix, by oneDNN, which takes up to half of MKL's time for it."""
-    if not for_onednn(weight) or x.dtype != torch.float32:
+    """`F.linear(x, weight, bias)`. On a CPU oneDNN multiplies by large matrices, in about half of MKL's time."""
+    if torch.is_grad_enabled() or not for_onednn(weight) or x.dtype != torch.float32:
         return F.linear(x, weight, bias)
-    if torch.is_grad_enabled():
-        return OneDNNLinear.apply(x, weight, bias)
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 def for_onednn(weight: Tensor) -> bool:
-    large = weight.numel() >= 2**20 and weight.device.type == "cpu" and weight.dtype == torch.float32
-    return ONEDNN and large and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
-
-
-class OneDNNLinear(torch.autograd.Function):
-    """x Wᵀ + b: x (…, I), W (O, I), b (O,) or None → (…, O). `_linear_pointwise` has no derivative of its own."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple:
-        x, weight = ctx.saved_tensors
-        flat = grad.flatten(0, -2)  # (N, O)
-        d_bias = flat.sum(0) if ctx.needs_input_grad[2] else None
-        # Plain products: backward, MKL takes three quarters of oneDNN's time (third generation EPYC).
-        return grad @ weight, flat.T @ x.flatten(0, -2), d_bias
+    if not ONEDNN or weight.device.type != "cpu" or weight.dtype != torch.float32:
+        return False
+    return weight.numel() >= 2**20 and not torch.is_autocast_enabled("cpu")
 
 
 def pack(weight: Tensor) -> Tensor:
@@ -117,35 +98,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float 
     return scores.softmax(-1).bmm(v.flatten(0, 1)).view(B, H, T, D)
 
 
-def gelu(x: Tensor) -> Tensor:
-    """GELU in its tanh form, as GPT-2 has it; on a CPU by a sigmoid, which takes half the time of tanh."""
-    if x.device.type != "cpu" or x.dtype != torch.float32 or torch.compiler.is_compiling():
-        return F.gelu(x, approximate="tanh")
-    return SigmoidGELU.apply(x) if x.requires_grad else x * SigmoidGELU.gate(x)
-
-
-class SigmoidGELU(torch.autograd.Function):
-    """x σ(2u) = x (1 + tanh u) / 2 with u = √(2/π) (x + 0.044715 x³) (Hendrycks and Gimpel 2016)."""
-
-    A, B = math.sqrt(8 / math.pi), math.sqrt(8 / math.pi) * 0.044715  # 2u = A x + B x³
-
-    @staticmethod
-    def gate(x: Tensor) -> Tensor:
-        return x.square().mul_(SigmoidGELU.B).add_(SigmoidGELU.A).mul_(x).sigmoid_()
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        s = SigmoidGELU.gate(x)
-        ctx.save_for_backward(x, s)
-        return x * s
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        x, s = ctx.saved_tensors
-        slope = x.square().mul_(3 * SigmoidGELU.B).add_(SigmoidGELU.A).mul_(x)  # x · d(2u)/dx
-        return slope.addcmul_(slope, s, value=-1).add_(1).mul_(s).mul_(grad)  # s + x s (1 − s) d(2u)/dx
-
-
 # --- log-probabilities ------------------------------------------------------------------------------------------------
 
 
@@ -178,8 +130,9 @@ class ChosenLogprobs(torch.autograd.Function):
         return torch.cat(chosen)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple:
+        if torch.is_grad_enabled():  # create_graph=True
+            raise RuntimeError("fast.chosen_logprobs has no second derivative; use F.log_softmax in its place")
         hidden, weight, target = ctx.saved_tensors
         g = (grad / ctx.temperature)[:, None]  # (N, 1) float32
         d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=grad.dtype)  # (N, C), (V, C)

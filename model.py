@@ -102,7 +102,7 @@ class MLP(nn.Module):
             gate, value = x.chunk(2, dim=-1)
             x = F.silu(gate) * value
         else:
-            x = fast.gelu(x)
+            x = F.gelu(x, approximate="tanh")
         return F.dropout(self.c_proj(x), self.dropout, self.training)
 
 

@@ -18,19 +18,64 @@ def linears(model):
     return [layer for layer in model.modules() if isinstance(layer, fast.Linear)]
 
 
+@pytest.mark.parametrize("kept", [0, 1, 2, 4, 100])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_chunked_logprobs_and_their_gradients_are_those_of_one_softmax(temperature, monkeypatch):
-    monkeypatch.setattr("fast.CHUNK", 61 * 100)  # 100 rows a chunk: eight chunks, four of them made again
-    model = make_gpt()
+def test_chunked_logprobs_and_their_gradients_are_those_of_one_softmax(temperature, kept, monkeypatch):
+    monkeypatch.setattr("fast.CHUNK", 61 * 100)  # 100 rows a chunk: eight chunks
+    monkeypatch.setattr("fast.KEPT", kept)
     generator = torch.Generator().manual_seed(1)
-    tokens = torch.randint(0, 61, (16, 48), generator=generator)
-    prompt_len, length = torch.ones(16, dtype=torch.long), torch.full((16,), 48)
-    logp = model.logprobs(tokens, prompt_len, length, temperature)
-    whole = (model(tokens[:, :-1]) / temperature).log_softmax(-1).gather(2, tokens[:, 1:, None])[:, :, 0]
+    hidden, weight = (torch.randn(n, 16, generator=generator).requires_grad_() for n in (752, 61))
+    target = torch.randint(0, 61, (752,), generator=generator)
+    logp = fast.chosen_logprobs(hidden, weight, target, temperature)
+    assert len(logp.grad_fn.kept) == min(kept, 8)
+    whole = torch.log_softmax(hidden @ weight.T / temperature, -1).gather(1, target[:, None])[:, 0]
     torch.testing.assert_close(logp, whole, rtol=1e-5, atol=1e-5)
-    parameters, upstream = list(model.parameters()), torch.randn(16, 47, generator=generator)
-    for mine, other in zip(*(torch.autograd.grad((x * upstream).sum(), parameters) for x in (logp, whole))):
+    upstream = torch.randn(752, generator=generator)
+    for mine, other in zip(*(torch.autograd.grad((x * upstream).sum(), (hidden, weight)) for x in (logp, whole))):
         assert (mine - other).norm() <= 1e-5 * other.norm() + 1e-5
+
+
+def test_no_logits_are_kept_where_no_gradient_is_wanted(monkeypatch):
+    asked = []
+    monkeypatch.setattr(fast.ChosenLogprobs, "apply", lambda *given: asked.append(given[-1]))
+    model = make_gpt()
+    hidden = torch.zeros(3, 32)
+    fast.chosen_logprobs(hidden, model.wte.weight, torch.zeros(3).long(), 1.0)
+    with torch.no_grad():
+        fast.chosen_logprobs(hidden, model.wte.weight, torch.zeros(3).long(), 1.0)
+    fast.chosen_logprobs(hidden, model.requires_grad_(False).wte.weight, torch.zeros(3).long(), 1.0)
+    assert asked == [fast.KEPT, 0, 0]
+
+
+def test_log_probabilities_refuse_a_second_derivative():
+    hidden, weight = (torch.randn(n, 3, dtype=torch.float64).requires_grad_() for n in (2, 5))
+    logp = fast.chosen_logprobs(hidden, weight, torch.tensor([1, 2]), 1.0)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(logp.sum(), hidden, create_graph=True)
+
+
+def test_picking_and_its_gradient_are_those_of_plain_indexing():
+    x = torch.randn(4, 6, 3, requires_grad=True)
+    row, column = torch.arange(4)[:, None], torch.tensor([[0, 5], [2, 2], [1, 3], [4, 0]])
+    upstream = torch.randn(4, 2, 3)
+    for mine, other in zip(
+        *((y, torch.autograd.grad(y, x, upstream)[0]) for y in (fast.pick(x, row, column), x[row, column]))
+    ):
+        assert torch.equal(mine, other)
+
+
+def test_the_cache_up_to_a_column_is_the_whole_cache_behind_a_mask():
+    kv, gap = torch.randn(2, 2, 3, 2, 7, 4), torch.zeros(3, 1, 1, 7)
+    gap[1, ..., 2:4] = -torch.inf
+    q = torch.randn(3, 2, 1, 4)
+    found = []
+    for column in (4, torch.tensor([4])):
+        some, place, mask = fast.columns(kv, gap, column)
+        assert torch.equal(some[..., place, :], kv[..., 4:5, :])
+        found.append(fast.attend(q, *some[0], mask))
+    torch.testing.assert_close(*found)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, *kv[0][..., :5, :], gap[..., :5])
+    torch.testing.assert_close(found[0], expected)
 
 
 @pytest.mark.parametrize("heads, kv_heads, T", [(4, 4, 47), (4, 2, 20), (6, 1, 9), (4, 2, 1)])
@@ -45,22 +90,23 @@ def test_attention_by_plain_products_and_its_gradients_are_the_fused_kernels(hea
         torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.skipif(not fast.ONEDNN, reason="this build of torch has no oneDNN")
 @pytest.mark.parametrize("bias", [True, False])
-def test_large_products_and_their_gradients_are_those_of_float64(bias):
+def test_large_products_are_those_of_float64_and_leave_gradients_to_torch(bias):
     generator = torch.Generator().manual_seed(0)
     x, weight, b = (torch.randn(*n, generator=generator) for n in ((3, 5, 1100), (1000, 1100), (1000,)))
-    upstream = torch.randn(3, 5, 1000, generator=generator)
-    found = []
-    for dtype in (torch.float32, torch.float64):
-        inputs = [each.to(dtype, copy=True).requires_grad_() for each in (x, weight, b)[: 2 + bias]]
-        y = fast.linear(*inputs)
-        assert ("OneDNN" in type(y.grad_fn).__name__) == (dtype == torch.float32)
-        found.append([y.detach(), *torch.autograd.grad((y * upstream.to(dtype)).sum(), inputs)])
-    for mine, exact in zip(*found):
-        assert (mine - exact).norm() <= 1e-6 * exact.norm()
-    with torch.no_grad():  # one token, as in decoding
-        torch.testing.assert_close(fast.linear(x[:, :1], weight), x[:, :1] @ weight.T, rtol=1e-4, atol=1e-4)
+    assert fast.for_onednn(weight) == fast.ONEDNN
+    given = (x, weight, b if bias else None)
+    exact = torch.nn.functional.linear(*(each if each is None else each.double() for each in given))
+    with torch.no_grad():
+        for rows, matrix in ((x, weight), (x, fast.pack(weight)), (x[:, :1], fast.pack(weight))):
+            mine = fast.linear(rows, matrix, given[2])
+            expected = exact[:, : rows.shape[1]]
+            assert (mine - expected).norm() <= 1e-6 * expected.norm()
+    layer = fast.Linear(1100, 1000, bias=bias)
+    plain = torch.nn.functional.linear(x, layer.weight, layer.bias)
+    assert torch.equal(layer(x), plain)
+    for mine, other in zip(*(torch.autograd.grad(y.sum(), list(layer.parameters())) for y in (layer(x), plain))):
+        assert torch.equal(mine, other)
 
 
 def test_under_autocast_log_probabilities_and_scores_are_rounded_no_more_than_their_factors():
