@@ -27,7 +27,7 @@ import copy
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
 
 import tiktoken
 import torch
@@ -122,8 +122,8 @@ def read(
     mask = fast.to_device(mask, device)  # (B, R)
     out = {name: torch.zeros(mask.shape, device=device) for name in ("logp", "ref_logp", "values")}
     out |= {"score": torch.zeros(len(mask), device=device), "mask": mask}
-    for index in by_length(batch, cfg.micro_batch_size or cfg.minibatch_size):
-        part = select(batch, index)
+    for index in data.by_length(batch, cfg.micro_batch_size or cfg.minibatch_size):
+        part = data.select(batch, index)
         sequences = part["tokens"], part["prompt_len"], part["length"]
         logp = policy.logprobs(*sequences, cfg.temperature)  # (b, r)
         ref_logp = ref.logprobs(*sequences, cfg.temperature)
@@ -149,24 +149,6 @@ def scorer(reward: ScalarModel | Judge, encoding: tiktoken.Encoding, eos: int) -
         return torch.tensor(scores, device=batch["tokens"].device)
 
     return score
-
-
-def by_length(batch: Batch, size: int) -> list[Tensor]:
-    """Row indices in parts of at most `size`, rows of like length together."""
-    return list(batch["length"].argsort(stable=True).split(size))
-
-
-def select(batch: Batch, index: Tensor) -> Batch:
-    """The rows `index`, cut to their own longest: (B, T) to (b, t) and (B, R) to (b, r)."""
-    device = batch["tokens"].device
-    rows = fast.to_device(index, device)
-    part = {name: x[rows if x.device == device else index] for name, x in batch.items()}
-    t = int(part["length"].max())
-    r = int((part["length"] - part["prompt_len"]).max())
-    for name, x in part.items():
-        if x.dim() == 2:
-            part[name] = x[:, :t] if name == "tokens" else x[:, :r]
-    return part
 
 
 # --- 3 estimate -------------------------------------------------------------------------------------------------------
@@ -243,10 +225,10 @@ def update(
     for _ in range(cfg.epochs):
         order = torch.randperm(len(batch["tokens"]), generator=generator)
         for chosen in order.split(max(1, cfg.minibatch_size // common.WORLD)):
-            minibatch = select(batch, chosen)
+            minibatch = data.select(batch, chosen)
             n_tokens = common.total(minibatch["mask"].sum())
-            for index in by_length(minibatch, cfg.micro_batch_size or len(chosen)):
-                part = select(minibatch, index)
+            for index in data.by_length(minibatch, cfg.micro_batch_size or len(chosen)):
+                part = data.select(minibatch, index)
                 mask = part["mask"]
                 sequences = part["tokens"], part["prompt_len"], part["length"]
                 with autocast:
@@ -297,81 +279,45 @@ def rollout_metrics(batch: Batch, judged: list[float], kl_coef: float) -> dict[s
     return common.means(columns) | {"kl_coef": kl_coef}
 
 
-# --- build, then the loop ---------------------------------------------------------------------------------------------
+# --- what the loop needs ----------------------------------------------------------------------------------------------
 
 
-class Parts(NamedTuple):
-    """What `build` makes."""
+def build(
+    cfg: Config, device: torch.device, autocast: torch.autocast
+) -> tuple[GPT, GPT, ScalarModel, Callable[[Batch], Tensor], float, tiktoken.Encoding]:
+    """Policy, its frozen copy, value net, the function that scores, the highest score without EOS, the tokenizer.
 
-    policy: GPT
-    ref: GPT  # its frozen copy
-    value: ScalarModel
-    score: Callable[[Batch], Tensor]  # the frozen reward model, or the user's function
-    cap: float  # highest score of a response without EOS
-    policy_optimizer: torch.optim.Optimizer
-    value_optimizer: torch.optim.Optimizer
-    encoding: tiktoken.Encoding
-    prompts: list[list[int]]  # to train on
-    held_out: list[list[int]]  # to evaluate on
-    judges: dict[str, Judge]
-
-
-def build(cfg: Config, device: torch.device, autocast: torch.autocast) -> Parts:
-    """Nets, optimizers, prompts and judges. Raises InputError where they do not fit together."""
-    if cfg.batch_size % common.WORLD or cfg.minibatch_size % common.WORLD:
-        raise InputError(f"--batch_size and --minibatch_size must be multiples of the {common.WORLD} processes")
-    if cfg.temperature == 0:
-        raise InputError("--temperature 0: a policy that always says the same cannot learn; give a number above 0")
+    Raises InputError where the reward model cannot read what the policy writes.
+    """
     policy, encoding = common.load_gpt(cfg.init, device, "--init")
-    room = common.context(cfg, policy) - cfg.response_len
-    prompts, held_out = split_prompts(encoding, room, cfg)
-    names = cfg.judge.split(",") if cfg.judge else [] if cfg.data else ["data/tales.py:judge", "data/tales.py:grammar"]
-    judges = {name: common.load_function(name) for name in names}
-
     ref = common.freeze(copy.deepcopy(policy), autocast)
-    policy.eval().requires_grad_(True)  # eval: no dropout, or the ratio would not be 1
     if ".py:" in cfg.reward:
         reward, cap = common.load_function(cfg.reward), float("inf")
         value = ScalarModel(copy.deepcopy(policy)).to(device)
         torch.nn.init.zeros_(value.head.weight)
     else:
-        reward, cap = load_reward(encoding, room, device, cfg), -1.0
-        value = copy.deepcopy(reward)
+        reward, reward_encoding = common.load_scalar(cfg.reward, device, "--reward")
+        if data.encoding_state(reward_encoding) != data.encoding_state(encoding):
+            raise InputError(
+                f"--reward {cfg.reward}: was trained with another vocabulary than {cfg.init}; train it from that policy"
+            )
+        if reward.config.block_size < common.context(cfg, policy):
+            raise InputError(
+                f"--reward {cfg.reward}: its context is shorter than that of {cfg.init}; give a smaller --block_size"
+            )
+        value, cap = copy.deepcopy(reward), -1.0
         reward = common.freeze(reward, autocast)
-    value.eval().requires_grad_(True)
+    for net in (policy, value):
+        net.eval().requires_grad_(True)  # eval: no dropout, or the ratio would not be 1
     if cfg.compile:
         trunks = [reward.trunk] if isinstance(reward, ScalarModel) else []
         fast.compile_blocks(policy, ref, value.trunk, *trunks)
-    return Parts(
-        policy,
-        ref,
-        value,
-        scorer(reward, encoding, policy.config.eos),
-        cap if cfg.unended_cap is None else cfg.unended_cap,
-        common.adamw(policy, cfg.lr, 0.0, eps=1e-5),
-        common.adamw(value, cfg.lr, 0.0, eps=1e-5),
-        encoding,
-        prompts,
-        held_out,
-        judges,
-    )
+    if cfg.unended_cap is not None:
+        cap = cfg.unended_cap
+    return policy, ref, value, scorer(reward, encoding, policy.config.eos), cap, encoding
 
 
-def load_reward(encoding: tiktoken.Encoding, room: int, device: torch.device, cfg: Config) -> ScalarModel:
-    """The reward model of --reward. Raises InputError where it does not read what the policy writes."""
-    reward, reward_encoding = common.load_scalar(cfg.reward, device, "--reward")
-    if data.encoding_state(reward_encoding) != data.encoding_state(encoding):
-        raise InputError(
-            f"--reward {cfg.reward}: was trained with another vocabulary than {cfg.init}; train it from that policy"
-        )
-    if reward.config.block_size < room + cfg.response_len:
-        raise InputError(
-            f"--reward {cfg.reward}: its context is shorter than that of {cfg.init}; give a smaller --block_size"
-        )
-    return reward
-
-
-def split_prompts(encoding: tiktoken.Encoding, room: int, cfg: Config) -> tuple[list[list[int]], list[list[int]]]:
+def load_prompts(cfg: Config, encoding: tiktoken.Encoding, room: int) -> tuple[list[list[int]], list[list[int]]]:
     """Prompts of at most `room` ids to train on, and those to evaluate on. Raises InputError where they are too few."""
 
     def load(path: str) -> list[list[int]]:
@@ -394,12 +340,30 @@ def split_prompts(encoding: tiktoken.Encoding, room: int, cfg: Config) -> tuple[
     return prompts, held_out[: cfg.eval_prompts]
 
 
+def load_judges(cfg: Config) -> dict[str, Judge]:
+    """The measures by name; the tales have their own."""
+    names = cfg.judge.split(",") if cfg.judge else []
+    if not cfg.judge and not cfg.data:
+        names = ["data/tales.py:judge", "data/tales.py:grammar"]
+    return {name: common.load_function(name) for name in names}
+
+
+# --- the loop ---------------------------------------------------------------------------------------------------------
+
+
 def train(cfg: Config) -> None:
     device, autocast = common.setup(cfg)
     common.check_out(cfg)
-    policy, ref, value, score, cap, policy_optimizer, value_optimizer, encoding, prompts, held_out, judges = build(
-        cfg, device, autocast
-    )
+    if cfg.batch_size % common.WORLD or cfg.minibatch_size % common.WORLD:
+        raise InputError(f"--batch_size and --minibatch_size must be multiples of the {common.WORLD} processes")
+    if cfg.temperature == 0:
+        raise InputError("--temperature 0: a policy that always says the same cannot learn; give a number above 0")
+    policy, ref, value, score, cap, encoding = build(cfg, device, autocast)
+    prompts, held_out = load_prompts(cfg, encoding, common.context(cfg, policy) - cfg.response_len)
+    judges = load_judges(cfg)
+    policy_optimizer = common.adamw(policy, cfg.lr, 0.0, eps=1e-5)
+    value_optimizer = common.adamw(value, cfg.lr, 0.0, eps=1e-5)
+
     run = common.Run(cfg)
     saved = {"value": value, "policy_optimizer": policy_optimizer, "value_optimizer": value_optimizer}
     if cfg.iterations:
@@ -409,22 +373,22 @@ def train(cfg: Config) -> None:
     kl_coef = run.state["kl_coef"] if run.state else cfg.kl_coef
 
     for step in range(run.step, cfg.iterations):
-        # 1 The policy answers the next prompts (of all processes together, a batch).
+        # 1 The policy answers a batch of prompts.
         ids = common.share(data.shuffled(prompts, cfg.batch_size, cfg.seed, None, step))
         with run.timed("rollout"), autocast:
             batch = rollout(policy, ids, cfg, common.generator(cfg.seed, 1, step, common.RANK))
-        # 2 Reward model, frozen copy and value net read the answers.  3 Rewards, advantages, returns.
+        # 2 Reward model, frozen copy and value net read the answers. 3 Rewards, advantages and returns follow.
         with run.timed("score"), autocast:
             batch |= read(batch, policy, ref, value, score, cfg)
             batch |= estimate(batch, kl_coef, cap, cfg)
-        # 4 Epochs of clipped updates over minibatches.
+        # 4 Policy and value net learn from them: epochs of clipped updates over minibatches.
         with run.timed("update"):
             lr = cfg.lr * (1 - step / cfg.iterations)
             seed = common.seed_of(cfg.seed, 2, step, common.RANK)
             losses = update(policy, value, policy_optimizer, value_optimizer, batch, lr, cfg, autocast, seed)
         # 5 β moves; metrics, a sample and a checkpoint are written.
         pairs = texts(batch, encoding, policy.config.eos)
-        judged = [float(next(iter(judges.values()))(*pair)) for pair in pairs] if judges else []
+        judged = [float(judge(*pair)) for judge in list(judges.values())[:1] for pair in pairs]
         metrics = rollout_metrics(batch, judged, kl_coef) | losses
         metrics |= {"lr": lr, "episode": (step + 1) * cfg.batch_size} | run.times
         metrics |= run.speed(int(common.total(batch["mask"].sum())))
@@ -436,20 +400,17 @@ def train(cfg: Config) -> None:
         if (step + 1) % cfg.save_every == 0 or last:
             run.save(step + 1, policy, encoding, {"kl_coef": kl_coef}, **saved)
 
-    def answers_of(model: GPT) -> Callable:
-        def answer(some_prompts: list[list[int]], start: int) -> tuple[Batch, list[tuple[str, str]]]:
-            with autocast:
-                batch = rollout(model, some_prompts, cfg, common.generator(cfg.seed, 9, start))
-                batch |= read(batch, model, ref, None, score, cfg)
-            return batch, texts(batch, encoding, model.config.eos)
-
-        return answer
+    def answer(model: GPT, some_prompts: list[list[int]], start: int) -> tuple[Batch, list[tuple[str, str]]]:
+        with autocast:
+            batch = rollout(model, some_prompts, cfg, common.generator(cfg.seed, 9, start))
+            batch |= read(batch, model, ref, None, score, cfg)
+        return batch, texts(batch, encoding, model.config.eos)
 
     if common.RANK == 0:
         if not cfg.iterations:
             policy, _ = common.load_gpt(cfg.out, device, "--out")
-        before = evaluate(answers_of(ref), held_out, judges)
-        after = evaluate(answers_of(policy), held_out, judges)
+        before = evaluate(partial(answer, ref), held_out, judges)
+        after = evaluate(partial(answer, policy), held_out, judges)
         common.say(report(before, after, judges))
     run.finish(device)
 

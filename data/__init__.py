@@ -14,6 +14,7 @@ such in prompts alone.
 from data.batches import (
     Group,
     Row,
+    by_length,
     comparisons,
     completions,
     encode_row,
@@ -23,6 +24,7 @@ from data.batches import (
     pad,
     prompts,
     random_windows,
+    select,
     shuffled,
     token_stream,
     windows,

@@ -137,6 +137,24 @@ def micro_batches(rows: list[Row], size: int) -> Iterator[list[Row]]:
         yield rows[start : start + size]
 
 
+def by_length(batch: dict[str, Tensor], size: int) -> list[Tensor]:
+    """Row indices of a PPO batch in parts of at most `size`, rows of like length together."""
+    return list(batch["length"].argsort(stable=True).split(size))
+
+
+def select(batch: dict[str, Tensor], index: Tensor) -> dict[str, Tensor]:
+    """The rows `index` of a PPO batch, cut to their own longest: (B, T) to (b, t) and (B, R) to (b, r)."""
+    device = batch["tokens"].device
+    rows = to_device(index, device)
+    part = {name: x[rows if x.device == device else index] for name, x in batch.items()}
+    t = int(part["length"].max())
+    r = int((part["length"] - part["prompt_len"]).max())
+    for name, x in part.items():
+        if x.dim() == 2:
+            part[name] = x[:, :t] if name == "tokens" else x[:, :r]
+    return part
+
+
 def hold_out(items: list[Row] | list[Group], share: int = 20) -> tuple[list, list]:
     """(held out, the rest): those of every `share`-th prompt, of 512 prompts at most. No prompt is on both sides."""
 

@@ -84,7 +84,7 @@ def test_ratio_is_one_and_kl_is_zero_before_the_first_update(nets):
 
 
 # 2
-@mistake("ppo.py", "policy.eval().requires_grad_(True)", "policy.train().requires_grad_(True)")
+@mistake("ppo.py", "net.eval().requires_grad_(True)", "net.train().requires_grad_(True)")
 @mistake("common.py", "model.eval().requires_grad_(False)", "model.train().requires_grad_(False)")
 def test_dropout_is_off_in_the_policy_and_in_the_reference(folders, gpt, encoding):
     gpt.config.dropout = 0.5
@@ -372,7 +372,7 @@ def test_gradients_are_clipped_after_backward_each_net_by_itself(nets):
 
 # 18
 @mistake("ppo.py", "ref = common.freeze(copy.deepcopy(policy), autocast)", "ref = common.freeze(policy, autocast)")
-@mistake("ppo.py", "value = copy.deepcopy(reward)", "value = reward")
+@mistake("ppo.py", "value, cap = copy.deepcopy(reward), -1.0", "value, cap = reward, -1.0")
 def test_frozen_copy_and_reward_model_end_bit_identical_to_how_they_began(folders, monkeypatch):
     kept, freeze = [], common.freeze
     monkeypatch.setattr(common, "freeze", lambda m, a: kept.append((freeze(m, a), copy.deepcopy(m.state_dict()))) or m)
