@@ -1,0 +1,87 @@
+"""What the KL term does: score, judge and KL over a run of PPO, with it and without it, every seed.
+
+    python -m experiments.kl                   seeds 0, 1 and 2: the three stages, PPO with β = 0.05 and with β = 0
+    python -m experiments.kl --seeds 3,4       other seeds
+
+It prints the tables and draws experiments/kl.svg. What has run is kept in out/experiments/kl; a stopped run goes on.
+"""
+
+import argparse
+import re
+from pathlib import Path
+
+import common
+from experiments.harness import FOLDER, closing_table, markdown, pyplot, save, seconds, stage
+
+RUNS = {"with the KL term": ("ppo", "C0"), "without it (β = 0)": ("hacked", "C3")}
+PANELS = {
+    "objective/scores": "score of the reward model\n(1 = one standard deviation)",
+    "objective/judge": "judge\n(never trained on)",
+    "objective/kl": "KL to the start\n(nats a response)",
+}
+
+
+def run(seed: int) -> tuple[Path, dict[str, str]]:
+    """The folder of a seed's run folders, and what each stage printed."""
+    folder = FOLDER / "kl" / f"seed-{seed}"
+    printed = {script: stage(folder, script, f"{script}.py", "--seed", seed) for script in ("sft", "reward", "ppo")}
+    options = ["--seed", seed, "--kl_coef", 0, "--out", "out/hacked"]
+    printed["hacked"] = stage(folder, "hacked", "ppo.py", *options)
+    return folder / "out", printed
+
+
+def draw(folders: list[Path], target: Path) -> None:
+    plt = pyplot()
+    figure, axes = plt.subplots(1, 3, figsize=(9, 2.9), layout="constrained")
+    for axis, (name, label) in zip(axes, PANELS.items()):
+        for title, (run_folder, colour) in RUNS.items():
+            for i, folder in enumerate(folders):
+                lines = common.read_metrics(folder / run_folder)
+                points = [(line["step"], line[name]) for line in lines]
+                axis.plot(*zip(*points), color=colour, alpha=0.8, linewidth=1.2, label="" if i else title)
+        axis.set(xlabel="iteration", title=label)
+        axis.grid(alpha=0.25)
+    axes[1].legend(frameon=False, loc="lower right")
+    save(figure, target)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--seeds", default="0,1,2", help="comma-separated")
+    parser.add_argument("--figure", type=Path, default=Path(__file__).with_name("kl.svg"))
+    options = parser.parse_args()
+    folders, with_kl, both, models = [], [], [], []
+    for seed in map(int, options.seeds.split(",")):
+        folder, printed = run(seed)
+        folders.append(folder)
+        rows, hacked = closing_table(printed["ppo"]), closing_table(printed["hacked"])
+        judge, grammar = rows["data/tales.py:judge"], rows["data/tales.py:grammar"]
+        wins = re.search(r"win rate against the start\s+(\S+)", printed["ppo"])[1]
+        kl, ended = rows["KL to the start (nats)"][1], rows["ended by EOS"][1]
+        took = " + ".join(f"{seconds(printed[name]):.0f}" for name in ("sft", "reward", "ppo"))
+        with_kl.append([seed, judge[0], judge[1], kl, ended, f"{grammar[0]} → {grammar[1]}", wins, took])
+        names = ("score", "KL to the start (nats)", "data/tales.py:judge", "data/tales.py:grammar")
+        both.append([seed, *(each[name][1] for name in names for each in (rows, hacked))])
+        accuracy = re.search(
+            r"held-out accuracy (\S+ ± \S+) \(the noise in these labels allows (\S+)\)", printed["reward"]
+        )
+        models.append([seed, *accuracy.groups()])
+    header = [
+        "seed",
+        "judge before",
+        "judge after",
+        "KL",
+        "ended by EOS",
+        "grammar",
+        "wins against the start",
+        "seconds",
+    ]
+    print(markdown(header, with_kl), end="\n\n")
+    columns = [f"{name}, {kind}" for name in ("score", "KL", "judge", "grammar") for kind in ("with", "without")]
+    print(markdown(["seed", *columns], both), end="\n\n")
+    print(markdown(["seed", "held-out accuracy", "the noise allows"], models), end="\n\n")
+    draw(folders, options.figure)
+
+
+if __name__ == "__main__":
+    main()
