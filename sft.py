@@ -62,21 +62,17 @@ def build(
     if cfg.init:
         model, encoding = common.load_gpt(cfg.init, device, "--init")
     else:
-        encoding = make_encoding(cfg, run)
+        if run.state:
+            encoding = data.encoding_from_state(run.state["tokenizer"])
+        elif cfg.vocab_size == 0:
+            encoding = data.gpt2_encoding()
+        else:
+            encoding = data.learn_bpe(data.documents(cfg.data), cfg.vocab_size)
         shape = (cfg.block_size or 128, cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.dropout)
         model = GPT(GPTConfig(encoding.n_vocab, *shape, encoding.eot_token)).to(device)
     width = common.context(cfg, model)
     rows_of = text_rows if plain_text else completion_rows
     return model, encoding, *rows_of(cfg, run, encoding, model.config.eos, width)
-
-
-def make_encoding(cfg: Config, run: common.Run) -> tiktoken.Encoding:
-    """The tokenizer of a new model: that of the run which is resumed, GPT-2's, or one learned from --data."""
-    if run.state:
-        return data.encoding_from_state(run.state["tokenizer"])
-    if cfg.vocab_size == 0:
-        return data.gpt2_encoding()
-    return data.learn_bpe(data.documents(cfg.data), cfg.vocab_size)
 
 
 def completion_rows(
