@@ -37,7 +37,18 @@ from processes import (
     sum_gradients,
     total,
 )
-from runs import Run, check_out, load, load_gpt, load_scalar, peak_memory, read_metrics, save_file, save_model
+from runs import (
+    Run,
+    check_out,
+    check_vocabulary,
+    load,
+    load_gpt,
+    load_scalar,
+    peak_memory,
+    read_metrics,
+    save_file,
+    save_model,
+)
 
 # --- command line -----------------------------------------------------------------------------------------------------
 
@@ -51,9 +62,9 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse(config: type, argv: list[str] | None = None, positional: str = "") -> Any:
-    """A `config` dataclass from the command line: a field is an option, its trailing comment the help.
+    """A `config` dataclass from the command line. Each field is an option; the comment behind it is its help.
 
-    With `positional`, the pair (config, that argument). Raises InputError for what does not parse.
+    With `positional`, returns (config, that argument). Raises InputError for what does not parse.
     """
     comments = dict(re.findall(r"^\s+(\w+): .*#\s*(.*)$", inspect.getsource(config), re.MULTILINE))
     doc = (sys.modules[config.__module__].__doc__ or "").split("\n")[0]
@@ -69,10 +80,12 @@ def parse(config: type, argv: list[str] | None = None, positional: str = "") -> 
     options = vars(parser.parse_args(argv))
     folder = options.pop(positional, None)
     for name, value in options.items():
-        if isinstance(value, (int, float)) and (
-            value < 0 and name != "unended_cap" or name in ABOVE_ZERO and value == 0
-        ):
-            raise InputError(f"--{name} {value}: give a number {'above' if name in ABOVE_ZERO else 'of at least'} 0")
+        if not isinstance(value, (int, float)):
+            continue
+        if name in ABOVE_ZERO and value <= 0:
+            raise InputError(f"--{name} {value}: give a number above 0")
+        if value < 0 and name != "unended_cap":
+            raise InputError(f"--{name} {value}: give a number of at least 0")
     return (config(**options), folder) if positional else config(**options)
 
 
@@ -98,7 +111,7 @@ def run_main(main: Callable[[], None]) -> None:
             raise
         traceback.print_exc()
         code = 1
-    if code and WORLD > 1:  # at once: to take leave of the group, which waits for this process, would take for ever
+    if code and WORLD > 1:  # end at once: leaving the group would wait for the other processes, and they for this one
         sys.stderr.flush()
         os._exit(code)
     if dist.is_initialized():
@@ -111,7 +124,7 @@ def load_function(name: str) -> Callable[[str, str], float]:
     """The judge named "path/to/file.py:function": a function (prompt, response) -> float."""
     file, _, function = name.rpartition(":")
     if not Path(file).is_file() and (Path(__file__).parent / file).is_file():
-        file = str(Path(__file__).parent / file)  # a function of this project's own, named from elsewhere
+        file = str(Path(__file__).parent / file)  # a function of this project, while another folder is the current one
     if not Path(file).is_file():
         raise InputError(f"{name}: no such file; a function is named path/to/file.py:function")
     spec = importlib.util.spec_from_file_location(Path(file).stem, file)
@@ -122,11 +135,16 @@ def load_function(name: str) -> Callable[[str, str], float]:
     return getattr(module, function)
 
 
+def load_functions(names: str) -> dict[str, Callable[[str, str], float]]:
+    """The functions of a comma-separated list, by name."""
+    return {name: load_function(name) for name in names.split(",") if name}
+
+
 # --- chance and training ----------------------------------------------------------------------------------------------
 
 
 def generator(*key: int) -> torch.Generator:
-    """A CPU generator that depends on the key (seed, purpose, step, …) alone, so that a resume needs no state of it."""
+    """A CPU generator that depends only on the key (seed, purpose, step, …), so that a resume needs no state of it."""
     return torch.Generator().manual_seed(seed_of(*key))
 
 
@@ -135,10 +153,10 @@ def seed_of(*key: int) -> int:
 
 
 def freeze(model: nn.Module, autocast: torch.autocast) -> nn.Module:
-    """In eval mode, without gradients; under autocast the linear layers are kept in its dtype.
+    """The model in eval mode, without gradients. Under autocast its linear layers are stored in autocast's dtype.
 
-    Autocast rounds just those weights before each product, so the frozen copy computes what the live model does. A
-    scalar head and embeddings, which are also read as they are, stay as they are.
+    Autocast rounds the same weights before each product, so the frozen copy computes what the live model computes. The
+    scalar head and the embeddings stay in float32.
     """
     model.eval().requires_grad_(False)
     if autocast._enabled:
@@ -149,7 +167,7 @@ def freeze(model: nn.Module, autocast: torch.autocast) -> nn.Module:
 
 
 def adamw(model: nn.Module, lr: float, weight_decay: float, eps: float = 1e-8) -> torch.optim.AdamW:
-    """AdamW that decays matrices alone, not biases and layer norms."""
+    """AdamW with weight decay on matrices only, not on biases and norms."""
     matrices = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]

@@ -5,6 +5,7 @@ file knows of oneDNN and its packed matrices, attention by plain products, chunk
 in two levels, decoding as a CUDA graph, pinned copies, memory that glibc keeps, or compiled blocks.
 """
 
+import contextlib
 import ctypes
 import functools
 import math
@@ -200,8 +201,10 @@ def decoding(generate: Callable) -> Callable:
         # Inference mode is faster than no_grad, but under autocast would round all weights for every token.
         grad_mode = torch.no_grad() if rounds else torch.inference_mode()
         autocast = torch.autocast(kind, torch.get_autocast_dtype(kind), rounds, cache_enabled=True)
+        compiled = getattr(model, "compiled", False)
+        stance = torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
         try:
-            with grad_mode, autocast, torch.compiler.set_stance("force_eager"):
+            with grad_mode, autocast, stance:  # a compiled block would be compiled anew for every token
                 for layer in layers:
                     layer.packed = pack(layer.weight) if for_onednn(layer.weight) else None
                 result = generate(model.eval(), *args, **options)
@@ -221,15 +224,15 @@ def uniform(*size: int, generator: torch.Generator | None, device: torch.device)
     return numbers.to(device) if device.type == "cuda" else numbers
 
 
-def columns(kv: Tensor, gap: Tensor, column: int | Tensor) -> tuple[Tensor, slice | Tensor, Tensor]:
-    """`kv[..., : column + 1, :], column, gap[..., : column + 1]`: the cache up to a column, that column, and its mask.
+def up_to(kv: Tensor, gap: Tensor, place: int | Tensor) -> tuple[Tensor, slice | Tensor, Tensor]:
+    """`kv[..., : place + 1, :], place, gap[..., : place + 1]`: the cache up to a place, that place, and its mask.
 
-    A graph cannot know the value of a tensor: then these are the whole cache, and a mask that hides what comes later.
+    A graph cannot know the value of a tensor. Then these are the whole cache, and a mask that hides what comes later.
     """
-    if isinstance(column, int):
-        return kv[..., : column + 1, :], slice(column, column + 1), gap[..., : column + 1]
-    later = torch.arange(gap.shape[-1], device=gap.device) > column
-    return kv, column, gap.masked_fill(later, -math.inf)
+    if isinstance(place, int):
+        return kv[..., : place + 1, :], slice(place, place + 1), gap[..., : place + 1]
+    later = torch.arange(gap.shape[-1], device=gap.device) > place
+    return kv, place, gap.masked_fill(later, -math.inf)
 
 
 def static(step: Callable[[Tensor], None], device: torch.device) -> Callable[[int], None]:
@@ -285,6 +288,6 @@ def keep_memory() -> None:
 def compile_blocks(*models: nn.Module) -> None:
     """Nothing, to a reader. torch.compile fuses the blocks of each GPT; on CUDA a decode step becomes a graph."""
     for model in models:
-        model.static_decode = model.wte.weight.is_cuda
+        model.compiled, model.static_decode = True, model.wte.weight.is_cuda
         for block in model.h:
             block.compile(dynamic=True, recompile_limit=64)  # all blocks of all models share one code

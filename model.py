@@ -3,14 +3,14 @@
     GPT           hidden states, logits, log-probabilities of response tokens, generation
     ScalarModel   the same trunk under a scalar head: the reward model and the value net
 
-Sequences are right-padded: tokens (B, T), prompt_len (B,), length (B,). In causal attention no real token looks at a
-pad behind it, so training and scoring need no padding mask. `length` decides what is padding; no token id does.
+Sequences are right-padded: tokens (B, T), prompt_len (B,), length (B,). In causal attention no real token looks at the
+pads after it, so training and scoring need no padding mask. `length` decides what is padding; no token id does.
 Quantities per response token live on the response window (B, R): column r is about the token at position
-prompt_len + r, which was predicted at position prompt_len + r − 1. The two lengths stay on the CPU, so that no forward
-waits for a GPU.
+prompt_len + r, which was predicted at position prompt_len + r − 1. The two lengths of a batch stay on the CPU, so that
+no forward waits for a GPU.
 
 Letters in shapes: B batch, T positions, R response positions, V vocabulary, C channels, H heads, K key and value heads,
-D channels of a head, L layers. Functions of fast.py open with the plain line that they equal.
+D channels of a head, L layers. The docstring of each function in fast.py starts with the plain PyTorch that it equals.
 
     python model.py out/ppo --prompt "Tell me about a shy owl who lost a red key near the lake." --compare out/sft
 """
@@ -50,11 +50,11 @@ class GPTConfig:
 
 
 class Cache(NamedTuple):
-    """Keys and values of earlier tokens, for generation alone, and the place of the new tokens among them."""
+    """Keys and values of earlier tokens, and the place of the new tokens among them. Only generation has one."""
 
-    kv: Tensor  # (L, 2, B, K, t, D): t columns; within a block (2, B, K, t, D)
-    column: slice | Tensor  # the columns that the new tokens take
-    mask: Tensor | None  # (B, 1, 1, t): 0, or −inf where a row must not look; None: causal
+    kv: Tensor  # (L, 2, B, K, S, D): S places for tokens; within a block (2, B, K, S, D)
+    place: slice | Tensor  # the places that the new tokens take
+    mask: Tensor | None  # (B, 1, 1, S): 0, or −inf where a row must not look; None: causal
     position: Tensor  # (T,) or (B, T) of the new tokens in their rows
 
 
@@ -77,14 +77,13 @@ class Attention(nn.Module):
             q, k = rotate(q, *rotary), rotate(k, *rotary)
         mask = None
         if cache is not None:
-            keys, values = cache.kv  # (B, K, t, D) each
-            keys[:, :, cache.column] = k
-            values[:, :, cache.column] = v
+            keys, values = cache.kv  # (B, K, S, D) each
+            keys[:, :, cache.place] = k
+            values[:, :, cache.place] = v
             k, v, mask = keys, values, cache.mask
-        p = self.dropout if self.training else 0.0
-        y = fast.attend(q, k, v, mask, p)  # (B, H, T, D)
+        y = fast.attend(q, k, v, mask, self.dropout if self.training else 0.0)  # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, C)
-        return F.dropout(self.c_proj(y), p)
+        return F.dropout(self.c_proj(y), self.dropout, self.training)
 
 
 class MLP(nn.Module):
@@ -97,7 +96,7 @@ class MLP(nn.Module):
         self.c_proj = Linear(n_inner, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.c_fc(x)  # (B, T, 4 C), or gate and value side by side
+        x = self.c_fc(x)  # (B, T, n_inner), or gate and value side by side
         if self.swiglu:
             gate, value = x.chunk(2, dim=-1)
             x = F.silu(gate) * value
@@ -154,7 +153,7 @@ class GPT(nn.Module):
         if not config.tied:
             self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         for name, parameter in self.named_parameters():  # Radford et al. 2019, section 2.3
-            if name.endswith("c_proj.weight"):  # two residual additions a layer: keep their sum's variance at 1
+            if name.endswith("c_proj.weight"):  # smaller, so that the sum of all residuals does not grow with depth
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer))
             elif parameter.dim() == 2:
                 nn.init.normal_(parameter, std=0.02)
@@ -184,12 +183,12 @@ class GPT(nn.Module):
             x = x + self.wpe(position)
         x = F.dropout(x, self.config.dropout, self.training)
         for i, block in enumerate(self.h):
-            of_layer = None if cache is None else cache._replace(kv=cache.kv[i])
-            x = block(x, rotary, of_layer)
+            layer_cache = None if cache is None else cache._replace(kv=cache.kv[i])
+            x = block(x, rotary, layer_cache)
         return self.ln_f(x)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Logits (B, T, V). To look at the whole; the stages use `logprobs`, which never makes this tensor."""
+        """Logits (B, T, V), to experiment with. The stages use `logprobs`, which never makes this tensor."""
         return F.linear(self.hidden(tokens), self.output_weight)
 
     def logprobs(self, tokens: Tensor, prompt_len: Tensor, length: Tensor, temperature: float = 1.0) -> Tensor:
@@ -198,14 +197,14 @@ class GPT(nn.Module):
         The output layer is applied to real response tokens only, so that not even (B, R, V) ever exists.
         """
         position, mask = response_window(prompt_len, length)  # (B, R)
-        row, r = mask.nonzero(as_tuple=True)  # (N,) each: the real response tokens
-        column = position[mask]  # (N,)
-        hidden = self.hidden(tokens[:, :-1])  # (B, T - 1, C): the last token predicts nothing
-        before = fast.pick(hidden, row, column - 1)  # (N, C): the state that predicted each of them
-        target = fast.pick(tokens, row, column)  # (N,)
-        chosen = fast.chosen_logprobs(before, self.output_weight, target, temperature)  # (N,)
+        row, r = mask.nonzero(as_tuple=True)  # (N,) each: the real response tokens of all rows
+        real = position[mask]  # (N,) their positions
+        hidden = self.hidden(tokens[:, :-1])  # (B, T - 1, C): what follows the last position is not asked for
+        predicting = fast.pick(hidden, row, real - 1)  # (N, C)
+        target = fast.pick(tokens, row, real)  # (N,)
+        logp = fast.chosen_logprobs(predicting, self.output_weight, target, temperature)  # (N,)
         window = fast.to_device(row, tokens.device), fast.to_device(r, tokens.device)
-        return chosen.new_zeros(mask.shape).index_put(window, chosen)
+        return logp.new_zeros(mask.shape).index_put(window, logp)
 
     @fast.decoding
     def generate(
@@ -222,9 +221,9 @@ class GPT(nn.Module):
 
         Returns tokens (B, T) right-padded, and on the CPU prompt_len (B,), length (B,). A response that ended has EOS
         as its last token; one that `max_new_tokens` cut has not. An empty prompt gets EOS as its first token.
-        `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 are off. `generator` is a CPU generator on every device: it
-        draws one number a row and step, in advance. Raises ValueError where the longest prompt and `max_new_tokens`
-        exceed the context.
+        `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 are off. `generator` is a CPU generator on every device; all
+        random numbers are drawn at the start, one per row and step. Raises ValueError if the longest prompt and
+        `max_new_tokens` exceed the context.
         """
         eos, device = self.config.eos, self.wte.weight.device
         prompts = [prompt or [eos] for prompt in prompts]
@@ -239,35 +238,40 @@ class GPT(nn.Module):
         uniform = fast.uniform(N, B, generator=generator, device=device)
         output_weight = fast.pack(self.output_weight)
 
-        # Prompts take columns 0…P-1 of the cache, new token t takes column P + t. Behind a short prompt is a gap.
+        # 1 Prefill. Prompts take places 0…P−1 of the cache, new token t takes place P + t. A short prompt leaves a gap.
         n_kv_head, head_size = self.h[0].attn.n_kv_head, self.h[0].attn.head_size
         shape = (len(self.h), 2, B, n_kv_head, P + N, head_size)
         kv = torch.zeros(shape, device=device, dtype=fast.compute_dtype(output_weight))
-        column = torch.arange(P + N, device=device)
-        in_gap = (column >= prompt_len[:, None]) & (column < P)  # (B, P + N)
+        place = torch.arange(P + N, device=device)
+        in_gap = (place >= prompt_len[:, None]) & (place < P)  # (B, P + N)
         gap = torch.zeros(B, 1, 1, P + N, device=device).masked_fill(in_gap[:, None, None], -math.inf)
+        prompt_cache = Cache(kv[..., :P, :], slice(0, P), mask=None, position=torch.arange(P, device=device))
+        hidden = self.hidden(tokens[:, :P], prompt_cache)  # (B, P, C)
+        hidden = fast.pick(hidden, torch.arange(B, device=device), prompt_len - 1)  # (B, C) at the end of each prompt
 
-        def draw(hidden: Tensor, t: int | Tensor) -> None:
+        def add_token(hidden: Tensor, t: int | Tensor) -> None:
             """Token t of every row, from the hidden states (B, C) before it."""
+            # 2 Draw.
             logits = fast.linear_float32(hidden.to(kv.dtype), output_weight)  # (B, V)
             token = sample(logits, uniform[t].view(B), temperature, top_k, top_p)  # (B,)
-            new[t] = torch.where(done, eos, token)  # 3 append
+            # 3 Append: a row that has ended stays as it is.
+            new[t] = torch.where(done, eos, token)
             n_new.add_(~done)
             done.logical_or_(token == eos)
 
         def step(t: int | Tensor) -> None:
-            """Read token t − 1 of every row, and draw token t."""
-            cache = Cache(*fast.columns(kv, gap, P + t - 1), (prompt_len + t - 1)[:, None])
-            draw(self.hidden(new[t - 1].view(B, 1), cache)[:, 0], t)
+            """Read token t − 1 of every row, then add token t."""
+            seen, newest, mask = fast.up_to(kv, gap, P + t - 1)
+            cache = Cache(seen, newest, mask, position=(prompt_len + t - 1)[:, None])
+            add_token(self.hidden(new[t - 1].view(B, 1), cache)[:, 0], t)
 
-        # 1 prefill
-        hidden = self.hidden(tokens[:, :P], Cache(kv[..., :P, :], slice(0, P), None, column[:P]))  # (B, P, C)
-        draw(fast.pick(hidden, torch.arange(B, device=device), prompt_len - 1), 0)  # 2 draw
-        step = fast.static(step, device) if self.static_decode else step
+        add_token(hidden, 0)
+        take_step = fast.static(step, device) if self.static_decode else step
         for t in range(1, N):
-            if fast.all_true(done, t):  # 4 stop
+            # 4 Stop where every row has ended.
+            if fast.all_true(done, t):
                 break
-            step(t)
+            take_step(t)
 
         tokens.scatter_(1, prompt_len[:, None] + torch.arange(N, device=device), new.T)
         prompt_len, length = prompt_len.cpu(), (prompt_len + n_new).cpu()
@@ -283,12 +287,12 @@ class ScalarModel(nn.Module):
     def __init__(self, trunk: GPT):
         super().__init__()
         self.trunk = trunk
-        trunk.lm_head = None  # an untied output layer is not needed here
+        trunk.lm_head = None  # an output layer of its own, if the trunk has one, is not needed
         self.head = nn.Linear(trunk.config.n_embd, 1)
         nn.init.normal_(self.head.weight, std=1 / math.sqrt(trunk.config.n_embd + 1))  # Stiennon et al. 2020, C.1
         nn.init.zeros_(self.head.bias)
         self.register_buffer("gain", torch.ones(()))
-        self.register_buffer("bias", torch.zeros(()))
+        self.register_buffer("bias", torch.zeros(()))  # beside the head's own, which is trained
 
     @property
     def config(self) -> GPTConfig:
@@ -308,14 +312,15 @@ class ScalarModel(nn.Module):
         """The value (B, R) of the state in which each response token was chosen, 0 outside the response."""
         position, mask = response_window(prompt_len, length)  # (B, R)
         hidden = self.trunk.hidden(tokens[:, :-1])  # (B, T - 1, C)
-        values = self.scalar(fast.pick(hidden, torch.arange(len(tokens))[:, None], position - 1))
+        values = self.scalar(fast.pick(hidden, torch.arange(len(tokens))[:, None], position - 1))  # (B, R)
         return values * fast.to_device(mask, tokens.device)
 
 
 def response_window(prompt_len: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
     """The response window: position (B, R) of each response token in its row, and mask (B, R), true where there is one.
 
-    R is the longest response. Places outside a response point at its last token, so that they can be looked up.
+    R is the longest response. Columns after a response repeat its last position. A position is at least 1, even in a
+    row without a response, so that position − 1 can always be looked up.
     """
     R = int((length - prompt_len).max())
     position = prompt_len[:, None] + torch.arange(R, device=length.device)  # (B, R)
@@ -361,7 +366,7 @@ class Config:
 
 
 def main() -> None:
-    import common
+    import common  # here, since common imports this file
     from data import encode_prompt
 
     cfg, folder = common.parse(Config, positional="DIR")
@@ -381,7 +386,8 @@ def main() -> None:
         print(f"\n{name}")
         for row, start, end in zip(tokens.tolist(), prompt_len.tolist(), length.tolist()):
             ended = row[end - 1] == model.config.eos
-            print(f"  ·{encoding.decode(row[start : end - ended])}{'' if ended else ' …'}")
+            text = encoding.decode(row[start : end - 1] if ended else row[start:end])
+            print(f"  ·{text}{'' if ended else ' …'}")
 
 
 if __name__ == "__main__":

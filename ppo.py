@@ -7,7 +7,8 @@
     python ppo.py --iterations 0                             only evaluate the policy in --out
 
 Four nets: the policy; its frozen copy, the reference; a frozen reward model; and a value net that starts as the reward
-model. Each iteration answers a batch of prompts, scores the answers, and improves the policy on them. The loop in
+model. (If a Python function takes the reward model's place, the value net starts as the policy's trunk under a head of
+zeros.) Each iteration answers a batch of prompts, scores the answers, and improves the policy on them. The loop in
 `train` is the table of contents, one function a step; a fork changes one of them.
 
     Batch: what each step adds                       shape                made by
@@ -16,7 +17,8 @@ model. Each iteration answers a batch of prompts, scores the answers, and improv
       rewards, advantages, returns, final_score      (B, R) … (B,)        3 estimate
 
 tokens are right-padded. Columns of the (B, R) tensors are response tokens: column r is about the token at position
-prompt_len + r. They are 0 outside the response, and mask is true inside it. prompt_len and length stay on the CPU.
+prompt_len + r, and R is the longest response. These tensors are 0 outside the response; mask is true inside it. In a
+part of the batch, B, T and R become b, t and r. prompt_len and length stay on the CPU.
 
 Ziegler et al. 2019 (arXiv 1909.08593) is the set-up, Schulman et al. 2017 (1707.06347) the update, Stiennon et al. 2020
 (2009.01325) the separate value net that starts as the reward model. Left out on purpose: shared trunks for policy and
@@ -50,7 +52,7 @@ class Config:
     eval_data: str = ""  # held-out JSONL "prompt"; empty: a part of --data (the tales have their own)
     init: str = "out/sft"  # run folder of the starting policy; its frozen copy is the reference
     reward: str = "out/reward"  # run folder of the reward model, or FILE.py:function to train on
-    judge: str = ""  # FILE.py:function (several: commas), measured, never trained on; on the tales their own
+    judge: str = ""  # FILE.py:function, never trained on; of several (commas) the first is measured in training too
     out: str = "out/ppo"  # run folder to write
     seed: int = 0  # of prompts, samples and minibatches
     device: str = "auto"  # auto, cpu, cuda or mps
@@ -62,16 +64,16 @@ class Config:
     minibatch_size: int = 32  # answers an optimizer step, over all processes
     micro_batch_size: int = 0  # answers in one forward; 0: the whole minibatch
     response_len: int = 64  # longest answer, in tokens
-    temperature: float = 1.0  # of sampling and, alike, of all log-probabilities
+    temperature: float = 1.0  # of sampling and of all log-probabilities
     lr: float = 3e-4  # of policy and value net, annealed to 0
     kl_coef: float = 0.05  # β: reward charged per nat of KL to the frozen copy
     kl_target: float = 0.0  # nats a response; above 0, β adapts towards it (Ziegler et al. 2019, section 2.2)
-    horizon: int = 10000  # episodes over which an adaptive β moves
+    horizon: int = 10000  # episodes in which β could double; larger moves it more slowly
     gamma: float = 1.0  # discount
     lam: float = 0.95  # λ of GAE
     cliprange: float = 0.2  # ε of the policy's ratio
-    cliprange_value: float = 0.2  # how far a value may move from its old one before its gradient stops
-    vf_coef: float = 1.0  # scales the value loss; its net and its Adam are its own, so this acts through clipping alone
+    cliprange_value: float = 0.2  # a value that moved further than this towards its return gets no gradient
+    vf_coef: float = 1.0  # scales the value loss; Adam undoes that, except through max_grad_norm
     max_grad_norm: float = 1.0  # gradients are clipped to this, each net's by itself; 0: not clipped
     score_clip: float = 0.0  # scores are clipped to ± this; 0: not clipped
     unended_cap: float | None = None  # highest score without EOS; default −1, or inf for a function
@@ -115,23 +117,23 @@ def read(
     """What every net makes of the answers: logp, ref_logp, values (B, R), mask (B, R), score (B,).
 
     The old log-probabilities come from the forward that training uses, not from the decode, so that the ratio is 1 at
-    the first step. Answers are read shortest first, in micro-batches that each pad to their own longest.
+    the first step. Rows of like length share a micro-batch, which is cut to its own longest.
     """
     device = batch["tokens"].device
     _, mask = response_window(batch["prompt_len"], batch["length"])
     mask = fast.to_device(mask, device)  # (B, R)
     out = {name: torch.zeros(mask.shape, device=device) for name in ("logp", "ref_logp", "values")}
     out |= {"score": torch.zeros(len(mask), device=device), "mask": mask}
-    for index in data.by_length(batch, cfg.micro_batch_size or cfg.minibatch_size):
+    for index in data.by_length(batch, cfg.micro_batch_size or cfg.minibatch_size // common.WORLD):
         part = data.select(batch, index)
         sequences = part["tokens"], part["prompt_len"], part["length"]
         logp = policy.logprobs(*sequences, cfg.temperature)  # (b, r)
         ref_logp = ref.logprobs(*sequences, cfg.temperature)
-        rows, r = fast.to_device(index, device), logp.shape[1]
-        out["logp"][rows, :r] = logp
-        out["ref_logp"][rows, :r] = ref_logp
+        rows, width = fast.to_device(index, device), logp.shape[1]
+        out["logp"][rows, :width] = logp
+        out["ref_logp"][rows, :width] = ref_logp
         if value is not None:
-            out["values"][rows, :r] = value.values(*sequences)
+            out["values"][rows, :width] = value.values(*sequences)
         out["score"][rows] = score(part)
     return out
 
@@ -155,10 +157,10 @@ def scorer(reward: ScalarModel | Judge, encoding: tiktoken.Encoding, eos: int) -
 
 
 def estimate(batch: Batch, kl_coef: float, cap: float, cfg: Config) -> Batch:
-    """Per-token rewards → GAE → whitening: rewards, advantages, returns (B, R), all 0 outside the response.
+    """Per-token rewards → GAE → whitening: rewards, advantages, returns (B, R), final_score (B,).
 
-    The score, clipped if asked and capped where EOS is missing, is paid at the last token; every token pays
-    β (log π(y_t) − log π₀(y_t)) (Ziegler et al. 2019, equation 2). GAE: Schulman et al. 2016, equation 16.
+    Every token costs β (log π(y_t) − log π₀(y_t)) (Ziegler et al. 2019, equation 2). The last token earns the final
+    score: the score, clipped if asked, and at most `cap` where EOS is missing. GAE: Schulman et al. 2016, equation 16.
     """
     mask, values, score = batch["mask"], batch["values"], batch["score"]
     if cfg.score_clip:
@@ -170,7 +172,7 @@ def estimate(batch: Batch, kl_coef: float, cap: float, cfg: Config) -> Batch:
     rewards = rewards.scatter_add(1, last, score[:, None].to(rewards.dtype)) * mask
 
     advantages = torch.zeros_like(rewards)
-    next_value = next_advantage = torch.zeros_like(score)  # 0 after the last token
+    next_value = next_advantage = torch.zeros_like(score)  # 0 after the last token, like values outside the response
     for r in reversed(range(mask.shape[1])):
         delta = rewards[:, r] + cfg.gamma * next_value - values[:, r]
         next_advantage = (delta + cfg.gamma * cfg.lam * next_advantage) * mask[:, r]
@@ -224,20 +226,20 @@ def update(
     generator, n_steps = torch.Generator().manual_seed(seed), 0
     for _ in range(cfg.epochs):
         order = torch.randperm(len(batch["tokens"]), generator=generator)
-        for chosen in order.split(max(1, cfg.minibatch_size // common.WORLD)):
-            minibatch = data.select(batch, chosen)
-            n_tokens = common.total(minibatch["mask"].sum())
-            for index in data.by_length(minibatch, cfg.micro_batch_size or len(chosen)):
+        for rows in order.split(cfg.minibatch_size // common.WORLD):
+            minibatch = data.select(batch, rows)
+            n_tokens = common.total(minibatch["mask"].sum())  # of all micro-batches and processes
+            for index in data.by_length(minibatch, cfg.micro_batch_size or len(rows)):
                 part = data.select(minibatch, index)
                 mask = part["mask"]
                 sequences = part["tokens"], part["prompt_len"], part["length"]
                 with autocast:
                     logp = policy.logprobs(*sequences, cfg.temperature)  # (b, r)
                     values = value.values(*sequences)  # (b, r)
-                losses, ratio = policy_loss(logp, part["logp"], part["advantages"], cfg.cliprange)
-                pg_loss = (losses * mask).sum() / n_tokens
-                losses = value_loss(values, part["values"], part["returns"], cfg.cliprange_value)
-                vf_loss = (losses * mask).sum() / n_tokens
+                pg_losses, ratio = policy_loss(logp, part["logp"], part["advantages"], cfg.cliprange)
+                vf_losses = value_loss(values, part["values"], part["returns"], cfg.cliprange_value)
+                pg_loss = (pg_losses * mask).sum() / n_tokens
+                vf_loss = (vf_losses * mask).sum() / n_tokens
                 pg_loss.backward()
                 (cfg.vf_coef * vf_loss).backward()
                 with torch.no_grad():
@@ -255,7 +257,10 @@ def update(
 
 
 def adapt(kl_coef: float, kl: float, episodes: int, cfg: Config) -> float:
-    """β for the next iteration, from the KL to the reference in nats a response (Ziegler et al. 2019, section 2.2)."""
+    """β for the next iteration, from the KL to the reference in nats per response.
+
+    Ziegler et al. 2019, section 2.2; like their code, with episodes / horizon in the place of the paper's K.
+    """
     if not cfg.kl_target:
         return kl_coef
     error = min(max(kl / cfg.kl_target - 1, -0.2), 0.2)
@@ -263,7 +268,11 @@ def adapt(kl_coef: float, kl: float, episodes: int, cfg: Config) -> float:
 
 
 def rollout_metrics(batch: Batch, judged: list[float], kl_coef: float) -> dict[str, float]:
-    """TRL's names. Sums are over a response, means over responses, all processes included."""
+    """TRL's names: sums over a response, then means over the responses of all processes.
+
+    `objective/scores` is the score as it came, `rlhf_reward` has the final one. `val/num_eos_tokens` is the share of
+    responses that ended. `entropy` is −Σ log π of the sampled tokens.
+    """
     kl = ((batch["logp"] - batch["ref_logp"]) * batch["mask"]).sum(1)  # (B,) nats
     columns = {
         "objective/kl": kl,
@@ -290,20 +299,17 @@ def build(
     Raises InputError where the reward model cannot read what the policy writes.
     """
     policy, encoding = common.load_gpt(cfg.init, device, "--init")
-    ref = common.freeze(copy.deepcopy(policy), autocast)
+    ref = common.freeze(copy.deepcopy(policy), autocast)  # a copy: freezing changes the model
     if ".py:" in cfg.reward:
         reward, cap = common.load_function(cfg.reward), float("inf")
         value = ScalarModel(copy.deepcopy(policy)).to(device)
         torch.nn.init.zeros_(value.head.weight)
     else:
         reward, reward_encoding = common.load_scalar(cfg.reward, device, "--reward")
-        if data.encoding_state(reward_encoding) != data.encoding_state(encoding):
-            raise InputError(
-                f"--reward {cfg.reward}: was trained with another vocabulary than {cfg.init}; train it from that policy"
-            )
+        common.check_vocabulary(f"--reward {cfg.reward}", reward_encoding, encoding, cfg.init)
         if reward.config.block_size < common.context(cfg, policy):
             raise InputError(
-                f"--reward {cfg.reward}: its context is shorter than that of {cfg.init}; give a smaller --block_size"
+                f"--reward {cfg.reward}: its context is shorter than the policy's; give a --block_size it can read"
             )
         value, cap = copy.deepcopy(reward), -1.0
         reward = common.freeze(reward, autocast)
@@ -340,14 +346,6 @@ def load_prompts(cfg: Config, encoding: tiktoken.Encoding, room: int) -> tuple[l
     return prompts, held_out[: cfg.eval_prompts]
 
 
-def load_judges(cfg: Config) -> dict[str, Judge]:
-    """The measures by name; the tales have their own."""
-    names = cfg.judge.split(",") if cfg.judge else []
-    if not cfg.judge and not cfg.data:
-        names = ["data/tales.py:judge", "data/tales.py:grammar"]
-    return {name: common.load_function(name) for name in names}
-
-
 # --- the loop ---------------------------------------------------------------------------------------------------------
 
 
@@ -358,9 +356,12 @@ def train(cfg: Config) -> None:
         raise InputError(f"--batch_size and --minibatch_size must be multiples of the {common.WORLD} processes")
     if cfg.temperature == 0:
         raise InputError("--temperature 0: a policy that always says the same cannot learn; give a number above 0")
+    if cfg.kl_target and (cfg.kl_coef == 0 or cfg.horizon < cfg.batch_size):
+        raise InputError("--kl_target: needs a --kl_coef above 0 to scale, and a --horizon of at least --batch_size")
     policy, ref, value, score, cap, encoding = build(cfg, device, autocast)
     prompts, held_out = load_prompts(cfg, encoding, common.context(cfg, policy) - cfg.response_len)
-    judges = load_judges(cfg)
+    judges = common.load_functions(cfg.judge or ("" if cfg.data else tales.MEASURES))
+    first_judge = next(iter(judges.values()), None)
     policy_optimizer = common.adamw(policy, cfg.lr, 0.0, eps=1e-5)
     value_optimizer = common.adamw(value, cfg.lr, 0.0, eps=1e-5)
 
@@ -377,9 +378,10 @@ def train(cfg: Config) -> None:
         ids = common.share(data.shuffled(prompts, cfg.batch_size, cfg.seed, None, step))
         with run.timed("rollout"), autocast:
             batch = rollout(policy, ids, cfg, common.generator(cfg.seed, 1, step, common.RANK))
-        # 2 Reward model, frozen copy and value net read the answers. 3 Rewards, advantages and returns follow.
         with run.timed("score"), autocast:
+            # 2 Reward model, frozen copy and value net read the answers.
             batch |= read(batch, policy, ref, value, score, cfg)
+            # 3 Each token gets its reward, advantage and return.
             batch |= estimate(batch, kl_coef, cap, cfg)
         # 4 Policy and value net learn from them: epochs of clipped updates over minibatches.
         with run.timed("update"):
@@ -388,7 +390,7 @@ def train(cfg: Config) -> None:
             losses = update(policy, value, policy_optimizer, value_optimizer, batch, lr, cfg, autocast, seed)
         # 5 β moves; metrics, a sample and a checkpoint are written.
         pairs = texts(batch, encoding, policy.config.eos)
-        judged = [float(judge(*pair)) for judge in list(judges.values())[:1] for pair in pairs]
+        judged = [float(first_judge(*pair)) for pair in pairs] if first_judge else []
         metrics = rollout_metrics(batch, judged, kl_coef) | losses
         metrics |= {"lr": lr, "episode": (step + 1) * cfg.batch_size} | run.times
         metrics |= run.speed(int(common.total(batch["mask"].sum())))
@@ -408,7 +410,8 @@ def train(cfg: Config) -> None:
 
     if common.RANK == 0:
         if not cfg.iterations:
-            policy, _ = common.load_gpt(cfg.out, device, "--out")
+            policy, out_encoding = common.load_gpt(cfg.out, device, "--out")
+            common.check_vocabulary(f"--out {cfg.out}", out_encoding, encoding, cfg.init)
         before = evaluate(partial(answer, ref), held_out, judges)
         after = evaluate(partial(answer, policy), held_out, judges)
         common.say(report(before, after, judges))

@@ -1,4 +1,4 @@
-"""The device, and the processes of torchrun. With one process every function here is the plain thing it says."""
+"""The device, and the processes of torchrun. With one process, `total(x)` is x and `share(items)` is items."""
 
 import importlib
 import os
@@ -19,10 +19,10 @@ WORLD = int(os.environ.get("WORLD_SIZE", 1))  # how many there are
 
 
 def pick_device(name: str) -> torch.device:
-    """auto takes CUDA, then MPS, then the CPU. Under torchrun every process gets the GPU of its local rank."""
+    """`auto` takes CUDA, then MPS, then the CPU. Under torchrun every process gets the GPU of its local rank."""
     available = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available, "cpu": lambda: True}
     if name == "auto":
-        name = next(kind for kind, there in available.items() if there())
+        name = next(kind for kind, is_available in available.items() if is_available())
     kind = name.partition(":")[0]
     if kind not in available:
         raise InputError(f"--device {name}: give auto, cpu, cuda or mps")
@@ -39,7 +39,7 @@ def setup(cfg: Any) -> tuple[torch.device, torch.autocast]:
     """Device, autocast context and, under torchrun, the process group. Seeds torch for weight initialisation."""
     device = pick_device(cfg.device)
     if WORLD > 1 and not dist.is_initialized():
-        # the optimiser imports this; once the group is made, its default arguments would keep gloo's threads to the end
+        # The optimizer imports this module. If that happened later, its defaults would keep gloo's threads to the end.
         importlib.import_module("torch.distributed.nn.functional")
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=12))
     if device.type == "cpu":
@@ -56,7 +56,7 @@ def setup(cfg: Any) -> tuple[torch.device, torch.autocast]:
 
 
 def total(x: Tensor) -> Tensor:
-    """The sum over all processes of a tensor that each of them has."""
+    """The sum of x over all processes."""
     if WORLD > 1:
         x = x.clone()
         dist.all_reduce(x)
@@ -76,17 +76,17 @@ def means(columns: dict[str, Tensor]) -> dict[str, float]:
 
 
 def sum_gradients(model: nn.Module) -> None:
-    """Add up the gradients of all processes. Every loss divides by the tokens of the whole batch, so a sum is right."""
+    """Sum the gradients over all processes. A sum is right: every loss divides by the tokens of the whole batch."""
     if WORLD > 1:
         for p in model.parameters():
-            if p.grad is None:  # no row of this batch fell to this process
+            if p.grad is None:  # this process had no row of this batch
                 p.grad = torch.zeros_like(p)
-        for sum_of_one in [dist.all_reduce(p.grad, async_op=True) for p in model.parameters()]:
-            sum_of_one.wait()
+        for handle in [dist.all_reduce(p.grad, async_op=True) for p in model.parameters()]:
+            handle.wait()
 
 
 def first_alone(work: Callable[[], Any]) -> Any:
-    """What `work` returns, done by process 0 before the others do it (they find its files)."""
+    """Process 0 does `work` first, then the others do it and find its files. Returns what `work` returns."""
     if RANK > 0:
         dist.barrier()
     result = work()
@@ -101,6 +101,6 @@ def share(items: list) -> list:
 
 
 def say(text: str, end: str = "\n") -> None:
-    """Print, from the first process alone."""
+    """Print, in the first process only."""
     if RANK == 0:
         print(text, end=end, flush=True)

@@ -27,7 +27,7 @@ from processes import RANK, WORLD, say
 
 
 def save_file(content: dict, path: Path) -> None:
-    """torch.save under a temporary name, renamed into place: a kill leaves the old file or the new one, whole."""
+    """torch.save under a temporary name, then rename: a kill leaves either the old file or the new one, whole."""
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as file:
         torch.save(content, file)
@@ -51,7 +51,7 @@ def load(
 ) -> tuple[GPT | ScalarModel, tiktoken.Encoding]:
     """The model of a run folder (or of a .pt file) in eval mode, and its tokenizer.
 
-    Raises InputError where there is none, or where it is not of the `kind` that `option` wants.
+    Raises InputError if there is none, or if it is not of the `kind` that `option` wants.
     """
     path = Path(folder) / "model.pt" if Path(folder).suffix != ".pt" else Path(folder)
     if not path.exists():
@@ -60,9 +60,9 @@ def load(
         )
     try:
         saved = torch.load(path, map_location=device, weights_only=True)
-        scalar, config, encoding = (
-            "head.weight" in saved["model"], GPTConfig(**saved["config"]), encoding_from_state(saved["tokenizer"])
-        )  # fmt: skip
+        scalar = "head.weight" in saved["model"]
+        config = GPTConfig(**saved["config"])
+        encoding = encoding_from_state(saved["tokenizer"])
     except Exception as error:  # torch.load raises many kinds
         raise InputError(
             f"{path}: not a checkpoint of this project ({type(error).__name__}); name another run folder"
@@ -88,23 +88,31 @@ def load_scalar(
     return load(folder, device, option, ScalarModel)
 
 
+def check_vocabulary(what: str, encoding: tiktoken.Encoding, wanted: tiktoken.Encoding, init: str) -> None:
+    """Raises InputError if `what` has another vocabulary than the policy of --init."""
+    if encoding_state(encoding) != encoding_state(wanted):
+        raise InputError(f"{what}: was trained with another vocabulary than {init}; train it from that policy")
+
+
 # --- run folders ------------------------------------------------------------------------------------------------------
 
 
 def check_out(cfg: Any) -> None:
-    """Raises InputError where --out cannot become a run folder: it is --init itself, or not a folder of ours."""
+    """Raises InputError if --out cannot become a run folder: it is --init itself, or it holds other files."""
     out = Path(cfg.out)
     for name in ("init", "reward"):
         if getattr(cfg, name, "") and out.resolve() == Path(getattr(cfg, name)).resolve():
             raise InputError(f"--out {out}: is --{name} too; name another folder, so that it is not overwritten")
-    if out.exists() and not (out.is_dir() and ((out / "metrics.jsonl").exists() or not any(out.iterdir()))):
+    is_run = (out / "metrics.jsonl").exists()
+    is_empty = out.is_dir() and not any(out.iterdir())
+    if out.exists() and not is_run and not is_empty:
         raise InputError(f"--out {out}: not empty and not a run folder; name another, so that nothing in it is lost")
 
 
 class Run:
     """A run folder: model.pt, state.pt, metrics.jsonl, samples.txt, curves.png.
 
-    Made once all input has been checked. An earlier run there is renamed FOLDER.1, FOLDER.2, …, unless it is resumed.
+    Create it once all input has been checked. An earlier run there is resumed, or renamed FOLDER.1, FOLDER.2, ….
     """
 
     def __init__(self, cfg: Any):
@@ -113,7 +121,7 @@ class Run:
         self.state = self._read_state() if cfg.resume else None
 
     def _read_state(self) -> dict | None:
-        """What --resume continues from, or None where there is nothing. Raises InputError where the options differ."""
+        """What --resume continues from, or None if there is nothing. Raises InputError if the options differ."""
         path = self.folder / "state.pt"
         if not path.exists():
             say(f"nothing to resume in {self.folder}, so this starts from the beginning")
@@ -129,7 +137,7 @@ class Run:
     def start(self, steps: int, **parts: Any) -> None:
         """Open the folder for writing. On a resume, put the saved state into `parts` (nets, optimizers)."""
         if WORLD > 1:
-            dist.barrier()  # every process has read its input: what was in the folder may move
+            dist.barrier()  # once every process has read its input, the files in the folder may move
         self.steps = steps
         self.started = self.logged = time.time()
         if self.state:
@@ -155,7 +163,7 @@ class Run:
         temporary.replace(self.folder / "metrics.jsonl")
 
     def log(self, step: int, metrics: dict[str, float], show: Iterable[str] = ()) -> None:
-        """Append a step's metrics to metrics.jsonl; with `show`, print those of them and the time left."""
+        """Append the metrics of a step to metrics.jsonl. Print those that `show` names, and the time left."""
         if RANK > 0:
             return
         with open(self.folder / "metrics.jsonl", "a") as file:
@@ -168,7 +176,7 @@ class Run:
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
-        """Put the seconds that the block takes into `times` as time/phase."""
+        """Measure the seconds of the block; they stand in `times` as time/phase."""
         began = time.time()
         yield
         if torch.cuda.is_initialized():
@@ -176,7 +184,7 @@ class Run:
         self.times[f"time/{phase}"] = time.time() - began
 
     def speed(self, tokens: int) -> dict[str, float]:
-        """tokens_per_s since the last call."""
+        """Tokens a second since the last call, as a metric."""
         before, self.logged = self.logged, time.time()
         return {"tokens_per_s": tokens / (self.logged - before)}
 
@@ -195,7 +203,7 @@ class Run:
             save_file(about | values | saved, self.folder / "state.pt")
 
     def sample(self, step: int, text: str) -> None:
-        """Append a sample to samples.txt and print it, its line breaks made visible."""
+        """Append a sample to samples.txt and print it, with its line breaks shown as ⏎."""
         if RANK == 0:
             text = "⏎".join(text.splitlines())
             with open(self.folder / "samples.txt", "a", encoding="utf-8") as file:
@@ -203,7 +211,7 @@ class Run:
             print(f"    “{text}”", flush=True)
 
     def finish(self, device: torch.device) -> None:
-        """Say the most memory that was taken; draw curves.png from metrics.jsonl, where matplotlib is installed."""
+        """Print the peak memory. Draw curves.png from metrics.jsonl if matplotlib is installed."""
         if RANK > 0:
             return
         say(f"peak memory: {peak_memory(device):.2f} GiB")
@@ -213,7 +221,7 @@ class Run:
 
 
 def read_metrics(folder: str | Path) -> list[dict]:
-    """The lines of a run's metrics.jsonl; one that a kill cut short is left out."""
+    """The lines of a run's metrics.jsonl, without a last line that a kill cut short."""
     lines = []
     for line in (Path(folder) / "metrics.jsonl").read_text().splitlines():
         try:
@@ -224,7 +232,7 @@ def read_metrics(folder: str | Path) -> list[dict]:
 
 
 def peak_memory(device: torch.device) -> float:
-    """The most memory that this process has taken so far, in GiB: allocated on the GPU with CUDA, else resident."""
+    """Peak memory of this process so far, in GiB: allocated memory of the GPU with CUDA, else resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     if (status := Path("/proc/self/status")).exists():  # Linux: ru_maxrss would count what started this process
@@ -237,7 +245,9 @@ def peak_memory(device: torch.device) -> float:
 
 
 def number(x: float) -> str:
-    return f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.2e}" if 0 < abs(x) < 0.001 else f"{x:.3f}"
+    if abs(x) >= 1000:
+        return f"{x:,.0f}"
+    return f"{x:.2e}" if 0 < abs(x) < 0.001 else f"{x:.3f}"
 
 
 def clock(seconds: float) -> str:

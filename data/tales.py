@@ -15,6 +15,7 @@ import re
 from pathlib import Path
 
 FOLDER = Path("out/data/tales")
+MEASURES = "data/tales.py:judge,data/tales.py:grammar"
 SEED = 1  # of the corpus, the same for every run: a run's own seed changes the run, not the world
 
 WORDS = {

@@ -64,13 +64,13 @@ def test_picking_and_its_gradient_are_those_of_plain_indexing():
         assert torch.equal(mine, other)
 
 
-def test_the_cache_up_to_a_column_is_the_whole_cache_behind_a_mask():
+def test_the_cache_up_to_a_place_is_the_whole_cache_behind_a_mask():
     kv, gap = torch.randn(2, 2, 3, 2, 7, 4), torch.zeros(3, 1, 1, 7)
     gap[1, ..., 2:4] = -torch.inf
     q = torch.randn(3, 2, 1, 4)
     found = []
-    for column in (4, torch.tensor([4])):
-        some, place, mask = fast.columns(kv, gap, column)
+    for last in (4, torch.tensor([4])):
+        some, place, mask = fast.up_to(kv, gap, last)
         assert torch.equal(some[..., place, :], kv[..., 4:5, :])
         found.append(fast.attend(q, *some[0], mask))
     torch.testing.assert_close(*found)

@@ -72,7 +72,9 @@ def train_ppo(folders, **options):
 
 
 # 1
-@mistake("ppo.py", 'out["logp"][rows, :r] = logp', 'out["logp"][: len(rows), :r] = logp')  # sorted rows, not put back
+@mistake(
+    "ppo.py", 'out["logp"][rows, :width] = logp', 'out["logp"][: len(rows), :width] = logp'
+)  # sorted rows, not put back
 @mistake("ppo.py", "ratio = (logp - old_logp).exp()", "ratio = (logp - old_logp.roll(1, 1)).exp()")
 def test_ratio_is_one_and_kl_is_zero_before_the_first_update(nets):
     cfg = ppo.Config(response_len=16, minibatch_size=3, epochs=2, lr=0.0)
@@ -306,8 +308,8 @@ def test_a_responses_kl_is_the_sum_over_its_tokens_and_all_of_it_is_charged(nets
 
 
 # 15
-@mistake("ppo.py", "pg_loss = (losses * mask).sum() / n_tokens", "pg_loss = (losses * mask).sum() / mask.sum()")
-@mistake("ppo.py", "vf_loss = (losses * mask).sum() / n_tokens", "vf_loss = (losses * mask).sum() / mask.sum()")
+@mistake("ppo.py", "pg_loss = (pg_losses * mask).sum() / n_tokens", "pg_loss = (pg_losses * mask).sum() / mask.sum()")
+@mistake("ppo.py", "vf_loss = (vf_losses * mask).sum() / n_tokens", "vf_loss = (vf_losses * mask).sum() / mask.sum()")
 @mistake("reward.py", "pairwise_loss(margin, part) / len(batch)", "pairwise_loss(margin, part) / len(part)")
 @mistake(
     "sft.py",

@@ -1,0 +1,48 @@
+"""README says what the code does."""
+
+import math
+import re
+
+import pytest
+import torch
+
+import ppo
+from tests.conftest import ROOT
+
+PAGES = [ROOT / folder / "README.md" for folder in (".", "data", "tests", "experiments")]
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_three_tokens_of_the_kl_term_are_charged_as_readme_says():
+    rows = re.findall(r"^\| `(.+?)` \| (0\.\d+) \| (0\.\d+) \| ([+−]\d\.\d+) \| (.+) \|$", README, re.MULTILINE)
+    assert len(rows) == 3
+    ref_logp, logp = (torch.tensor([[math.log(float(row[i])) for row in rows]]) for i in (1, 2))
+    mask, zero = torch.ones(1, 3, dtype=torch.bool), torch.zeros(1, 3)
+    batch = {"logp": logp, "ref_logp": ref_logp, "values": zero, "mask": mask}
+    batch |= {"score": torch.tensor([1.2]), "ended": torch.tensor([True])}
+    rewards = ppo.estimate(batch, 0.05, -1.0, ppo.Config())["rewards"][0]
+    numbers = [[float(x.replace("−", "-")) for x in (row[3], row[4].split("= ")[-1])] for row in rows]
+    for (log_ratio, reward), mine, theirs, paid in zip(numbers, logp[0], ref_logp[0], rewards):
+        assert (mine - theirs).item() == pytest.approx(log_ratio, abs=6e-4)
+        assert paid.item() == pytest.approx(reward, abs=6e-4)
+    total = re.search(r"^\| sum \| \| \| ([+−]\S+) nats \| ([+−]\S+) \|$", README, re.MULTILINE)
+    assert (logp - ref_logp).sum().item() == pytest.approx(float(total[1]), abs=6e-4)
+    assert rewards.sum().item() == pytest.approx(float(total[2]), abs=6e-4)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name)
+def test_every_file_that_a_page_links_to_is_there(page):
+    links = re.findall(r"\]\(([^)#:]+)\)", page.read_text())
+    assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def test_every_option_that_a_page_names_is_one():
+    known = set()
+    for path in (path for place in ("", "data/**/", "experiments/", "tests/") for path in ROOT.glob(f"{place}*.py")):
+        source = path.read_text()
+        known |= set(re.findall(r"^    (\w+): .* = .*#", source, re.MULTILINE))
+        known |= set(re.findall(r'add_argument\(\s*"--(\w+)"', source))
+    known |= {"help", "index-url", "nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint", "local-dir"}
+    for page in PAGES:
+        named = set(re.findall(r"(?<![\w-])--([a-z][\w-]*)", page.read_text()))
+        assert named <= known, page
