@@ -41,7 +41,7 @@ def draw(folders: list[Path], target: Path) -> None:
                 axis.plot(*zip(*points), color=colour, alpha=0.8, linewidth=1.2, label="" if i else title)
         axis.set(xlabel="iteration", title=label)
         axis.grid(alpha=0.25)
-    axes[1].legend(frameon=False, loc="lower right")
+    axes[2].legend(frameon=False, loc="upper right")
     save(figure, target)
 
 
