@@ -228,7 +228,9 @@ class GPT(nn.Module):
         eos, device = self.config.eos, self.wte.weight.device
         prompts = [prompt or [eos] for prompt in prompts]
         B, P, N = len(prompts), max(map(len, prompts)), max_new_tokens
-        if N < 1 or P + N > self.config.block_size:
+        if N < 1:
+            raise ValueError(f"max_new_tokens {N}: give at least 1")
+        if P + N > self.config.block_size:
             raise ValueError(f"a prompt of {P} and {N} new tokens do not fit the context of {self.config.block_size}")
         prompt_len = torch.tensor([len(prompt) for prompt in prompts], device=device)  # (B,)
         tokens = torch.tensor([prompt + [eos] * (P + N - len(prompt)) for prompt in prompts], device=device)

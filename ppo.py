@@ -292,13 +292,12 @@ def rollout_metrics(batch: Batch, judged: list[float], kl_coef: float) -> dict[s
 
 
 def build(
-    cfg: Config, device: torch.device, autocast: torch.autocast
-) -> tuple[GPT, GPT, ScalarModel, Callable[[Batch], Tensor], float, tiktoken.Encoding]:
-    """Policy, its frozen copy, value net, the function that scores, the highest score without EOS, the tokenizer.
+    cfg: Config, policy: GPT, encoding: tiktoken.Encoding, device: torch.device, autocast: torch.autocast
+) -> tuple[GPT, ScalarModel, Callable[[Batch], Tensor], float]:
+    """The policy's frozen copy, the value net, the function that scores, the highest score of a response without EOS.
 
-    Raises InputError where the reward model cannot read what the policy writes.
+    Raises InputError if the reward model cannot read what the policy writes.
     """
-    policy, encoding = common.load_gpt(cfg.init, device, "--init")
     ref = common.freeze(copy.deepcopy(policy), autocast)  # a copy: freezing changes the model
     if ".py:" in cfg.reward:
         reward, cap = common.load_function(cfg.reward), float("inf")
@@ -320,11 +319,11 @@ def build(
         fast.compile_blocks(policy, ref, value.trunk, *trunks)
     if cfg.unended_cap is not None:
         cap = cfg.unended_cap
-    return policy, ref, value, scorer(reward, encoding, policy.config.eos), cap, encoding
+    return ref, value, scorer(reward, encoding, policy.config.eos), cap
 
 
 def load_prompts(cfg: Config, encoding: tiktoken.Encoding, room: int) -> tuple[list[list[int]], list[list[int]]]:
-    """Prompts of at most `room` ids to train on, and those to evaluate on. Raises InputError where they are too few."""
+    """Prompts of at most `room` ids to train on, and those to evaluate on. Raises InputError if they are too few."""
 
     def load(path: str) -> list[list[int]]:
         prompts = data.prompts(path, encoding)
@@ -358,8 +357,9 @@ def train(cfg: Config) -> None:
         raise InputError("--temperature 0: a policy that always says the same cannot learn; give a number above 0")
     if cfg.kl_target and (cfg.kl_coef == 0 or cfg.horizon < cfg.batch_size):
         raise InputError("--kl_target: needs a --kl_coef above 0 to scale, and a --horizon of at least --batch_size")
-    policy, ref, value, score, cap, encoding = build(cfg, device, autocast)
+    policy, encoding = common.load_gpt(cfg.init, device, "--init")
     prompts, held_out = load_prompts(cfg, encoding, common.context(cfg, policy) - cfg.response_len)
+    ref, value, score, cap = build(cfg, policy, encoding, device, autocast)
     judges = common.load_functions(cfg.judge or ("" if cfg.data else tales.MEASURES))
     first_judge = next(iter(judges.values()), None)
     policy_optimizer = common.adamw(policy, cfg.lr, 0.0, eps=1e-5)

@@ -1,4 +1,4 @@
-"""data/label.py: a sitting with one person and with several, the server under attack, the terminal, the report."""
+"""data/label: a sitting with one person and with several, the server under attack, the terminal, the report."""
 
 import calendar
 import concurrent.futures
@@ -391,7 +391,7 @@ def test_a_file_of_pairs_does_not_become_one_of_rankings(folders, monkeypatch):
 
 def test_the_command_serves_its_address_and_ends_well_when_stopped(folders):
     """Stopped while the model may still be answering: exit code 0, what was answered kept, no abort."""
-    command = [sys.executable, str(ROOT / "data/label.py"), *map(str, given(folders, "--port", 0))]
+    command = [sys.executable, "-m", "data.label", *map(str, given(folders, "--port", 0))]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,

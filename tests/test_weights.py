@@ -189,7 +189,7 @@ def test_gpt2_is_downloaded_once_and_checked_against_the_hubs_checksum(tmp_path,
     hub = {"raw/main/model.safetensors": pointer.encode(), "resolve/main/model.safetensors": content}
     hub["raw/main/config.json"] = hub["resolve/main/config.json"] = (tmp_path / "hf" / "config.json").read_bytes()
     server.files |= {f"/openai-community/gpt2/{path}": file for path, file in hub.items()}
-    monkeypatch.setattr(data, "HUB", server.url)
+    monkeypatch.setattr(data.files, "HUB", server.url)
     monkeypatch.setattr(weights, "CACHE", tmp_path / "cache")
     monkeypatch.setattr(weights, "gpt2_encoding", lambda: encoding)
 
@@ -199,10 +199,10 @@ def test_gpt2_is_downloaded_once_and_checked_against_the_hubs_checksum(tmp_path,
         with pytest.raises(InputError, match=words):
             weights.convert("gpt2", tmp_path / "gpt2")
         assert not (tmp_path / "gpt2").exists() and not (tmp_path / "cache/gpt2/model.safetensors").exists()
-    monkeypatch.setattr(data, "HUB", f"{server.url}/cut")
+    monkeypatch.setattr(data.files, "HUB", f"{server.url}/cut")
     with pytest.raises(InputError, match="only"):
         weights.convert("gpt2", tmp_path / "gpt2")
-    monkeypatch.setattr(data, "HUB", server.url)
+    monkeypatch.setattr(data.files, "HUB", server.url)
     server.files[place] = content
     weights.convert("gpt2", tmp_path / "gpt2")
     ours, _ = common.load_gpt(tmp_path / "gpt2")
