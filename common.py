@@ -90,7 +90,7 @@ def parse(config: type, argv: list[str] | None = None, positional: str = "") -> 
 
 
 def context(cfg: Any, model: GPT) -> int:
-    """The longest sequence in tokens: --block_size, or the model's whole context where that is 0."""
+    """The longest sequence in tokens: --block_size, or the model's whole context if that is 0."""
     if cfg.block_size > model.config.block_size:
         raise InputError(
             f"--block_size {cfg.block_size}: {cfg.init} has a context of {model.config.block_size}; give less"

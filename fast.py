@@ -256,7 +256,7 @@ def static(step: Callable[[Tensor], None], device: torch.device) -> Callable[[in
 
 
 def all_true(x: Tensor, t: int) -> bool:
-    """`x.all()`; on an accelerator, where a look costs a synchronisation, at every sixteenth t alone."""
+    """`x.all()`. On an accelerator a look costs a synchronisation, so there it looks at every sixteenth t."""
     look = x.device.type == "cpu" or t % 16 == 0
     return look and bool(x.all())
 

@@ -1,4 +1,4 @@
-"""Rows of token ids: made from files, padded, shuffled into batches, held out."""
+"""Rows of token ids: read from files, padded, shuffled into batches, split into held-out and training rows."""
 
 import os
 from collections.abc import Iterable, Iterator
@@ -16,22 +16,22 @@ from fast import to_device
 
 
 class Row(NamedTuple):
-    """A prompt and its response as one list of ids; EOS is part of the response where the text was complete."""
+    """A prompt and its response as one list of ids; EOS is part of the response if the text is complete."""
 
     tokens: list[int]
     prompt_len: int
 
 
 class Group(NamedTuple):
-    """The responses to one prompt that were compared, and which beat which: pairs of (winner, loser) indices."""
+    """The compared responses to one prompt. A pair (winner, loser) holds two indices into `rows`."""
 
     rows: list[Row]
     pairs: list[tuple[int, int]]
-    certainty: list[float]  # the probability, where the labels were simulated, of the likelier outcome; else nan
+    certainty: list[float]  # of each pair: the probability of the likelier outcome if a person was simulated, else nan
 
 
 def encode_row(encoding: tiktoken.Encoding, eos: int, prompt: str, response: str, ended: bool = True) -> Row:
-    """Prompt and response are encoded each by itself, as they will be when the response is sampled."""
+    """Encode prompt and response separately, as generation does: it continues the ids of the prompt."""
     start = encode_prompt(encoding, prompt) or [eos]
     return Row(start + encoding.encode_ordinary(response) + [eos] * ended, len(start))
 
@@ -51,7 +51,7 @@ def completions(path: str | Path, encoding: tiktoken.Encoding, eos: int) -> list
 
 
 def comparisons(path: str | Path, encoding: tiktoken.Encoding, eos: int) -> list[Group]:
-    """Rows with "ranked" become a group each; neighbouring pair rows of one prompt share a group and its responses."""
+    """A row with "ranked" becomes one group. Neighbouring pair rows of one prompt share a group and its responses."""
     kind = {"ranked": list} if "ranked" in first_row(path) else {"chosen": str, "rejected": str}
     groups: list[Group] = []
     index: dict[tuple[str, bool], int] = {}
@@ -87,7 +87,7 @@ def prompts(path: str | Path, encoding: tiktoken.Encoding) -> list[list[int]]:
 
 
 def fit(items: list, lengths: list[int], room: int, drop_long: bool, what: str) -> list:
-    """The items whose length is at most `room`. Raises InputError where some are not and `drop_long` is off."""
+    """The items whose length is at most `room`. Raises InputError if some are longer and `drop_long` is off."""
     kept = [item for item, length in zip(items, lengths) if length <= room]
     dropped = len(items) - len(kept)
     if dropped and not drop_long:
@@ -100,7 +100,7 @@ def fit(items: list, lengths: list[int], room: int, drop_long: bool, what: str) 
 
 
 def pad(rows: list[Row], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
-    """Rows to tokens (B, T) on `device`, prompt_len (B,), length (B,) on the CPU. Pads are zeros, known by `length`."""
+    """Rows to tokens (B, T) on `device`, prompt_len (B,), length (B,) on the CPU. Pads are zeros."""
     T = max(len(row.tokens) for row in rows)
     tokens = torch.tensor([row.tokens + [0] * (T - len(row.tokens)) for row in rows])
     prompt_len, length = torch.tensor([row.prompt_len for row in rows]), torch.tensor([len(row.tokens) for row in rows])
@@ -111,7 +111,7 @@ def pad(rows: list[Row], device: torch.device | str = "cpu") -> tuple[Tensor, Te
 
 
 def shuffled(items: list, batch_size: int, seed: int, lengths: list[int] | None, step: int) -> list:
-    """The items of batch number `step`: every epoch in a new order, what does not fill a batch left out of it.
+    """The items of batch number `step`. Every epoch has a new order and leaves out what does not fill a batch.
 
     With `lengths`, batches hold items of like length, so that little padding is computed: within every stretch of 16
     batches items are sorted by length and cut into batches, whose order is then shuffled. Where there are fewer than
@@ -131,7 +131,7 @@ def shuffled(items: list, batch_size: int, seed: int, lengths: list[int] | None,
 
 
 def micro_batches(rows: list[Row], size: int) -> Iterator[list[Row]]:
-    """The rows in parts of at most `size`, like lengths together, so that each part pads to its own longest only."""
+    """The rows in parts of at most `size`. Rows of like length share a part, so that little padding is computed."""
     rows = sorted(rows, key=lambda row: len(row.tokens))
     for start in range(0, len(rows), size):
         yield rows[start : start + size]
@@ -156,7 +156,7 @@ def select(batch: dict[str, Tensor], index: Tensor) -> dict[str, Tensor]:
 
 
 def hold_out(items: list[Row] | list[Group], share: int = 20) -> tuple[list, list]:
-    """(held out, the rest): those of every `share`-th prompt, of 512 prompts at most. No prompt is on both sides."""
+    """(held out, the rest): one prompt in `share`, at most 512, is held out with all its items."""
 
     def prompt(item: Row | Group) -> tuple[int, ...]:
         row = item if isinstance(item, Row) else item.rows[0]
@@ -172,7 +172,7 @@ def hold_out(items: list[Row] | list[Group], share: int = 20) -> tuple[list, lis
 
 
 def token_stream(path: str | Path, encoding: tiktoken.Encoding, eos: int, target: str | Path) -> np.memmap:
-    """All documents of `path`, each with EOS behind it, as one memory-mapped array of ids, kept in `target`."""
+    """All documents of `path`, each followed by EOS, as one memory-mapped array of ids in the file `target`."""
     dtype = np.uint16 if encoding.n_vocab <= 2**16 else np.uint32
     target = Path(target)
     if not target.exists():
@@ -189,10 +189,10 @@ def token_stream(path: str | Path, encoding: tiktoken.Encoding, eos: int, target
 
 
 def windows(stream: np.ndarray, width: int, starts: Iterable[int]) -> list[Row]:
-    """Stretches of `width` ids as rows whose first id stands as the prompt."""
+    """Stretches of `width` ids as rows. The first id is the prompt."""
     return [Row(stream[start : start + width].tolist(), 1) for start in starts]
 
 
 def random_windows(stream: np.ndarray, width: int, batch_size: int, seed: int, step: int) -> list[Row]:
-    """Batch number `step` of stretches of the stream that start anywhere."""
+    """Batch number `step`: stretches that start at random places of the stream."""
     return windows(stream, width, np.random.default_rng([seed, step]).integers(0, len(stream) - width, batch_size))

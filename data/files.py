@@ -1,4 +1,4 @@
-"""Files that come in: text and JSONL, checked line by line, and downloads, checked by their checksum."""
+"""Files: text and JSONL, which are checked line by line, and downloads, whose checksum is checked."""
 
 import base64
 import gzip
@@ -36,9 +36,9 @@ def _lines(path: str | Path) -> Iterator[tuple[int, str]]:
 
 
 def download(url: str, target: Path, checksum: str | None, tries: int = 3) -> None:
-    """Fetch `url` into `target` with progress; `checksum` is "sha256:…" or "md5:…", None for what the server says.
+    """Fetch `url` into `target` with progress. `checksum` is "sha256:…" or "md5:…"; None: the one that the server sends.
 
-    Raises InputError where it cannot be had whole; nothing is left at `target` then.
+    Raises InputError if it does not come whole; then nothing is left at `target`.
     """
     temporary = target.with_name(f"{target.name}.{os.getpid()}.part")
     kind, _, expected = (checksum or "md5:").partition(":")
@@ -90,7 +90,7 @@ def download_from_hub(repository: str, file: str, target: Path) -> None:
 
 
 def iterate_jsonl(path: str | Path, columns: dict[str, type], verdicts: bool = False) -> Iterator[dict]:
-    """The rows of a JSONL file, each checked to have `columns` of the given types. Raises InputError with the line.
+    """The rows of a JSONL file. Raises InputError, with the line, if a row lacks one of `columns` or its type is wrong.
 
     Rows with a "verdict", the ties and skips of a label file, are left out unless `verdicts` asks for them.
     """
@@ -144,17 +144,17 @@ def read_json(path: Path) -> dict:
 
 
 def first_row(path: str | Path) -> dict:
-    """The first row of a JSONL file, which tells what kind of data it is."""
+    """The first row of a JSONL file. It tells which kind of data the file holds."""
     return next(iterate_jsonl(path, {}))
 
 
 def suffix(path: str | Path) -> str:
-    """.txt, .jsonl or another: what a file is, gzipped or not."""
+    """The suffix without .gz: .txt, .jsonl or another."""
     return Path(str(path).removesuffix(".gz")).suffix
 
 
 def documents(path: str | Path) -> Iterator[str]:
-    """The texts of a file, one at a time: a .txt is one document, handed over in pieces of whole lines."""
+    """The texts of a file, one at a time: a .txt is one document, given in pieces of whole lines."""
     if suffix(path) not in (".txt", ".jsonl"):
         raise InputError(f"{path}: neither .txt nor .jsonl; rename it to what it is")
     if suffix(path) == ".jsonl":

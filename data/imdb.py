@@ -103,7 +103,7 @@ def labeller(prompt: str, response: str) -> float:
 
 
 def judge(prompt: str, response: str) -> float:
-    """The independent measure: 1 where the whole text is positive, else 0."""
+    """The independent measure: 1 if the whole text is positive, else 0."""
     return float(probability(_weights("judge"), prompt + response) > 0.5)
 
 

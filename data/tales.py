@@ -157,7 +157,7 @@ def rows() -> dict[str, list[dict]]:
 
 
 def path(name: str) -> str:
-    """The file of that name (pretrain, sft, compare, ppo, eval), written first where it is missing."""
+    """The file of that name (pretrain, sft, compare, ppo, eval), written first if it is missing."""
     target = FOLDER / f"{name}.jsonl"
     if not target.exists():
         FOLDER.mkdir(parents=True, exist_ok=True)

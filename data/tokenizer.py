@@ -36,7 +36,7 @@ def learn_bpe(texts: Iterable[str], vocab_size: int, limit: int = 50_000_000) ->
         for pair in zip(ids, ids[1:]):
             pairs[pair] += count
             where[pair].add(i)
-    heap = [(-count, pair) for pair, count in pairs.items()]  # commonest first; equals by id, so that it is repeatable
+    heap = [(-count, pair) for pair, count in pairs.items()]  # commonest first; among equals the lowest ids first
     heapq.heapify(heap)
     tokens = [bytes([i]) for i in range(256)]
     while len(tokens) < vocab_size - 1 and heap:
@@ -74,7 +74,7 @@ def learn_bpe(texts: Iterable[str], vocab_size: int, limit: int = 50_000_000) ->
 
 
 def gpt2_encoding() -> tiktoken.Encoding:
-    """GPT-2's vocabulary of 50,257, which tiktoken downloads once. Raises InputError where it cannot."""
+    """GPT-2's vocabulary of 50,257, which tiktoken downloads once. Raises InputError if it cannot."""
     try:
         return tiktoken.get_encoding("gpt2")
     except Exception as error:
@@ -102,7 +102,7 @@ def encoding_from_state(state: dict) -> tiktoken.Encoding:
 
 
 def encode_prompt(encoding: tiktoken.Encoding, prompt: str) -> list[int]:
-    """Special tokens that stand in a prompt, as the turns of a chat template do, are what they say.
+    """In a prompt, a special token that is written out counts as that token (a chat template needs this).
 
     In completions and documents they are ordinary text, so that no model learns to write them from being quoted.
     """

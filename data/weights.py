@@ -197,7 +197,7 @@ def read_model(folder: Path) -> tuple[GPT | ScalarModel, tiktoken.Encoding]:
 
 
 def load(config: GPTConfig, scalar: bool, found: dict[str, Tensor], source: str) -> GPT | ScalarModel:
-    """A model with `found`, their tensors, in it. Raises InputError where one is missing, unknown or misshapen."""
+    """A model with `found`, their tensors, in it. Raises InputError if one is missing, unknown or misshapen."""
     found = {re.sub(r"^(transformer|model)\.", "", name): x for name, x in found.items()}
     state = {}
     for ours, theirs, transposed in tensors(config, scalar):

@@ -1,4 +1,4 @@
-"""`python -m data.label`; its pages of help stand in data/label/__init__.py and command.py."""
+"""`python -m data.label`: see __init__.py for the commands, command.py for the options."""
 
 import sys
 

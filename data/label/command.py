@@ -56,7 +56,7 @@ def prepare(cfg: Config) -> tuple[list[str], Callable[[str], Question | None]]:
     def make(prompt: str) -> Question | None:
         answers: list[Answer] = []
         checkpoints: list[str] = []
-        for attempt in range(5):  # as long as there are too few different ones
+        for attempt in range(5):  # again if some answers are the same
             for j, (name, model, encoding) in enumerate(models):
                 n = len(range(j, cfg.samples, len(models))) - checkpoints.count(name)
                 seed = common.seed_of(cfg.seed, attempt, j, zlib.crc32(prompt.encode("utf-8", "replace")))

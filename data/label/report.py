@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 
 
 def report(rows: list[dict]) -> str:
-    """Counts by annotator, position bias, wins by checkpoint, and agreement where two people had the same prompt."""
+    """Counts by annotator, position bias, wins by checkpoint, and agreement on prompts that two people had."""
     preferred = [row for row in rows if "verdict" not in row]
     lines = ["annotator             preferences   ties  skips   median seconds"]
     for who in sorted({row["annotator"] for row in rows}):

@@ -44,7 +44,7 @@ def simulate(
     temperature: float,
     seed: int,
 ) -> list[dict]:
-    """Every pair of responses to a prompt, decided with probability σ((judge a − judge b) / temperature) for a.
+    """Decide every pair of responses to a prompt: for a with probability σ((judge a − judge b) / temperature).
 
     That is the model of Bradley and Terry (1952). "p_chosen" is the probability that the choice had: with it, a reader
     can tell how much of the labels is noise. Pairs of the same text are left out.
@@ -64,7 +64,7 @@ def simulate(
 
 
 def preference(ordered: list[Answer]) -> dict:
-    """The columns of a row that say what was preferred, from two or more responses, best first."""
+    """The columns of a row for two or more responses that a person put in order, best first."""
     if len(ordered) > 2:
         return {"ranked": [text for text, _ in ordered], "ranked_ended": [ended for _, ended in ordered]}
     (chosen, chosen_ended), (rejected, rejected_ended) = ordered

@@ -33,7 +33,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def _refused(self) -> bool:
-        """Whether the request was answered already: wrong token, or sent from another site or to another name."""
+        """Answer a request with a wrong token, from another site or to another name. True if that was done."""
         host, origin = self.headers.get("Host", ""), self.headers.get("Origin")
         token = (self.path.split("/") + [""])[1]
         if not secrets.compare_digest(token.encode("utf-8", "replace"), self.server.token.encode()):
@@ -102,7 +102,7 @@ class Server(ThreadingHTTPServer):
         self.address = f"http://{host}:{self.server_port}/{self.token}/"
 
     def known(self, host: str) -> bool:
-        """Whether a Host header is ours: a name that somebody else made point here (DNS rebinding) is not.
+        """True if a Host header names this server. Another name may point here too (DNS rebinding); it is refused.
 
         Any port will do, since a tunnel may come from another.
         """

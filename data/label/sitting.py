@@ -17,8 +17,8 @@ from pathlib import Path
 from data.files import InputError, read_jsonl, write_jsonl
 from data.label.sampling import Answer, preference
 
-AHEAD = 16  # prompts that are answered before somebody asks for them
-ABANDONED = 300  # seconds after which a question that one person has open goes to another, when nothing else is left
+AHEAD = 16  # questions that are made before somebody asks for them
+ABANDONED = 300  # seconds after which another person gets an open question, if no other is left
 
 
 @dataclass(eq=False)
@@ -30,7 +30,7 @@ class Question:
 
 
 class Sitting:
-    """Questions made ahead in the background, handed to annotators, and their answers, appended to one file.
+    """Makes questions ahead in the background, hands them to annotators, and appends their answers to one file.
 
     `make` makes a prompt's question, or None where the model says the same every time. Every method may be called from
     any thread. A question that somebody has open is offered to nobody else, until `people` have answered it.
@@ -39,16 +39,16 @@ class Sitting:
     def __init__(self, prompts: list[str], make: Callable[[str], Question | None], out: Path, people: int, seed: int):
         self.out, self.people, self.seed = out, people, seed
         self.rows = read_answers(out, repair=True)
-        self.by: dict[str, set[str]] = {prompt: set() for prompt in prompts}  # who has answered it
+        self.answered_by: dict[str, set[str]] = {prompt: set() for prompt in prompts}  # who has answered it
         for row in self.rows:
-            self.by.setdefault(row["prompt"], set()).add(row["annotator"])
-        self.prompts, self.alike = prompts, 0  # alike: prompts left out, since the model says the same every time
-        self.waiting: list[Question] = []  # made, and not yet answered by enough
+            self.answered_by.setdefault(row["prompt"], set()).add(row["annotator"])
+        self.prompts, self.alike = prompts, 0  # alike: prompts whose answers are all the same
+        self.waiting: list[Question] = []  # made, and not yet answered by `people`
         self.open: dict[str, tuple[Question, float]] = {}  # annotator → what they look at, and since when
         self.past: defaultdict[str, list[Question]] = defaultdict(list)  # annotator → what they answered here
         self.changed = threading.Condition()
         self.making, self.stopping, self.error = True, False, ""
-        left = [(i, prompt) for i, prompt in enumerate(prompts) if len(self.by[prompt]) < people]
+        left = [(i, prompt) for i, prompt in enumerate(prompts) if len(self.answered_by[prompt]) < people]
         self.maker = threading.Thread(target=self._make_ahead, args=(left, make), daemon=True)
         self.maker.start()
 
@@ -77,7 +77,7 @@ class Sitting:
         return self.stopping or sum(not self._takers(question) for question in self.waiting) < AHEAD
 
     def stop(self) -> None:
-        """End the sampling, once the prompt at hand is answered: a process must not end in the middle of a forward."""
+        """End the sampling after the current prompt: a process must not end in the middle of a forward."""
         with self.changed:
             self.stopping = True
             self.changed.notify_all()
@@ -85,10 +85,10 @@ class Sitting:
 
     def _takers(self, question: Question) -> set[str]:
         """Who has answered a question or has it open."""
-        return self.by[question.prompt] | {who for who, (shown, _) in self.open.items() if shown is question}
+        return self.answered_by[question.prompt] | {who for who, (shown, _) in self.open.items() if shown is question}
 
     def next(self, annotator: str) -> Question | None:
-        """What `annotator` looks at, now or next; None where nothing is left. Raises OSError where sampling failed."""
+        """The open question of `annotator`, else a new one; None if none is left. Raises OSError if sampling failed."""
 
         def pick() -> Question | None:
             for question in self.waiting:
@@ -107,7 +107,7 @@ class Sitting:
                     old = [
                         who
                         for who, (q, since) in self.open.items()
-                        if since < before and annotator not in self.by[q.prompt]
+                        if since < before and annotator not in self.answered_by[q.prompt]
                     ]
                     if not old:
                         return None
@@ -117,7 +117,7 @@ class Sitting:
             return self.open[annotator][0]
 
     def order(self, question: Question, annotator: str) -> list[int]:
-        """Which answer stands at which place: a random order that a reload does not change."""
+        """The random order in which the answers are shown. A reload does not change it."""
         key = f"{self.seed} {annotator} {question.prompt}"
         return random.Random(zlib.crc32(key.encode("utf-8", "replace"))).sample(range(n := len(question.answers)), n)
 
@@ -155,10 +155,10 @@ class Sitting:
                     file.truncate(size)
                     raise
             self.rows.append(row)
-            self.by[prompt].add(annotator)
+            self.answered_by[prompt].add(annotator)
             self.past[annotator].append(question)
             del self.open[annotator]
-            if len(self.by[prompt]) >= self.people:
+            if len(self.answered_by[prompt]) >= self.people:
                 self.waiting.remove(question)
             self.changed.notify_all()
 
@@ -175,7 +175,7 @@ class Sitting:
             )
             write_jsonl(self.out, self.rows[:at] + self.rows[at + 1 :])
             del self.rows[at]
-            self.by[question.prompt].discard(annotator)
+            self.answered_by[question.prompt].discard(annotator)
             if question not in self.waiting:
                 self.waiting.insert(0, question)
             self.open[annotator] = question, time.monotonic()
@@ -186,14 +186,16 @@ class Sitting:
         """How many this annotator has answered, how many are left for them, and the seconds that will take."""
         with self.changed:
             mine = [row for row in self.rows if row["annotator"] == annotator]
-            full = sum(len(self.by[p]) >= self.people or annotator in self.by[p] for p in self.prompts)
+            full = sum(
+                len(self.answered_by[p]) >= self.people or annotator in self.answered_by[p] for p in self.prompts
+            )
             left = len(self.prompts) - self.alike - full
             pace = statistics.median(row["seconds"] for row in mine[-20:]) if mine else None
             return {"done": len(mine), "left": left, "seconds_left": pace and pace * left}
 
 
 def read_answers(path: Path, repair: bool = False) -> list[dict]:
-    """The rows of a label file. `repair` takes a last line out that a kill cut short, since nobody saw it accepted."""
+    """The rows of a label file. `repair` removes a last line that a kill cut short: nobody saw it accepted."""
     if not path.exists() or path.stat().st_size == 0:
         return []
     if repair:
@@ -207,7 +209,7 @@ def read_answers(path: Path, repair: bool = False) -> list[dict]:
 
 @contextmanager
 def alone(path: Path) -> Iterator[None]:
-    """Raises InputError where another process is labelling into `path`."""
+    """Hold the lock of `path`. Raises InputError if another process is labelling into it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{path}.lock", "w") as lock:
         try:

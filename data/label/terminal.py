@@ -6,7 +6,7 @@ from data.label.sitting import Sitting
 
 
 def ask_in_terminal(sitting: Sitting, annotator: str) -> None:
-    """The same sitting by input(): places in order, best first; t a tie, s to skip, u to undo, q to stop."""
+    """The same sitting by input(): the places, best first; t for a tie, s to skip, u to undo, q to stop."""
     while question := sitting.next(annotator):
         order, shown = sitting.order(question, annotator), sitting.progress(annotator)
         pace = f", about {shown['seconds_left'] / 60:.0f} min left" if shown["seconds_left"] else ""
