@@ -36,7 +36,7 @@ class Linear(nn.Linear):
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear(x, weight, bias)`. On a CPU oneDNN multiplies by large matrices, in about half of MKL's time."""
+    """`F.linear(x, weight, bias)`. On a CPU oneDNN, not MKL, multiplies by large matrices."""
     if torch.is_grad_enabled() or not for_onednn(weight) or x.dtype != torch.float32:
         return F.linear(x, weight, bias)
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")

@@ -36,7 +36,7 @@ def _lines(path: str | Path) -> Iterator[tuple[int, str]]:
 
 
 def download(url: str, target: Path, checksum: str | None, tries: int = 3) -> None:
-    """Fetch `url` into `target` with progress. `checksum` is "sha256:…" or "md5:…"; None: the one that the server sends.
+    """Fetch `url` into `target` with progress. `checksum` is "sha256:…" or "md5:…"; None: the one the server sends.
 
     Raises InputError if it does not come whole; then nothing is left at `target`.
     """

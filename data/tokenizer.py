@@ -31,11 +31,11 @@ def learn_bpe(texts: Iterable[str], vocab_size: int, limit: int = 50_000_000) ->
             break
     words = [(list(word.encode("utf-8", "replace")), count) for word, count in counts.items()]
     pairs: Counter[tuple[int, int]] = Counter()
-    where: defaultdict[tuple[int, int], set[int]] = defaultdict(set)
+    words_with: defaultdict[tuple[int, int], set[int]] = defaultdict(set)
     for i, (ids, count) in enumerate(words):
         for pair in zip(ids, ids[1:]):
             pairs[pair] += count
-            where[pair].add(i)
+            words_with[pair].add(i)
     heap = [(-count, pair) for pair, count in pairs.items()]  # commonest first; among equals the lowest ids first
     heapq.heapify(heap)
     tokens = [bytes([i]) for i in range(256)]
@@ -48,7 +48,7 @@ def learn_bpe(texts: Iterable[str], vocab_size: int, limit: int = 50_000_000) ->
         new = len(tokens)
         tokens.append(tokens[pair[0]] + tokens[pair[1]])
         changed = set()
-        for i in where.pop(pair):
+        for i in words_with.pop(pair):
             ids, count = words[i]
             merged, j = [], 0
             while j < len(ids):
@@ -63,7 +63,7 @@ def learn_bpe(texts: Iterable[str], vocab_size: int, limit: int = 50_000_000) ->
                 changed.add(old)
             for fresh in zip(merged, merged[1:]):
                 pairs[fresh] += count
-                where[fresh].add(i)
+                words_with[fresh].add(i)
                 changed.add(fresh)
             words[i] = (merged, count)
         for each in changed:

@@ -54,6 +54,21 @@ def test_log_probabilities_refuse_a_second_derivative():
         torch.autograd.grad(logp.sum(), hidden, create_graph=True)
 
 
+def test_random_numbers_and_the_look_at_all_rows_are_torchs_own():
+    numbers = fast.uniform(3, 2, generator=torch.Generator().manual_seed(5), device=torch.device("cpu"))
+    assert torch.equal(numbers, torch.rand(3, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(5)))
+    for done in ([True, True], [True, False]):
+        assert fast.all_true(torch.tensor(done), t=3) == all(done)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_generation_takes_no_gradient_and_leaves_the_mode_of_the_model_as_it_was(training):
+    model = make_gpt(dropout=0.5).train(training)
+    greedy = [model.generate(PROMPTS, 9, temperature=0)[0] for _ in range(2)]
+    assert torch.equal(*greedy)  # without dropout
+    assert model.training == training and not greedy[0].is_inference()
+
+
 def test_picking_and_its_gradient_are_those_of_plain_indexing():
     x = torch.randn(4, 6, 3, requires_grad=True)
     row, column = torch.arange(4)[:, None], torch.tensor([[0, 5], [2, 2], [1, 3], [4, 0]])
