@@ -68,7 +68,7 @@ class Config:
     lr: float = 3e-4  # of policy and value net, annealed to 0
     kl_coef: float = 0.05  # β: reward charged per nat of KL to the frozen copy
     kl_target: float = 0.0  # nats a response; above 0, β adapts towards it (Ziegler et al. 2019, section 2.2)
-    horizon: int = 10000  # episodes in which β could double; larger moves it more slowly
+    horizon: int = 10000  # episodes in which an adaptive β moves by a factor of at most 1.22
     gamma: float = 1.0  # discount
     lam: float = 0.95  # λ of GAE
     cliprange: float = 0.2  # ε of the policy's ratio
