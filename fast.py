@@ -32,20 +32,46 @@ class Linear(nn.Linear):
     packed: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias) if self.packed is None else linear(x, self.packed, self.bias)
+        return linear(x, self.weight if self.packed is None else self.packed, self.bias)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear(x, weight, bias)`. On a CPU oneDNN, not MKL, multiplies by large matrices."""
-    if torch.is_grad_enabled() or not for_onednn(weight) or x.dtype != torch.float32:
+    if not for_onednn(weight) or x.dtype != torch.float32:
         return F.linear(x, weight, bias)
+    if torch.is_grad_enabled():
+        return OneDNNLinear.apply(x, weight, bias)
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 def for_onednn(weight: Tensor) -> bool:
     if not ONEDNN or weight.device.type != "cpu" or weight.dtype != torch.float32:
         return False
-    return weight.numel() >= 2**20 and not torch.is_autocast_enabled("cpu")
+    plain = torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
+    return weight.numel() >= 2**20 and not plain
+
+
+class OneDNNLinear(torch.autograd.Function):
+    """`F.linear(x, weight, bias)`: x (…, I), W (O, I), b (O,) or None → (…, O). There is no second derivative."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple:
+        refuse_second_derivative("fast.linear", "F.linear")
+        x, weight = ctx.saved_tensors
+        flat = grad.flatten(0, -2)  # (N, O)
+        d_bias = flat.sum(0) if ctx.needs_input_grad[2] else None
+        return grad @ weight, flat.T @ x.flatten(0, -2), d_bias  # MKL is faster here than oneDNN
+
+
+def refuse_second_derivative(mine: str, plain: str) -> None:
+    """Raises RuntimeError inside a backward of create_graph=True, where gradients are on."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(f"{mine} has no second derivative; use {plain} in its place")
 
 
 def pack(weight: Tensor) -> Tensor:
@@ -132,8 +158,7 @@ class ChosenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple:
-        if torch.is_grad_enabled():  # create_graph=True
-            raise RuntimeError("fast.chosen_logprobs has no second derivative; use F.log_softmax in its place")
+        refuse_second_derivative("fast.chosen_logprobs", "F.log_softmax")
         hidden, weight, target = ctx.saved_tensors
         g = (grad / ctx.temperature)[:, None]  # (N, 1) float32
         d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=grad.dtype)  # (N, C), (V, C)
