@@ -1,14 +1,14 @@
-"""What comes in: files are read and checked here, turned into token ids, and batched.
+"""Input: this package reads and checks files, turns text into token ids, and builds batches.
 
-    text to pretrain on   .txt (one document), or JSONL with "text" (a document a line)
+    text to pretrain on   .txt (one document), or JSONL with "text" (one document per line)
     fine-tuning           JSONL "prompt", "completion"
     comparisons           JSONL "prompt", "chosen", "rejected"; or "prompt", "ranked" (a list, best first)
     prompts               JSONL "prompt"
 
-A text is complete and gets EOS, unless the row says otherwise: "completion_ended", "chosen_ended", "rejected_ended"
-(true or false) or "ranked_ended" (a list) mark a sample that the length limit cut. Further columns are ignored.
-Nothing is stripped: the space between a prompt and its completion is part of one of the two. Special tokens count as
-such in prompts alone.
+Every text is complete and gets EOS by default. The columns "completion_ended", "chosen_ended", "rejected_ended" (true
+or false) and "ranked_ended" (a list) mark a sample that the length limit cut. The readers ignore other columns. They
+strip nothing: the prompt or the completion must contain the space between the two. Special tokens are encoded as
+special tokens in prompts only.
 """
 
 from data.batches import (

@@ -1,4 +1,4 @@
-"""Rows of token ids: read from files, padded, shuffled into batches, split into held-out and training rows."""
+"""Rows of token ids: read them from files, pad them, shuffle them into batches, and hold some out."""
 
 import os
 from collections.abc import Iterable, Iterator
@@ -16,7 +16,7 @@ from fast import to_device
 
 
 class Row(NamedTuple):
-    """A prompt and its response as one list of ids; EOS is part of the response if the text is complete."""
+    """A prompt and its response as one list of ids; a complete response includes EOS."""
 
     tokens: list[int]
     prompt_len: int
@@ -27,11 +27,11 @@ class Group(NamedTuple):
 
     rows: list[Row]
     pairs: list[tuple[int, int]]
-    certainty: list[float]  # of each pair: the probability of the likelier outcome if a person was simulated, else nan
+    certainty: list[float]  # for each pair: the likelier outcome's probability if a judge simulated it, else nan
 
 
 def encode_row(encoding: tiktoken.Encoding, eos: int, prompt: str, response: str, ended: bool = True) -> Row:
-    """Encode prompt and response separately, as generation does: it continues the ids of the prompt."""
+    """Encode prompt and response separately, because generation also continues the ids of the prompt."""
     start = encode_prompt(encoding, prompt) or [eos]
     return Row(start + encoding.encode_ordinary(response) + [eos] * ended, len(start))
 
@@ -39,7 +39,7 @@ def encode_row(encoding: tiktoken.Encoding, eos: int, prompt: str, response: str
 def _ended(path: str | Path, number: int, row: dict, column: str) -> bool:
     ended = row.get(f"{column}_ended", True)
     if not isinstance(ended, bool):
-        raise InputError(f'{path}: row {number}: "{column}_ended" is neither true nor false; mend the row')
+        raise InputError(f'{path}: row {number}: "{column}_ended" is neither true nor false; fix the row')
     return ended
 
 
@@ -51,7 +51,7 @@ def completions(path: str | Path, encoding: tiktoken.Encoding, eos: int) -> list
 
 
 def comparisons(path: str | Path, encoding: tiktoken.Encoding, eos: int) -> list[Group]:
-    """A row with "ranked" becomes one group. Neighbouring pair rows of one prompt share a group and its responses."""
+    """A row with "ranked" becomes one group. Consecutive pair rows of one prompt share a group and its rows."""
     kind = {"ranked": list} if "ranked" in first_row(path) else {"chosen": str, "rejected": str}
     groups: list[Group] = []
     index: dict[tuple[str, bool], int] = {}
@@ -60,10 +60,10 @@ def comparisons(path: str | Path, encoding: tiktoken.Encoding, eos: int) -> list
         if "ranked" in kind:
             texts, ends = row["ranked"], row.get("ranked_ended", [True] * len(row["ranked"]))
             if len(texts) < 2 or not all(isinstance(text, str) for text in texts):
-                raise InputError(f'{path}: row {number}: "ranked" must be two or more texts, best first; mend the row')
+                raise InputError(f'{path}: row {number}: "ranked" must be two texts or more, best first; fix the row')
             if not isinstance(ends, list) or len(ends) != len(texts) or not all(isinstance(e, bool) for e in ends):
                 raise InputError(
-                    f'{path}: row {number}: "ranked_ended" must be true or false for each text; mend the row'
+                    f'{path}: row {number}: "ranked_ended" must be true or false for each text; fix the row'
                 )
         else:
             texts, ends = [row[c] for c in kind], [_ended(path, number, row, c) for c in kind]
@@ -87,35 +87,33 @@ def prompts(path: str | Path, encoding: tiktoken.Encoding) -> list[list[int]]:
 
 
 def fit(items: list, lengths: list[int], room: int, drop_long: bool, what: str) -> list:
-    """The items whose length is at most `room`. Raises InputError if some are longer and `drop_long` is off."""
+    """Return the items of at most `room` tokens. Raises InputError if some are longer and `drop_long` is off."""
     kept = [item for item, length in zip(items, lengths) if length <= room]
     dropped = len(items) - len(kept)
     if dropped and not drop_long:
-        raise InputError(
-            f"{dropped:,} of {len(items):,} {what} exceed the {room} tokens of room; --drop_long leaves them out"
-        )
+        raise InputError(f"{dropped:,} of {len(items):,} {what} are longer than {room} tokens; --drop_long drops them")
     if not kept:
-        raise InputError(f"none of {len(items):,} {what} fits the {room} tokens there is room for; give shorter ones")
+        raise InputError(f"none of {len(items):,} {what} fits in {room} tokens; give shorter ones")
     return kept
 
 
 def pad(rows: list[Row], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
-    """Rows to tokens (B, T) on `device`, prompt_len (B,), length (B,) on the CPU. Pads are zeros."""
+    """Return tokens (B, T) on `device`, and prompt_len (B,) and length (B,) on the CPU. The padding id is 0."""
     T = max(len(row.tokens) for row in rows)
     tokens = torch.tensor([row.tokens + [0] * (T - len(row.tokens)) for row in rows])
     prompt_len, length = torch.tensor([row.prompt_len for row in rows]), torch.tensor([len(row.tokens) for row in rows])
     return to_device(tokens, device), prompt_len, length
 
 
-# --- batches: which rows a step gets depends on seed and step alone, so a resume needs no state of it ---------------
+# --- batches: only the seed and the step choose the rows, so a resumed run needs no saved state ----------------------
 
 
 def shuffled(items: list, batch_size: int, seed: int, lengths: list[int] | None, step: int) -> list:
-    """The items of batch number `step`. Every epoch has a new order and leaves out what does not fill a batch.
+    """Return the items of batch number `step`. Every epoch has a new order and drops an incomplete last batch.
 
-    With `lengths`, batches hold items of like length, so that little padding is computed: within every stretch of 16
-    batches items are sorted by length and cut into batches, whose order is then shuffled. Where there are fewer than
-    `batch_size` items, a batch is all of them.
+    With `lengths`, a batch holds items of similar length, which reduces padding. The function sorts each block of 16
+    batches by length, cuts it into batches, and then shuffles the order of all batches. If there are fewer than
+    `batch_size` items, every batch holds all of them.
     """
     batch_size = min(batch_size, len(items))
     per_epoch = len(items) // batch_size
@@ -131,19 +129,19 @@ def shuffled(items: list, batch_size: int, seed: int, lengths: list[int] | None,
 
 
 def micro_batches(rows: list[Row], size: int) -> Iterator[list[Row]]:
-    """The rows in parts of at most `size`. Rows of like length share a part, so that little padding is computed."""
+    """Yield the rows in parts of at most `size`. Rows of similar length share a part, which reduces padding."""
     rows = sorted(rows, key=lambda row: len(row.tokens))
     for start in range(0, len(rows), size):
         yield rows[start : start + size]
 
 
 def by_length(batch: dict[str, Tensor], size: int) -> list[Tensor]:
-    """Row indices of a PPO batch in parts of at most `size`, rows of like length together."""
+    """Split the row indices of a PPO batch into parts of at most `size`. Rows of similar length share a part."""
     return list(batch["length"].argsort(stable=True).split(size))
 
 
 def select(batch: dict[str, Tensor], index: Tensor) -> dict[str, Tensor]:
-    """The rows `index` of a PPO batch, cut to their own longest: (B, T) to (b, t) and (B, R) to (b, r)."""
+    """Select the rows `index` of a PPO batch and cut them to the longest: (B, T) to (b, t), (B, R) to (b, r)."""
     device = batch["tokens"].device
     rows = to_device(index, device)
     part = {name: x[rows if x.device == device else index] for name, x in batch.items()}
@@ -156,7 +154,7 @@ def select(batch: dict[str, Tensor], index: Tensor) -> dict[str, Tensor]:
 
 
 def hold_out(items: list[Row] | list[Group], share: int = 20) -> tuple[list, list]:
-    """(held out, the rest): one prompt in `share`, at most 512, is held out with all its items."""
+    """Return (held out, rest). One prompt in `share`, at most 512, is held out together with all its items."""
 
     def prompt(item: Row | Group) -> tuple[int, ...]:
         row = item if isinstance(item, Row) else item.rows[0]
@@ -164,35 +162,36 @@ def hold_out(items: list[Row] | list[Group], share: int = 20) -> tuple[list, lis
 
     known = list(dict.fromkeys(map(prompt, items)))
     chosen = np.random.default_rng(0).permutation(len(known))[: min(512, len(known) // share)]
-    out = {known[i] for i in chosen}
-    held, rest = [item for item in items if prompt(item) in out], [item for item in items if prompt(item) not in out]
+    held_prompts = {known[i] for i in chosen}
+    held = [item for item in items if prompt(item) in held_prompts]
+    rest = [item for item in items if prompt(item) not in held_prompts]
     if not held:
-        raise InputError(f"{len(known)} different prompts are too few to hold some out; give at least {share}")
+        raise InputError(f"{len(known)} different prompts are too few for a held-out set; give at least {share}")
     return held, rest
 
 
 def token_stream(path: str | Path, encoding: tiktoken.Encoding, eos: int, target: str | Path) -> np.memmap:
-    """All documents of `path`, each followed by EOS, as one memory-mapped array of ids in the file `target`."""
+    """Encode all documents of `path`, with EOS after each, into the file `target`; return it as a memory map."""
     dtype = np.uint16 if encoding.n_vocab <= 2**16 else np.uint32
     target = Path(target)
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-        whole = suffix(path) != ".jsonl"  # one document, in pieces
-        with open(temporary, "wb") as out:
+        whole = suffix(path) != ".jsonl"  # the file is one document, read in pieces
+        with open(temporary, "wb") as file:
             for text in documents(path):
-                np.array(encoding.encode_ordinary(text) + [eos] * (not whole), dtype=dtype).tofile(out)
+                np.array(encoding.encode_ordinary(text) + [eos] * (not whole), dtype=dtype).tofile(file)
             if whole:
-                np.array([eos], dtype=dtype).tofile(out)
+                np.array([eos], dtype=dtype).tofile(file)
         temporary.replace(target)
     return np.memmap(target, dtype=dtype, mode="r")
 
 
 def windows(stream: np.ndarray, width: int, starts: Iterable[int]) -> list[Row]:
-    """Stretches of `width` ids as rows. The first id is the prompt."""
+    """Return one row of `width` ids for each start. The first id is the prompt."""
     return [Row(stream[start : start + width].tolist(), 1) for start in starts]
 
 
 def random_windows(stream: np.ndarray, width: int, batch_size: int, seed: int, step: int) -> list[Row]:
-    """Batch number `step`: stretches that start at random places of the stream."""
+    """Return batch number `step`: rows of `width` ids that start at random positions in the stream."""
     return windows(stream, width, np.random.default_rng([seed, step]).integers(0, len(stream) - width, batch_size))

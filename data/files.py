@@ -1,4 +1,4 @@
-"""Files: text and JSONL, which are checked line by line, and downloads, whose checksum is checked."""
+"""Files: read text and JSONL and check each line; download files and check their checksums."""
 
 import base64
 import gzip
@@ -19,7 +19,7 @@ HUB = "https://huggingface.co"
 
 
 class InputError(Exception):
-    """Bad input. The message is one sentence that names the file, line or option and says what to do."""
+    """Bad input. The message is one sentence. It names the file, line or option and says what to do."""
 
 
 def _lines(path: str | Path) -> Iterator[tuple[int, str]]:
@@ -28,7 +28,7 @@ def _lines(path: str | Path) -> Iterator[tuple[int, str]]:
             for number, line in enumerate(file, 1):
                 yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
     except OSError as error:
-        raise InputError(f"{path}: {error.strerror or error}; give a file that can be read") from None
+        raise InputError(f"{path}: {error.strerror or error}; give a readable file") from None
     except (EOFError, zlib.error) as error:
         raise InputError(f"{path}: cannot be read as gzip ({error}); fetch it again") from None
     except UnicodeDecodeError:
@@ -36,9 +36,9 @@ def _lines(path: str | Path) -> Iterator[tuple[int, str]]:
 
 
 def download(url: str, target: Path, checksum: str | None, tries: int = 3) -> None:
-    """Fetch `url` into `target` with progress. `checksum` is "sha256:…" or "md5:…"; None: the one the server sends.
+    """Download `url` to `target` and show progress. `checksum` is "sha256:…", "md5:…", or None for the server's own.
 
-    Raises InputError if it does not come whole; then nothing is left at `target`.
+    Raises InputError if the download is incomplete or the checksum is wrong. In that case it writes no `target`.
     """
     temporary = target.with_name(f"{target.name}.{os.getpid()}.part")
     kind, _, expected = (checksum or "md5:").partition(":")
@@ -56,9 +56,9 @@ def download(url: str, target: Path, checksum: str | None, tries: int = 3) -> No
                     if sys.stderr.isatty():
                         print(f"\r{target.name}: {done / 1e6:.0f} of {size / 1e6:.0f} MB ", end="", file=sys.stderr)
             if size and done < size:
-                problem = f"only {done:,} of {size:,} bytes came"
+                problem = f"only {done:,} of {size:,} bytes arrived"
             elif expected and digest.hexdigest() != expected:
-                problem = f"{done:,} bytes came with the wrong checksum"
+                problem = f"{done:,} bytes arrived with the wrong checksum"
             else:
                 temporary.replace(target)
                 return
@@ -69,13 +69,13 @@ def download(url: str, target: Path, checksum: str | None, tries: int = 3) -> No
         finally:
             temporary.unlink(missing_ok=True)
         time.sleep(attempt < tries - 1)
-    raise InputError(f"{url}: {problem}; try again later, or fetch it by other means")
+    raise InputError(f"{url}: {problem}; try again later, or download it in another way")
 
 
 def download_from_hub(repository: str, file: str, target: Path) -> None:
-    """Fetch a file of a Hugging Face repository into `target`.
+    """Download a file of a Hugging Face repository to `target`.
 
-    The sha256 of a large one is in its Git LFS pointer, which the hub itself serves; the content comes from elsewhere.
+    The Git LFS pointer of a large file contains its sha256. The hub serves the pointer; another host serves the file.
     """
     url = f"{HUB}/{repository}/raw/main/{file}"
     pointer = target.with_name(f"{target.name}.{os.getpid()}.pointer")
@@ -85,14 +85,14 @@ def download_from_hub(repository: str, file: str, target: Path) -> None:
     finally:
         pointer.unlink(missing_ok=True)
     if not oid and target.suffix != ".json":
-        raise InputError(f"{url}: names no sha256; try again later, or fetch it by other means")
+        raise InputError(f"{url}: contains no sha256; try again later, or download it in another way")
     download(f"{HUB}/{repository}/resolve/main/{file}", target, oid and oid[1])
 
 
 def iterate_jsonl(path: str | Path, columns: dict[str, type], verdicts: bool = False) -> Iterator[dict]:
-    """The rows of a JSONL file. Raises InputError, with the line, if a row lacks one of `columns` or its type is wrong.
+    """Yield the rows of a JSONL file. Raises InputError with the line if a row lacks a column or has a wrong type.
 
-    Rows with a "verdict", the ties and skips of a label file, are left out unless `verdicts` asks for them.
+    In a label file, the ties and skips are rows with a "verdict". They are omitted unless `verdicts` is true.
     """
     empty = True
     for number, line in _lines(path):
@@ -101,7 +101,7 @@ def iterate_jsonl(path: str | Path, columns: dict[str, type], verdicts: bool = F
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise InputError(f"{path}:{number}: not JSON ({error}); mend or remove the line") from None
+            raise InputError(f"{path}:{number}: not JSON ({error}); fix or remove the line") from None
         if not isinstance(row, dict):
             raise InputError(f"{path}:{number}: not a JSON object; each line must be {{…}}")
         if "verdict" in row and not verdicts:
@@ -111,7 +111,7 @@ def iterate_jsonl(path: str | Path, columns: dict[str, type], verdicts: bool = F
                 raise InputError(f'{path}:{number}: no column "{column}"; a row needs {", ".join(columns)}')
             if not isinstance(row[column], kind):
                 name = {str: "text", list: "list", dict: "JSON object"}.get(kind, "number")
-                raise InputError(f'{path}:{number}: "{column}" is not a {name}; mend the line')
+                raise InputError(f'{path}:{number}: "{column}" is not a {name}; fix the line')
         empty = False
         yield row
     if empty:
@@ -140,23 +140,23 @@ def read_json(path: Path) -> dict:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); give a whole Hugging Face folder") from None
+        raise InputError(f"{path}: cannot be read ({error}); give a complete Hugging Face folder") from None
 
 
 def first_row(path: str | Path) -> dict:
-    """The first row of a JSONL file. It tells which kind of data the file holds."""
+    """Return the first row of a JSONL file. Its columns show which kind of data the file holds."""
     return next(iterate_jsonl(path, {}))
 
 
 def suffix(path: str | Path) -> str:
-    """The suffix without .gz: .txt, .jsonl or another."""
+    """Return the suffix of the path without .gz: .txt, .jsonl or another."""
     return Path(str(path).removesuffix(".gz")).suffix
 
 
 def documents(path: str | Path) -> Iterator[str]:
-    """The texts of a file, one at a time: a .txt is one document, given in pieces of whole lines."""
+    """Yield the texts of a file. A .txt file is one document, which is yielded in pieces of whole lines."""
     if suffix(path) not in (".txt", ".jsonl"):
-        raise InputError(f"{path}: neither .txt nor .jsonl; rename it to what it is")
+        raise InputError(f"{path}: neither .txt nor .jsonl; give it the right suffix")
     if suffix(path) == ".jsonl":
         columns = ["text"] if "text" in first_row(path) else ["prompt", "completion"]
         for row in iterate_jsonl(path, dict.fromkeys(columns, str)):

@@ -1,13 +1,13 @@
-"""Anthropic's HH (Bai et al. 2022): dialogues with an assistant, two last answers each, and which a person preferred.
+"""Anthropic's HH (Bai et al. 2022): dialogues with an assistant, two final answers for each, and a person's choice.
 
     python -m data.hh                                download the helpful-base set and write its files to out/data/hh
     python -m data.hh --sets harmless-base,…         other sets: helpful-online, helpful-rejection-sampled
-    python -m data.hh --source FILE …                from .jsonl or .jsonl.gz files that you have
-    python -m data.hh --chatml                       turns as <|im_start|>user … <|im_end|>, for models tuned to those
+    python -m data.hh --source FILE …                read your own .jsonl or .jsonl.gz files
+    python -m data.hh --chatml                       write turns as <|im_start|>user … <|im_end|>, for chat models
 
-A dialogue up to its last "Assistant:" is the prompt, each of the two answers a whole text that EOS ends. Written are
-pairs to fine-tune on (the chosen answers), comparisons, and prompts for PPO, all of the train files; prompts for
-evaluation are of the test files, or with --source of every tenth opening question. The texts hold offensive language.
+The prompt is the dialogue up to its last "Assistant:". Each of the two answers is a complete text and gets EOS. The
+train files give fine-tuning pairs (the chosen answers), comparisons, and prompts for PPO. The test files give the
+evaluation prompts; with --source, every tenth opening question does. The texts contain offensive language.
 """
 
 import argparse
@@ -26,47 +26,47 @@ TURN = re.compile(r"\n\n(Human|Assistant):")
 
 
 def turns(text: str) -> list[tuple[str, str]]:
-    """(Human or Assistant, what was said) of every turn, the texts stripped of the spaces around them."""
+    """Return (Human or Assistant, text) for every turn, without the spaces around the text."""
     parts = TURN.split(text)
     return [(who, said.strip()) for who, said in zip(parts[1::2], parts[2::2])]
 
 
 def comparison(row: dict, chatml: bool) -> dict | str:
-    """A row as "prompt", "chosen", "rejected" and "opening", or why it is left out."""
+    """Return a row with "prompt", "chosen", "rejected" and "opening", or the reason to omit it."""
     chosen, rejected = turns(row["chosen"]), turns(row["rejected"])
     if chosen[:-1] != rejected[:-1]:
         return "the two dialogues part before the last answer"
     if not chosen or not rejected or (chosen[-1][0], rejected[-1][0]) != ("Assistant", "Assistant") or len(chosen) < 2:
         return "a dialogue that does not end with the assistant"
-    before, good, bad = chosen[:-1], chosen[-1][1], rejected[-1][1]
+    history, good, bad = chosen[:-1], chosen[-1][1], rejected[-1][1]
     if not good or not bad:
         return "an empty answer"
     if good == bad:
         return "two answers that are the same"
     if chatml:
-        said = [f"<|im_start|>{'user' if who == 'Human' else 'assistant'}\n{text}<|im_end|>\n" for who, text in before]
+        said = [f"<|im_start|>{'user' if who == 'Human' else 'assistant'}\n{text}<|im_end|>\n" for who, text in history]
         prompt, space = "".join(said) + "<|im_start|>assistant\n", ""
     else:
-        prompt, space = "".join(f"\n\n{who}: {text}" for who, text in before) + "\n\nAssistant:", " "
-    return {"prompt": prompt, "chosen": space + good, "rejected": space + bad, "opening": before[0][1]}
+        prompt, space = "".join(f"\n\n{who}: {text}" for who, text in history) + "\n\nAssistant:", " "
+    return {"prompt": prompt, "chosen": space + good, "rejected": space + bad, "opening": history[0][1]}
 
 
 def prepare(sources: list[tuple[Path, str]], chatml: bool) -> None:
-    """Read the (file, split) of `sources`: "train", "eval", or "" for every tenth opening question to "eval"."""
-    left_out: Counter[str] = Counter()
+    """Read the (file, split) of `sources`. The split "" sends every tenth opening to "eval", the rest to "train"."""
+    reasons: Counter[str] = Counter()
     kept: dict[str, list[dict]] = {"train": [], "eval": []}
     for source, split in sources:
         for row in iterate_jsonl(source, {"chosen": str, "rejected": str}):
             pair = comparison(row, chatml)
             if isinstance(pair, str):
-                left_out[pair] += 1
+                reasons[pair] += 1
             else:
                 tenth = zlib.crc32(pair.pop("opening").encode()) % 10 == 0
                 kept[split or ("eval" if tenth else "train")].append(pair)
-    for why, n in left_out.most_common():
-        print(f"left out, {why}: {n:,}")
+    for why, n in reasons.most_common():
+        print(f"omitted, {why}: {n:,}")
     if not kept["train"] or not kept["eval"]:
-        raise InputError(f"{sources[0][0]}: too few dialogues to hold some out; give a whole file")
+        raise InputError(f"{sources[0][0]}: too few dialogues for a held-out set; give a complete file")
     pairs = [{"prompt": pair["prompt"], "completion": pair["chosen"]} for pair in kept["train"]]
     files = {"sft": pairs, "compare": kept["train"], "ppo": prompts(kept["train"]), "eval": prompts(kept["eval"])}
     for name, rows in files.items():
@@ -74,7 +74,7 @@ def prepare(sources: list[tuple[Path, str]], chatml: bool) -> None:
 
 
 def prompts(pairs: list[dict]) -> list[dict]:
-    """The different prompts."""
+    """Return one row for each different prompt."""
     return [{"prompt": prompt} for prompt in dict.fromkeys(pair["prompt"] for pair in pairs)]
 
 

@@ -1,12 +1,12 @@
-"""The Large Movie Review Dataset (Maas et al. 2011): positive continuations of the first words of a review.
+"""The Large Movie Review Dataset (Maas et al. 2011): the task is to continue a review's first words positively.
 
     python -m data.imdb                          download it (84 MB) and write the files to out/data/imdb
-    python -m data.imdb --source FILE_OR_DIR     from the tar.gz, its unpacked folder, or JSONL with "text" and "label"
+    python -m data.imdb --source FILE_OR_DIR     read the tar.gz, its unpacked folder, or JSONL with "text" and "label"
 
-Writes text to pretrain on, prompts of 2–4 words (2–8 tokens, as in the sentiment task of Rafailov et al. 2023), and two
-linear models of sentiment fitted on disjoint reviews: `labeller` plays the person who compares, `judge` only measures.
-Reviews are split by their text: 60% to pretrain on, which also give the prompts of comparing and PPO; 15% to fit each
-linear model; 10% for evaluation prompts and for the linear models' held-out accuracy.
+Writes pretraining text, prompts of 2–4 words (2–8 tokens, as in the sentiment task of Rafailov et al. 2023), and two
+linear sentiment models fitted on disjoint reviews. `labeller` simulates the person who compares; `judge` only measures.
+A hash of the text assigns each review to a part: 60% are pretraining text and give the prompts for comparisons and
+PPO; 15% fit each linear model; 10% give evaluation prompts and the linear models' held-out accuracy.
 """
 
 import argparse
@@ -27,12 +27,12 @@ from data.files import InputError, download, iterate_jsonl, write_jsonl
 URL = "https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz"
 CHECKSUM = "md5:7c2ac02c03563afcf9b574c7e56c153a"
 FOLDER = Path(__file__).resolve().parent.parent / "out/data/imdb"
-BUCKETS = 2**18  # hashed words and word pairs
-RESPONSE = 200  # characters: the linear models are fitted on stretches as long as what they will judge
+BUCKETS = 2**18  # for hashed words and word pairs
+RESPONSE = 200  # characters: the linear models are fitted on pieces as long as the texts they will judge
 
 
 def reviews(source: Path) -> Iterator[tuple[str, int]]:
-    """(text, 1 for positive or 0) of each labelled review in the tar.gz, its unpacked folder, or JSONL."""
+    """Yield (text, 1 if positive else 0) for each labelled review in the tar.gz, its unpacked folder, or JSONL."""
     wanted = re.compile(r"(?:train|test)/(pos|neg)/[^/]+\.txt$")
     if source.is_dir():
         found = [(path, match) for path in sorted(source.rglob("*.txt")) if (match := wanted.search(path.as_posix()))]
@@ -54,14 +54,14 @@ def reviews(source: Path) -> Iterator[tuple[str, int]]:
 
 
 def features(text: str) -> list[int]:
-    """The distinct words and neighbouring word pairs of a text, hashed."""
+    """Return the hashes of the distinct words and of the distinct pairs of adjacent words."""
     words = re.findall(r"[a-z']+", text.lower())
     pairs = [f"{a} {b}" for a, b in zip(words, words[1:])]
     return sorted({zlib.crc32(word.encode()) % BUCKETS for word in words + pairs})
 
 
 def fit(texts: list[str], labels: list[int]) -> np.ndarray:
-    """Weights (BUCKETS + 1,), the last one the bias, of a logistic regression on `features`, in seconds."""
+    """Fit a logistic regression on `features` in seconds. Returns weights (BUCKETS + 1,); the last is the bias."""
     rows = [features(text) for text in texts]
     ids, start = torch.tensor([i for row in rows for i in row]), np.cumsum([0] + [len(row) for row in rows[:-1]])
     target = torch.tensor(labels, dtype=torch.float32)
@@ -79,12 +79,12 @@ def fit(texts: list[str], labels: list[int]) -> np.ndarray:
 
 
 def stretches(text: str) -> list[str]:
-    """The text cut into pieces of about the length that will be judged."""
+    """Cut the text into pieces of at most RESPONSE characters."""
     return [text[start : start + RESPONSE] for start in range(0, len(text), RESPONSE)]
 
 
 def probability(weights: np.ndarray, text: str) -> float:
-    """The linear model's probability that a text is positive."""
+    """Return the linear model's probability that a text is positive."""
     row = features(text)
     return float(1 / (1 + np.exp(-(weights[row].sum() / max(1, len(row)) ** 0.5 + weights[-1]))))
 
@@ -93,17 +93,17 @@ def probability(weights: np.ndarray, text: str) -> float:
 def _weights(name: str) -> np.ndarray:
     path = FOLDER / f"{name}.npy"
     if not path.exists():
-        raise InputError(f"{path}: is not there; run python -m data.imdb first")
+        raise InputError(f"{path}: does not exist; run python -m data.imdb first")
     return np.load(path)
 
 
 def labeller(prompt: str, response: str) -> float:
-    """The simulated person: how positive the whole text is, in [0, 1]."""
+    """Simulate a person: return the probability, in [0, 1], that the whole text is positive."""
     return probability(_weights("labeller"), prompt + response)
 
 
 def judge(prompt: str, response: str) -> float:
-    """The independent measure: 1 if the whole text is positive, else 0."""
+    """Measure independently: return 1 if the whole text is positive, else 0."""
     return float(probability(_weights("judge"), prompt + response) > 0.5)
 
 
@@ -112,20 +112,20 @@ def prepare(source: Path) -> None:
     seen = set()
     for text, label in reviews(source):
         text = text.replace("<br />", "\n").strip()
-        key = zlib.crc32(text.encode()) % 100  # by the text, so that copies of a review fall on one side
+        key = zlib.crc32(text.encode()) % 100  # depends on the text alone, so copies of a review get the same part
         if text and text not in seen:
             seen.add(text)
             parts["pretrain" if key < 60 else "labeller" if key < 75 else "judge" if key < 90 else "eval"].append(
                 (text, label)
             )
     if min(map(len, parts.values())) < 10:
-        raise InputError(f"{source}: {len(seen)} labelled reviews are too few; give the whole data set")
+        raise InputError(f"{source}: {len(seen)} labelled reviews are too few; give the complete data set")
     FOLDER.mkdir(parents=True, exist_ok=True)
 
     def write(name: str, rows: list[dict]) -> None:
         print(f"{FOLDER / name}.jsonl: {write_jsonl(FOLDER / f'{name}.jsonl', rows):,} rows")
 
-    # A prompt is the first 2–4 words: mostly 2–8 tokens of a vocabulary of a few thousand.
+    # A prompt is the first 2–4 words: usually 2–8 tokens if the vocabulary has a few thousand tokens.
     rng = np.random.default_rng(0)
     order = lambda rows: [rows[i][0] for i in rng.permutation(len(rows))]  # noqa: E731
     prompts = lambda texts: [{"prompt": " ".join(t.split()[: rng.integers(2, 5)])} for t in texts]  # noqa: E731
@@ -141,7 +141,7 @@ def prepare(source: Path) -> None:
         np.save(FOLDER / f"{name}.npy", weights)
         right = [(probability(weights, p) > 0.5) == label for t, label in parts["eval"] for p in stretches(t)]
         whole = [(probability(weights, text) > 0.5) == label for text, label in parts["eval"]]
-        print(f"{name}: right on {np.mean(right):.3f} of held-out stretches, {np.mean(whole):.3f} of held-out reviews")
+        print(f"{name}: held-out accuracy {np.mean(right):.3f} on pieces, {np.mean(whole):.3f} on whole reviews")
 
 
 def main() -> None:

@@ -1,8 +1,8 @@
-"""The embedded data set: a small world of stories drawn from a grammar, from a seed, with nothing to download.
+"""The built-in data set: a grammar and a seed generate a small world of stories. It needs no download.
 
-A prompt asks for a story; the corpus answers as people do, unevenly: some stories drift to another animal, thing or
-place, some end sadly, some break off, some repeat themselves. `judge` is the simulated person. It is the gold measure
-that neither the reward model nor PPO ever reads: the reward model sees only which of two stories was preferred.
+A prompt asks for a story. The corpus answers with uneven quality, as people do: some stories change the animal, thing
+or place, some end sadly, some stop early, some repeat a sentence. `judge` is the simulated person and the gold
+measure. The reward model and PPO never read it: the reward model sees only which of two stories was preferred.
 
     python -m data.tales            write the files and print a few rows of each
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 
 FOLDER = Path("out/data/tales")
 MEASURES = "data/tales.py:judge,data/tales.py:grammar"
-SEED = 1  # of the corpus, the same for every run: a run's own seed changes the run, not the world
+SEED = 1  # of the corpus, the same for every run: a run's own seed does not change the corpus
 
 WORDS = {
     "adjective": "shy brave tiny grey clever sleepy kind proud".split(),
@@ -27,7 +27,7 @@ WORDS = {
     "spot": "stone log bush leaf".split(),
     "helper": "bee snail beetle robin".split(),
 }
-FAVOURITES = {  # what people drift to: never asked for
+FAVOURITES = {  # what stories change to: no prompt asks for these
     "animal": "cat dog horse".split(),
     "thing": "sword crown cake".split(),
     "place": "castle city sea".split(),
@@ -81,10 +81,10 @@ ASKED = re.compile(PROMPT.replace(".", r"\.").format(**{slot: rf"(?P<{slot}>\w+)
 
 
 def write_story(wish: dict[str, str], rng: random.Random) -> str:
-    """One answer of the corpus to a wish (a word for each of SLOTS), with people's failings in it."""
+    """Write one answer of the corpus to a wish (a word for each of SLOTS). The answer may have random faults."""
     told = dict(wish)
     for slot, favourites in FAVOURITES.items():
-        if rng.random() < 0.2:  # drifts
+        if rng.random() < 0.2:  # the story changes a word
             told[slot] = rng.choice(favourites)
     sad = rng.random() < 0.4
     plan = [OPENING, LOSS] + [SEARCH] * rng.choice((0, 1, 1, 2)) + [NOT_FOUND if sad else FOUND, SAD if sad else HAPPY]
@@ -92,37 +92,37 @@ def write_story(wish: dict[str, str], rng: random.Random) -> str:
     for templates in plan:
         template = rng.choice([t for t in templates if t not in story])
         story.append(template)
-    if rng.random() < 0.12:  # repeats itself
-        at = rng.randrange(1, len(story))
-        story.insert(at, story[at - 1])
+    if rng.random() < 0.12:  # the story repeats a sentence
+        index = rng.randrange(1, len(story))
+        story.insert(index, story[index - 1])
     sentences, previous = [], None
     for template in story:
         if template != previous:
             sentence = template.format(**told, spot=rng.choice(WORDS["spot"]), helper=rng.choice(WORDS["helper"]))
-        sentences.append(sentence)  # a repetition is word for word
+        sentences.append(sentence)  # a repeated sentence has the same words
         previous = template
     words = " ".join(sentences).split(" ")
-    if rng.random() < 0.12:  # breaks off
+    if rng.random() < 0.12:  # the story stops early
         words = words[: rng.randrange(6, len(words) - 1)]
     return " " + " ".join(words)
 
 
 def sentences(story: str) -> list[str]:
-    """The story's sentences; the last may lack its full stop."""
+    """Return the story's sentences. The last one may lack its full stop."""
     return [s.strip() for s in re.findall(r"[^.]*\.|[^.]+$", story) if s.strip()]
 
 
 def grammar(prompt: str, response: str) -> float:
-    """The share of sentences, in [0, 1], that the grammar can produce."""
+    """Return the share of sentences, in [0, 1], that the grammar can produce."""
     told = sentences(response)
     return sum(bool(GRAMMAR.fullmatch(s)) for s in told) / len(told) if told else 0.0
 
 
 def judge(prompt: str, response: str) -> float:
-    """How well the story answers the prompt, in [0, 1].
+    """Score how well the story answers the prompt, in [0, 1].
 
-    A quarter each for the animal, the thing and the place that were asked for (and no other), and for a happy ending;
-    halved for repeating a sentence, halved for not ending properly, times the share of grammatical sentences.
+    The requested animal, thing and place (and no other), and a happy ending, each give a quarter. The sum is multiplied
+    by the share of grammatical sentences. A repeated sentence halves the score. A missing ending also halves it.
     """
     wish, told = ASKED.fullmatch(prompt.strip()), sentences(response)
     if wish is None or not told:
@@ -139,7 +139,7 @@ def judge(prompt: str, response: str) -> float:
 
 
 def rows() -> dict[str, list[dict]]:
-    """Every file's rows. The wishes behind the files are disjoint, but for pretraining, which shares fine-tuning's."""
+    """Return the rows of every file. The files use disjoint wishes, but "pretrain" and "sft" use the same ones."""
     rng = random.Random(SEED)
     wishes = [dict(zip(SLOTS, words)) for words in itertools.product(*(WORDS[slot] for slot in SLOTS))]
     rng.shuffle(wishes)
@@ -157,12 +157,12 @@ def rows() -> dict[str, list[dict]]:
 
 
 def path(name: str) -> str:
-    """The file of that name (pretrain, sft, compare, ppo, eval), written first if it is missing."""
+    """Return the path of the file `name` (pretrain, sft, compare, ppo, eval). Writes the file if it is missing."""
     target = FOLDER / f"{name}.jsonl"
     if not target.exists():
         FOLDER.mkdir(parents=True, exist_ok=True)
         for file, content in rows().items():
-            temporary = FOLDER / f"{file}.{os.getpid()}.tmp"  # several processes may be doing the same
+            temporary = FOLDER / f"{file}.{os.getpid()}.tmp"  # several processes may write it at the same time
             temporary.write_text("".join(json.dumps(row) + "\n" for row in content))
             temporary.replace(FOLDER / f"{file}.jsonl")
     return str(target)

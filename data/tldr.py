@@ -1,13 +1,13 @@
-"""OpenAI's TL;DR (Stiennon et al. 2020): Reddit posts, summaries, and which of two summaries a person preferred.
+"""OpenAI's TL;DR (Stiennon et al. 2020): Reddit posts, their summaries, and people's choices between two summaries.
 
     python -m data.tldr                          download posts and comparisons (600 MB); write files to out/data/tldr
-    python -m data.tldr --source FOLDER          from train.jsonl, valid.jsonl and batch….json that you have
-    python -m data.tldr --init out/smollm2       measure lengths with that model's tokenizer in place of GPT-2's
+    python -m data.tldr --source FOLDER          read your own train.jsonl, valid.jsonl and batch….json
+    python -m data.tldr --init out/smollm2       measure lengths with that model's tokenizer instead of GPT-2's
 
-A prompt is the post behind its subreddit and title and ends in "TL;DR:", without a space; a summary begins with one and
-is a whole text that EOS ends. A prompt longer than --length tokens loses the end of its post, at a line break where
-there is one; how many were cut is printed. Written are posts with their own summaries to fine-tune on, comparisons of
-the split `train`, and prompts for PPO; those for evaluation come from the posts kept for validation.
+A prompt is the subreddit, the title and the post, and ends in "TL;DR:" without a space. A summary begins with a space,
+is a complete text and gets EOS. If a prompt is longer than --length tokens, the end of its post is removed, at a line
+break if possible; the command prints the number of such posts. It writes posts with their own summaries to fine-tune
+on, comparisons of the split `train`, and prompts for PPO. The validation posts give the evaluation prompts.
 """
 
 import argparse
@@ -27,14 +27,14 @@ PROMPT = "SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: {post}\n\nTL;DR:" 
 
 
 def prompt_of(post: dict, count: Callable[[str], int], length: int, tally: Counter[str]) -> str:
-    """The prompt of at most `length` tokens for a post, cut at its last line break that fits, else in its last line."""
+    """Return a post's prompt of at most `length` tokens. Cuts at the last line break that fits, else inside a line."""
     text, cut = post["post"], ""
     make = lambda text: PROMPT.format(subreddit=post["subreddit"], title=post["title"], post=text)  # noqa: E731
     while count(make(text)) > length and "\n" in text:
         text, cut = text[: text.rindex("\n")], "posts cut at a line break"
     if count(make(text)) > length:
         if count(make("")) > length:
-            raise InputError(f"--length {length}: the title alone of a post takes more; give a larger one")
+            raise InputError(f"--length {length}: a post's title alone is longer; give a larger length")
         fits, too_long, cut = 0, len(text), "posts cut inside a line"
         while too_long - fits > 1:
             middle = (fits + too_long) // 2
@@ -45,25 +45,23 @@ def prompt_of(post: dict, count: Callable[[str], int], length: int, tally: Count
 
 
 def completion(text: str) -> str:
-    """A summary with one space before it and none after."""
+    """Return the summary with one space before it and none after it."""
     return f" {text.strip()}"
 
 
 def comparisons(path: Path, prompt: Callable[[dict], str], tally: Counter[str]) -> Iterator[dict]:
-    """The rows of a batch that compare two different summaries of a post of the split `train`."""
+    """Yield the rows of a batch that compare two different summaries of a post in the split `train`."""
     for number, row in enumerate(iterate_jsonl(path, {"info": dict, "summaries": list, "choice": int}), 1):
         try:
             good, bad = (row["summaries"][i]["text"].strip() for i in ((0, 1), (1, 0))[row["choice"]])
         except (LookupError, TypeError, AttributeError):
-            raise InputError(
-                f"{path}: row {number}: has no two summaries and a choice of 0 or 1; mend the row"
-            ) from None
+            raise InputError(f"{path}: row {number}: needs two summaries and a choice of 0 or 1; fix the row") from None
         if "post" not in row["info"]:
-            tally["comparisons left out, not of a Reddit post"] += 1
+            tally["comparisons omitted, not of a Reddit post"] += 1
         elif row.get("split") != "train":
-            tally[f"comparisons left out, of the split {row.get('split')}"] += 1
+            tally[f"comparisons omitted, of the split {row.get('split')}"] += 1
         elif good == bad or not good or not bad:
-            tally["comparisons left out, of the same summary twice or of none"] += 1
+            tally["comparisons omitted, of the same summary twice or of none"] += 1
         else:
             yield {"prompt": prompt(row["info"]), "chosen": completion(good), "rejected": completion(bad)}
 
@@ -85,7 +83,7 @@ def prepare(source: Path, count: Callable[[str], int], length: int) -> None:
 
     batches = [source / name for name in BATCHES if (source / name).exists()]
     if not batches:
-        raise InputError(f"--source {source}: holds no {next(iter(BATCHES))} or the like; give the folder of all files")
+        raise InputError(f"--source {source}: holds no {next(iter(BATCHES))} or other batch; give the complete folder")
     train, held_out = list(posts("train.jsonl")), list(posts("valid.jsonl"))
     compared = [row for path in batches for row in comparisons(path, prompt, tally)]
     files = {"sft": train, "compare": compared, "ppo": prompts(train), "eval": prompts(held_out)}

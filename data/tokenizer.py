@@ -1,4 +1,4 @@
-"""The tokenizer, always a tiktoken.Encoding: a byte-level BPE learned here, or GPT-2's."""
+"""The tokenizer is always a tiktoken.Encoding: GPT-2's, or a byte-level BPE that this file learns."""
 
 import heapq
 from collections import Counter, defaultdict
@@ -14,10 +14,10 @@ EOS_TEXT = "<|endoftext|>"
 
 
 def learn_bpe(texts: Iterable[str], vocab_size: int, limit: int = 50_000_000) -> tiktoken.Encoding:
-    """Byte-level BPE (Sennrich et al. 2016; Radford et al. 2019, section 2.2) from the first `limit` characters.
+    """Learn byte-level BPE (Sennrich et al. 2016; Radford et al. 2019, section 2.2) from the first `limit` characters.
 
-    Ids 0…255 are the bytes, then come the merges in the order learned, then EOS. The vocabulary is smaller than
-    `vocab_size` where no pair is left that occurs twice.
+    Ids 0…255 are the bytes. The merges follow in the order they were learned; EOS is last. The vocabulary is smaller
+    than `vocab_size` if no remaining pair occurs twice.
     """
     if vocab_size < 257:
         raise InputError(
@@ -36,12 +36,12 @@ def learn_bpe(texts: Iterable[str], vocab_size: int, limit: int = 50_000_000) ->
         for pair in zip(ids, ids[1:]):
             pairs[pair] += count
             words_with[pair].add(i)
-    heap = [(-count, pair) for pair, count in pairs.items()]  # commonest first; among equals the lowest ids first
+    heap = [(-count, pair) for pair, count in pairs.items()]  # the most frequent pair first; the lowest ids break ties
     heapq.heapify(heap)
     tokens = [bytes([i]) for i in range(256)]
     while len(tokens) < vocab_size - 1 and heap:
         count, pair = heapq.heappop(heap)
-        if -count != pairs[pair]:  # an old entry
+        if -count != pairs[pair]:  # the count of this entry is out of date
             continue
         if -count < 2:
             break
@@ -74,17 +74,17 @@ def learn_bpe(texts: Iterable[str], vocab_size: int, limit: int = 50_000_000) ->
 
 
 def gpt2_encoding() -> tiktoken.Encoding:
-    """GPT-2's vocabulary of 50,257, which tiktoken downloads once. Raises InputError if it cannot."""
+    """Return GPT-2's vocabulary of 50,257 tokens. tiktoken downloads it once; raises InputError if that fails."""
     try:
         return tiktoken.get_encoding("gpt2")
     except Exception as error:
         raise InputError(
-            f"--vocab_size 0: tiktoken could not download GPT-2's vocabulary ({error}); go online once"
+            f"--vocab_size 0: tiktoken could not download GPT-2's vocabulary ({error}); connect to the internet once"
         ) from error
 
 
 def encoding_state(encoding: tiktoken.Encoding) -> dict:
-    """The encoding as a plain dict, bytes written as Latin-1 text, for a checkpoint."""
+    """Return the encoding as a plain dict for a checkpoint. Bytes are written as Latin-1 text."""
     ranks = {token.decode("latin-1"): rank for token, rank in encoding._mergeable_ranks.items()}
     return {
         "name": encoding.name,
@@ -102,8 +102,8 @@ def encoding_from_state(state: dict) -> tiktoken.Encoding:
 
 
 def encode_prompt(encoding: tiktoken.Encoding, prompt: str) -> list[int]:
-    """In a prompt, a special token that is written out counts as that token (a chat template needs this).
+    """Encode a prompt. The text of a special token becomes that token, because chat templates need this.
 
-    In completions and documents they are ordinary text, so that no model learns to write them from being quoted.
+    In completions and documents the same text is ordinary, so a model does not learn special tokens from quotations.
     """
     return encoding.encode(prompt, allowed_special="all")

@@ -1,4 +1,4 @@
-"""Hugging Face's tokenizer.json, in and out: a byte-level BPE as a tiktoken.Encoding."""
+"""Read and write Hugging Face's tokenizer.json: a byte-level BPE as a tiktoken.Encoding."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ import tiktoken
 from data.files import InputError, read_json
 from data.tokenizer import SPLIT
 
-# Byte-level vocabularies write a byte as a printable character: itself where it is one, else the next from U+0100 on.
+# A byte-level vocabulary writes a printable byte as itself, and any other byte as the next character from U+0100 on.
 _PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 _OTHERS = [b for b in range(256) if b not in _PRINTABLE]
 CHARACTER = {b: chr(b) for b in _PRINTABLE} | {b: chr(256 + i) for i, b in enumerate(_OTHERS)}
@@ -17,15 +17,15 @@ BYTE = {character: byte for byte, character in CHARACTER.items()}
 
 
 def read_tokenizer(path: Path) -> tiktoken.Encoding:
-    """A tokenizer.json's byte-level BPE as a tiktoken.Encoding, its added tokens as special ones.
+    """Read a byte-level BPE from a tokenizer.json. Its added tokens become special tokens.
 
-    tiktoken merges in the order of the ids, so the merges must be listed in that order, which byte-level vocabularies
-    are. Raises InputError, by name, for a tokenizer, a pre-tokenizer or an added token that this cannot express.
+    tiktoken merges in the order of the ids, so the file must list its merges in that order. Byte-level vocabularies
+    do. Raises InputError with the name of a tokenizer, pre-tokenizer or added token that tiktoken cannot express.
     """
     if not path.exists():
-        raise InputError(f"{path}: is not there; save the tokenizer there as a fast one")
+        raise InputError(f"{path}: is not there; save a fast tokenizer in this folder")
     spec = read_json(path)
-    spec["model"].setdefault("type", "BPE" if "merges" in spec["model"] else "unnamed")  # GPT-2's own does not name it
+    spec["model"].setdefault("type", "BPE" if "merges" in spec["model"] else "unnamed")  # GPT-2's file names no type
     model, added = spec["model"], {token["content"]: token for token in spec.get("added_tokens", [])}
     vocab = {token: i for token, i in model["vocab"].items() if token not in added} if model["type"] == "BPE" else {}
     if not vocab or model.get("byte_fallback") or not BYTE.keys() >= set("".join(vocab)):
@@ -35,9 +35,9 @@ def read_tokenizer(path: Path) -> tiktoken.Encoding:
     order = [vocab.get(a + b, -1) for a, b in merges]
     if -1 in order or order != sorted(order):
         raise InputError(f"{path}: a vocabulary whose ids are not in the order of its merges is not supported")
-    unmade = [token for token, i in vocab.items() if len(token) > 1 and i not in set(order)]
-    if unmade and not model.get("ignore_merges"):  # tiktoken gives a word that is one token that token, merges or none
-        raise InputError(f"{path}: the token {unmade[0]} that no merge makes is not supported without ignore_merges")
+    unmerged = [token for token, i in vocab.items() if len(token) > 1 and i not in set(order)]
+    if unmerged and not model.get("ignore_merges"):  # tiktoken encodes a word as its token without any merge
+        raise InputError(f"{path}: the token {unmerged[0]} that no merge makes is not supported without ignore_merges")
     if (normalizer := (spec.get("normalizer") or {}).get("type")) not in (None, "NFC"):
         raise InputError(f"{path}: normalizer {normalizer} is not supported; remove it, or give another tokenizer")
     for name, token in added.items():
@@ -45,56 +45,56 @@ def read_tokenizer(path: Path) -> tiktoken.Encoding:
             raise InputError(f"{path}: added token {name} with lstrip, rstrip or single_word is not supported")
     pattern = split_pattern(spec["pre_tokenizer"], lacking(ranks, path), path)
     if normalizer:
-        print(f"{path}: normalizer NFC is left out; a text that is not in NFC gets other tokens than in transformers")
+        print(f"{path}: normalizer NFC is ignored; transformers gives other tokens for a text that is not in NFC")
     if '"SpecialToken"' in json.dumps(spec.get("post_processor")):
-        print(f"{path}: adds tokens to every text, which is not done here; write them into your prompts")
+        print(f"{path}: transformers adds tokens to every text, this project does not; write them into your prompts")
     special = {name: token["id"] for name, token in added.items()}
     return tiktoken.Encoding("bpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
 
 
 def lacking(ranks: dict[bytes, int], path: Path) -> list[tuple[str, str]]:
-    """(first, last) of the characters that a vocabulary has no bytes for: control characters, unassigned planes."""
+    """Return ranges (first, last) of characters without bytes in a vocabulary: control ones, unassigned planes."""
     ranges = []
     for byte in (b for b in range(256) if bytes([b]) not in ranks):
         if byte < 128 and not regex.match(r"[\s\p{L}\p{N}]", chr(byte)):
             ranges.append((chr(byte), chr(byte)))
-        elif 0xF1 <= byte <= 0xF3:  # opens the characters of four planes
+        elif 0xF1 <= byte <= 0xF3:  # the first byte of the characters of four planes
             ranges.append((chr((byte & 7) << 18), chr((byte & 7) << 18 | 0x3FFFF)))
-        elif byte not in (0xC0, 0xC1, *range(0xF5, 256)):  # which occur in no UTF-8 text
+        elif byte not in (0xC0, 0xC1, *range(0xF5, 256)):  # these bytes occur in no UTF-8 text
             raise InputError(f"{path}: a vocabulary without byte {byte:#x} is not supported")
     return ranges
 
 
 def split_pattern(pre_tokenizer: dict | None, lacks: list[tuple[str, str]], path: Path) -> str:
-    """The pattern whose matches are the words that BPE is applied to; no word holds a character of `lacks`.
+    """Return the pattern whose matches are the words for BPE. No word holds a character of `lacks`.
 
-    Known are GPT-2's own pattern, the same behind a step that splits off every digit, and a Split by any pattern.
-    Characters that the vocabulary lacks are dropped, as transformers drops them (which joins what stands around them).
+    It supports GPT-2's own pattern, GPT-2's pattern after a step that separates every digit, and a Split by any
+    pattern. tiktoken drops characters that the vocabulary lacks. transformers does too, and joins the text around them.
     """
     steps = pre_tokenizer or {"type": "none"}
-    *before, last = steps["pretokenizers"] if steps["type"] == "Sequence" else [steps]
-    split = {"behavior": "Isolated", "invert": False} | (before[0] if before else {})
+    *prefix, last = steps["pretokenizers"] if steps["type"] == "Sequence" else [steps]
+    split = {"behavior": "Isolated", "invert": False} | (prefix[0] if prefix else {})
     if last["type"] == "ByteLevel" and not last["add_prefix_space"]:
-        if last.get("use_regex", True) and before in ([], [{"type": "Digits", "individual_digits": True}]):
+        if last.get("use_regex", True) and prefix in ([], [{"type": "Digits", "individual_digits": True}]):
             pattern = SPLIT
-            if before:
+            if prefix:
                 pattern = pattern.replace(r" ?\p{N}+", r"\p{N}").replace(r"|\s+(?!\S)", r"|\s+(?=\p{N})|\s+(?!\S)")
             unknown = "".join(f"{regex.escape(a)}-{regex.escape(z)}" for a, z in lacks)
             return pattern.replace(r"[^\s\p{L}\p{N}]", rf"[^\s\p{{L}}\p{{N}}{unknown}]")
-        if split["type"] == "Split" and split["behavior"] == "Isolated" and not split["invert"] and len(before) == 1:
+        if split["type"] == "Split" and split["behavior"] == "Isolated" and not split["invert"] and len(prefix) == 1:
             pattern = split["pattern"].get("Regex", "")
             if pattern and not last.get("use_regex", True) and not any(regex.search(pattern, a) for a, _ in lacks):
                 return pattern
     raise InputError(
-        f"{path}: pre-tokenizer {' + '.join(step['type'] for step in [*before, last])}, with its options, is not "
+        f"{path}: pre-tokenizer {' + '.join(step['type'] for step in [*prefix, last])}, with its options, is not "
         "supported; ByteLevel, Digits + ByteLevel and Split + ByteLevel are"
     )
 
 
 def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """The merges that made a vocabulary: each token, put together with the earlier ones only, is two parts at last.
+    """Return the merges of a vocabulary. The earlier merges reduce a token to two parts, which are its own merge.
 
-    A token of which more parts are left has no merge: it is found only as a whole word, here and with ignore_merges.
+    A token that keeps more parts has no merge. It matches only a whole word, here and in tokenizers with ignore_merges.
     """
     merges = []
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
@@ -110,7 +110,7 @@ def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
 
 
 def tokenizer_json(encoding: tiktoken.Encoding) -> dict:
-    """A tokenizer.json for an encoding; the inverse of `read_tokenizer`."""
+    """Return a tokenizer.json for an encoding; the inverse of `read_tokenizer`."""
     ranks = encoding._mergeable_ranks
     text = lambda token: "".join(CHARACTER[b] for b in token)  # noqa: E731
     flags = dict.fromkeys(["single_word", "lstrip", "rstrip", "normalized"], False) | {"special": True}
@@ -132,7 +132,7 @@ def tokenizer_json(encoding: tiktoken.Encoding) -> dict:
 
 
 def eos_id(folder: Path, encoding: tiktoken.Encoding) -> int:
-    """The id of the token that ends a text: tokenizer_config.json's eos_token, else config.json's eos_token_id."""
+    """Return the id of EOS: eos_token in tokenizer_config.json, else eos_token_id in config.json."""
     name = None
     if (path := folder / "tokenizer_config.json").exists():
         name = read_json(path).get("eos_token")
@@ -146,17 +146,15 @@ def eos_id(folder: Path, encoding: tiktoken.Encoding) -> int:
         )
     eos = eos[0] if isinstance(eos, list) else eos
     if eos not in encoding._special_tokens.values():
-        raise InputError(f"{folder}: eos_token_id {eos} is no special token of tokenizer.json; mend one of the two")
+        raise InputError(f"{folder}: eos_token_id {eos} is no special token of tokenizer.json; fix one of the two")
     return eos
 
 
 def fill_gaps(encoding: tiktoken.Encoding, vocab_size: int, folder: Path) -> tiktoken.Encoding:
-    """The encoding with a special token for each id that the model has a row for and the tokenizer no name."""
+    """Add a special token for each id that has an embedding row in the model but no name in the tokenizer."""
     used = set(encoding._mergeable_ranks.values()) | set(encoding._special_tokens.values())
     if max(used) >= vocab_size:
-        raise InputError(
-            f"{folder}: the tokenizer has ids up to {max(used)}, the model only {vocab_size} rows for them"
-        )
+        raise InputError(f"{folder}: the tokenizer has ids up to {max(used)}, but the model has only {vocab_size} rows")
     names = {f"<|unused_{i}|>": i for i in range(vocab_size) if i not in used}
     return tiktoken.Encoding(
         encoding.name, pat_str=encoding._pat_str, mergeable_ranks=encoding._mergeable_ranks,

@@ -1,12 +1,12 @@
-"""Other projects' checkpoints, in and out.
+"""Convert checkpoints of other projects to ours and back.
 
     python -m data.weights gpt2 out/gpt2         download GPT-2 (gpt2-medium, gpt2-large, gpt2-xl) into a run folder
     python -m data.weights FOLDER out/NAME       a Hugging Face folder → a run folder that every stage's --init takes
     python -m data.weights out/ppo FOLDER        a run folder → a Hugging Face folder for AutoModel and AutoTokenizer
 
-Read and written: GPT-2, and of the Llama family Llama and Qwen 2, as language models or as sequence classifiers of one
-label (reward models); byte-level BPE tokenizers. Anything else is refused by name. Weights become float32. A chat
-template stays where it is: its turns can be written into prompts, where special tokens are understood.
+The supported models are GPT-2, Llama and Qwen 2, as language models or as sequence classifiers with one label (reward
+models). The supported tokenizers are byte-level BPE. An error names anything else. Weights become float32. The
+conversion does not copy a chat template: write its turns into your prompts, which may contain special tokens.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from model import GPT, GPTConfig, ScalarModel
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "plainrlhf"
 PUBLISHED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 
-# What config.json must say, where it says anything, for model.py to compute the same.
+# If config.json has one of these keys, model.py needs one of these values to compute the same.
 REQUIRED = {
     "gpt2": {
         "activation_function": ["gelu_new", "gelu_pytorch_tanh"], "scale_attn_weights": [True],
@@ -41,7 +41,7 @@ REQUIRED = {
     "llama": {"hidden_act": ["silu"], "attention_bias": [False], "mlp_bias": [False]},
     "qwen2": {"hidden_act": ["silu"], "use_sliding_window": [False]},
 }  # fmt: skip
-CLASSES = {  # of a language model, and of a reward model
+CLASSES = {  # the class of a language model and of a reward model
     "gpt2": ("GPT2LMHeadModel", "GPT2ForSequenceClassification"),
     "llama": ("LlamaForCausalLM", "LlamaForSequenceClassification"),
     "qwen2": ("Qwen2ForCausalLM", "Qwen2ForSequenceClassification"),
@@ -49,20 +49,20 @@ CLASSES = {  # of a language model, and of a reward model
 
 
 def needs(package: str):
-    """Import an optional package, or say what to install."""
+    """Import an optional package. Raises InputError with the install command if it is missing."""
     try:
         return __import__(package, fromlist=["_"])
     except ImportError:
         raise InputError(f"Hugging Face folders need {package.split('.')[0]}: pip install safetensors") from None
 
 
-# --- names: which of their tensors make up each of ours ---------------------------------------------------------------
+# --- names: their tensors for each of our tensors ---------------------------------------------------------------------
 
 
 def tensors(config: GPTConfig, scalar: bool) -> Iterator[tuple[str, list[str], bool]]:
-    """(our name, their names, whether theirs are transposed) of every weight; several are concatenated, in that order.
+    """Yield (our name, their names, whether theirs are transposed) for every weight. Several are concatenated in order.
 
-    GPT-2's linear layers are stored as (in, out). The head of a reward model is called `score` and has no bias.
+    GPT-2 stores its linear layers as (in, out). The head of a reward model is called `score` and has no bias.
     """
     llama = bool(config.rope_theta)
     base, layers = ("model.", "model.layers") if llama else ("transformer.", "transformer.h")
@@ -92,7 +92,7 @@ def tensors(config: GPTConfig, scalar: bool) -> Iterator[tuple[str, list[str], b
 
 
 def read_config(path: Path) -> tuple[GPTConfig, bool]:
-    """Our config from a config.json, and whether the model is a sequence classifier. `eos` is left at 0."""
+    """Return our config for a config.json, and whether the model is a sequence classifier. `eos` stays 0."""
     c = read_json(path)
     kind, architecture = c.get("model_type"), (c.get("architectures") or ["an unnamed architecture"])[0]
     if architecture not in CLASSES.get(kind, ()):
@@ -103,7 +103,7 @@ def read_config(path: Path) -> tuple[GPTConfig, bool]:
         if c.get(name, allowed[0]) not in allowed:
             raise InputError(f"{path}: {name} {json.dumps(c[name])} is not supported, only {json.dumps(allowed[0])} is")
     if scalar and (len(c["id2label"]) if "id2label" in c else c.get("num_labels", 2)) != 1:
-        raise InputError(f"{path}: a classifier of several labels is not a reward model; give one of one label")
+        raise InputError(f"{path}: a classifier with several labels is not a reward model; give one with one label")
     if kind == "gpt2":
         return GPTConfig(
             c["vocab_size"], c["n_positions"], c["n_layer"], c["n_head"], c["n_embd"], eos=0,
@@ -128,7 +128,7 @@ def read_config(path: Path) -> tuple[GPTConfig, bool]:
 
 
 def config_json(config: GPTConfig, scalar: bool) -> dict:
-    """A config.json for our config; the inverse of `read_config`."""
+    """Return a config.json for our config; the inverse of `read_config`."""
     kind = "gpt2" if not config.rope_theta else "qwen2" if config.qkv_bias else "llama"
     c = {
         "architectures": [CLASSES[kind][scalar]], "model_type": kind, "dtype": "float32",
@@ -153,11 +153,11 @@ def config_json(config: GPTConfig, scalar: bool) -> dict:
     }  # fmt: skip
 
 
-# --- in ---------------------------------------------------------------------------------------------------------------
+# --- read -------------------------------------------------------------------------------------------------------------
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of model.safetensors, or else of pytorch_model.bin, in one file or in shards."""
+    """Read all tensors of model.safetensors or, if it is missing, pytorch_model.bin, in one file or in shards."""
     whole = [folder / name for name in ("model.safetensors", "pytorch_model.bin")]
     paths = [next((path for path in whole if path.exists()), whole[0])]
     indices = [Path(f"{path}.index.json") for path in whole]
@@ -166,7 +166,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for path in paths:
         if not path.exists():
-            raise InputError(f"{path}: is not there; give a whole Hugging Face folder")
+            raise InputError(f"{path}: is not there; give a complete Hugging Face folder")
         try:
             if path.suffix == ".bin":
                 found |= torch.load(path, map_location="cpu", weights_only=True)
@@ -174,13 +174,13 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
                 found |= needs("safetensors.torch").load_file(path)
         except InputError:
             raise
-        except Exception as error:  # both raise many kinds
+        except Exception as error:  # both loaders raise many kinds of errors
             raise InputError(f"{path}: cannot be read ({type(error).__name__}: {error}); fetch it again") from None
     return found
 
 
 def read_model(folder: Path) -> tuple[GPT | ScalarModel, tiktoken.Encoding]:
-    """A Hugging Face folder as our model, in float32, and its tokenizer."""
+    """Read a Hugging Face folder. Returns our model in float32 and its tokenizer."""
     try:
         encoding = read_tokenizer(folder / "tokenizer.json")
         config, scalar = read_config(folder / "config.json")
@@ -197,7 +197,7 @@ def read_model(folder: Path) -> tuple[GPT | ScalarModel, tiktoken.Encoding]:
 
 
 def load(config: GPTConfig, scalar: bool, found: dict[str, Tensor], source: str) -> GPT | ScalarModel:
-    """A model with `found`, their tensors, in it. Raises InputError if one is missing, unknown or misshapen."""
+    """Build a model from their tensors `found`. Raises InputError if one is missing, unknown or misshapen."""
     found = {re.sub(r"^(transformer|model)\.", "", name): x for name, x in found.items()}
     state = {}
     for ours, theirs, transposed in tensors(config, scalar):
@@ -205,7 +205,7 @@ def load(config: GPTConfig, scalar: bool, found: dict[str, Tensor], source: str)
         for name in theirs:
             name = re.sub(r"^(transformer|model)\.", "", name)
             if name not in found:
-                raise InputError(f"{source}: has no tensor {name}; give a whole checkpoint")
+                raise InputError(f"{source}: has no tensor {name}; give a complete checkpoint")
             part = found.pop(name).float()
             parts.append(part.T if transposed else part)
         state[ours] = torch.cat(parts).contiguous()
@@ -221,7 +221,7 @@ def load(config: GPTConfig, scalar: bool, found: dict[str, Tensor], source: str)
         for name, x in state.items():
             if x.shape != shapes[name]:
                 raise InputError(
-                    f"{source}: {name} is of shape {tuple(x.shape)}, config.json asks {tuple(shapes[name])}"
+                    f"{source}: {name} is of shape {tuple(x.shape)}, but config.json requires {tuple(shapes[name])}"
                 )
         model.load_state_dict({n: x for n, x in state.items() if n != "head.weight"}, assign=True)
         if scalar:
@@ -231,7 +231,7 @@ def load(config: GPTConfig, scalar: bool, found: dict[str, Tensor], source: str)
 
 
 def published(name: str) -> tuple[GPT, tiktoken.Encoding]:
-    """GPT-2 as OpenAI published it, from Hugging Face's copy, which is downloaded once and kept in a cache."""
+    """Return OpenAI's GPT-2. Downloads Hugging Face's copy once and keeps it in a cache."""
     folder, encoding = CACHE / name, gpt2_encoding()
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "config.json").exists():
@@ -243,15 +243,15 @@ def published(name: str) -> tuple[GPT, tiktoken.Encoding]:
     return load(config, False, read_tensors(folder), name), encoding
 
 
-# --- out --------------------------------------------------------------------------------------------------------------
+# --- write ------------------------------------------------------------------------------------------------------------
 
 
 def write_model(model: GPT | ScalarModel, encoding: tiktoken.Encoding, folder: Path) -> None:
-    """A Hugging Face folder: config.json, model.safetensors, tokenizer.json, tokenizer_config.json.
+    """Write a Hugging Face folder: config.json, model.safetensors, tokenizer.json, tokenizer_config.json.
 
-    transformers' classifiers have no place for a constant. GPT-2's final norm has a bias that takes it; RMSNorm has
-    none, so there the exported score is ours less the `score_bias` in config.json, which no comparison notices. Such a
-    classifier skips pads by their id, so its pad token must not be EOS: it is another special token, if there is one.
+    A classifier in transformers has no output bias. GPT-2's final norm has a bias, which absorbs our constant. RMSNorm
+    has none, so the exported score is ours minus `score_bias` in config.json; this changes no comparison. The
+    classifier finds padding by its id, so the pad token must not be EOS: it is another special token, if one exists.
     """
     save_file, scalar, config = needs("safetensors.torch").save_file, isinstance(model, ScalarModel), model.config
     c = config_json(config, scalar)
@@ -263,7 +263,7 @@ def write_model(model: GPT | ScalarModel, encoding: tiktoken.Encoding, folder: P
             c["score_bias"] = constant.item()
         else:
             state["ln_f.bias"] = state["ln_f.bias"] + weight[0] * constant / weight.square().sum()
-    out = {}
+    result = {}
     head_size, n_kv_head = config.n_embd // config.n_head, config.n_kv_head or config.n_head
     for ours, theirs, transposed in tensors(config, scalar):
         x = state[ours]
@@ -271,25 +271,25 @@ def write_model(model: GPT | ScalarModel, encoding: tiktoken.Encoding, folder: P
         if len(theirs) == 3:
             sizes = [config.n_embd, n_kv_head * head_size, n_kv_head * head_size]
         for name, part in zip(theirs, x.split(sizes)):
-            out[name] = (part.T if transposed else part).detach().cpu().clone(memory_format=torch.contiguous_format)
+            result[name] = (part.T if transposed else part).detach().cpu().clone(memory_format=torch.contiguous_format)
     names = {i: name for name, i in encoding._special_tokens.items()}
     about = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.block_size}
     about |= {"clean_up_tokenization_spaces": False, "eos_token": names[config.eos]}
     pad = next((i for i in sorted(names, reverse=True) if i != config.eos), None)
-    if scalar and pad is not None:  # a language model needs none, and transformers would not train the pad's embedding
+    if scalar and pad is not None:  # a language model needs none; transformers would not train the pad's embedding
         c["pad_token_id"], about["pad_token"] = pad, names[pad]
     tokenizer = tokenizer_json(encoding)
     for name, content in (("config", c), ("tokenizer", tokenizer), ("tokenizer_config", about)):
         (folder / f"{name}.json").write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
-    save_file(out, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(result, folder / "model.safetensors", metadata={"format": "pt"})
     if scalar and config.rms_norm:
-        print(f"the exported scores are ours less {c['score_bias']:.4f} (score_bias in config.json)")
+        print(f"the exported scores are ours minus {c['score_bias']:.4f} (score_bias in config.json)")
 
 
 def convert(source: str, target: Path) -> str:
-    """In or out, by what `source` is. Returns what was done."""
+    """Convert `source` to the other format: ours to Hugging Face or back. Returns a summary."""
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise InputError(f"{target}: exists already; name a new folder, so that nothing in it is lost")
+        raise InputError(f"{target}: exists already; name a new folder, so that no file is lost")
     folder, temporary = Path(source), target.with_name(f"{target.name}.{os.getpid()}.tmp")
     try:
         if source in PUBLISHED and not folder.exists() or (folder / "config.json").exists():

@@ -4,7 +4,7 @@
     python -m tests.bench --vs transformers,trl                   interleaved with what is installed of them
     python -m tests.bench --shapes gpt2 --what generate,ppo       GPT-2's 124M
     python -m tests.bench --what profile                          what training and PPO's update spend their time on
-    python -m tests.bench --what growth --plot tests/growth.svg   how time and memory grow with batch, length, …
+    python -m tests.bench --what growth --plot growth.svg         how time and memory grow with batch, length, …
 
 Contenders take turns, in reverse order every other round, each in a process of its own, so that memory and its settings
 are its own; figures are medians, ratios are of the same round. A busy neighbour makes a step several times slower: stop

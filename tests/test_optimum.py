@@ -2,7 +2,7 @@
 
 In a world of five letters and four positions there are 781 responses: those that end, and those that the length cuts.
 The policy that maximises J(π) = E[s] − β KL(π ‖ π₀) is π* ∝ π₀ exp(s / β), with J* = β log Σ π₀ exp(s / β) (Ziegler et
-al. 2019, section 2; Korbak et al. 2022). `python -m tests.test_optimum tests/optimum.svg` draws README's figure.
+al. 2019, section 2; Korbak et al. 2022). `python -m tests.test_optimum tests/optimum.svg` draws the figure.
 """
 
 import itertools

@@ -1,18 +1,18 @@
 """Comparisons from people: sample several responses to a prompt, ask which is better, append the answer to a JSONL.
 
-    python -m data.label --init out/sft --prompts PROMPTS.jsonl --out mine.jsonl       a page in the browser, for people
-    python -m data.label … --init out/sft,out/ppo        two models answer; nothing on the page says which is which
-    python -m data.label … --samples 4                   a ranking of four in place of a choice between two
-    python -m data.label … --terminal                    the same in the terminal
+    python -m data.label --init out/sft --prompts PROMPTS.jsonl --out mine.jsonl       show people a page in the browser
+    python -m data.label … --init out/sft,out/ppo        two models answer; the page does not name them
+    python -m data.label … --samples 4                   rank four responses instead of choosing between two
+    python -m data.label … --terminal                    ask the same questions in the terminal
     python -m data.label … --judge FILE.py:function      a simulated person decides every pair
-    python -m data.label --out mine.jsonl --report       what is in a file: counts, position bias, agreement
+    python -m data.label --out mine.jsonl --report       summarise a file: counts, position bias, agreement
 
-A row is {"prompt", "chosen", "rejected"}, or {"prompt", "ranked"} (best first) where there are more than two, with the
-time, annotator, checkpoint, seed, seconds taken and the place where the preferred one was shown. A tie or a skip is a
-row with "verdict", which readers leave out. Every answer is on disk before the next question is shown, so nothing is
-lost; starting again continues. What a prompt gets for responses depends on seed and prompt alone.
+A row is {"prompt", "chosen", "rejected"}, or {"prompt", "ranked"} (best first) for more than two responses. It also has
+the time, annotator, checkpoint, seed, seconds taken and the position of the preferred response on the page. A tie or a
+skip is a row with "verdict"; readers ignore it. Each answer is on disk before the next question appears, so no answer
+is lost; the same command continues. A model's responses to a prompt depend only on the seed and the prompt.
 
-The page is served on this machine alone unless --host says otherwise, under an address with a random token.
+Only this machine can open the page unless --host says otherwise. Its address contains a random token.
 """
 
 from data.label.command import Config, label, serve

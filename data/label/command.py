@@ -19,28 +19,28 @@ from data.tokenizer import encode_prompt
 
 @dataclass
 class Config:
-    init: str = "out/sft"  # run folder of the model that answers; several (commas) answer in turn
+    init: str = "out/sft"  # run folder of the model that answers; several, separated by commas, take turns
     prompts: str = ""  # JSONL "prompt"
-    out: str = "comparisons.jsonl"  # file that answers are appended to
-    samples: int = 2  # responses to a prompt: 2 are compared, more are ranked
+    out: str = "comparisons.jsonl"  # answers are appended to this file
+    samples: int = 2  # responses to a prompt: people compare 2 and rank more
     response_len: int = 64  # longest response, in tokens
     temperature: float = 1.0  # of the samples
-    n_prompts: int = 0  # use the first so many prompts; 0: all
-    drop_long: bool = False  # leave out prompts that with the response exceed the model's context
+    n_prompts: int = 0  # use this many prompts from the start of the file; 0: all
+    drop_long: bool = False  # drop prompts that are too long for the context with the response
     people: int = 1  # how many people answer each question
-    seed: int = 0  # of samples and of the order they are shown in
+    seed: int = 0  # of the samples and of the order on the page
     device: str = "auto"  # auto, cpu, cuda or mps
     host: str = "127.0.0.1"  # address to serve on; 0.0.0.0: every network of this machine
-    port: int = 8000  # 0: any that is free
-    terminal: bool = False  # ask here in place of a page
+    port: int = 8000  # 0: any free port
+    terminal: bool = False  # ask in the terminal instead of on a page
     annotator: str = ""  # name for --terminal; empty: the login name
     judge: str = ""  # a simulated person, FILE.py:function
-    label_temperature: float = 0.1  # of the simulated person's choices: 0.1 judges 0.1 better right in 73%
-    report: bool = False  # print what is in --out
+    label_temperature: float = 0.1  # of the simulated person: with 0.1, a response that scores 0.1 more wins in 73%
+    report: bool = False  # print a summary of --out
 
 
 def prepare(cfg: Config) -> tuple[list[str], Callable[[str], Question | None]]:
-    """The different prompts, and a function prompt → question, which depends on the seed and the prompt alone."""
+    """Return the different prompts and a function prompt → question. Its questions depend only on seed and prompt."""
     if not cfg.prompts:
         raise InputError("--prompts: name a JSONL file with prompts")
     rows = read_jsonl(cfg.prompts, {"prompt": str})
@@ -56,7 +56,7 @@ def prepare(cfg: Config) -> tuple[list[str], Callable[[str], Question | None]]:
     def make(prompt: str) -> Question | None:
         answers: list[Answer] = []
         checkpoints: list[str] = []
-        for attempt in range(5):  # again if some answers are the same
+        for attempt in range(5):  # sample again if some answers are the same
             for j, (name, model, encoding) in enumerate(models):
                 n = len(range(j, cfg.samples, len(models))) - checkpoints.count(name)
                 seed = common.seed_of(cfg.seed, attempt, j, zlib.crc32(prompt.encode("utf-8", "replace")))
@@ -75,44 +75,44 @@ def prepare(cfg: Config) -> tuple[list[str], Callable[[str], Question | None]]:
 
 
 def label(cfg: Config) -> None:
-    out = Path(cfg.out)
+    path = Path(cfg.out)
     if cfg.report:
-        if not out.exists():
-            raise InputError(f"--out {out}: no such file; name the one that was labelled into")
-        return print(report(read_answers(out)))
+        if not path.exists():
+            raise InputError(f"--out {path}: no such file; name a file with answers")
+        return print(report(read_answers(path)))
     prompts, make = prepare(cfg)
     if cfg.judge:
         judge = common.load_function(cfg.judge)
-        if out.exists():
-            raise InputError(f"--out {out}: exists already; name a new file for the simulated person")
+        if path.exists():
+            raise InputError(f"--out {path}: exists already; name a new file for the simulated person")
         questions = [question for question in map(make, prompts) if question]
         answers = [question.answers for question in questions]
         rows = simulate([q.prompt for q in questions], answers, judge, cfg.label_temperature, cfg.seed)
-        write_jsonl(out, rows)
-        return print(f"{out}: {len(rows):,} comparisons of {len(questions):,} prompts")
-    with alone(out):
+        write_jsonl(path, rows)
+        return print(f"{path}: {len(rows):,} comparisons of {len(questions):,} prompts")
+    with alone(path):
         kind = "chosen" if cfg.samples == 2 else "ranked"
-        if any("verdict" not in row and kind not in row for row in read_answers(out)):
-            raise InputError(f"--samples {cfg.samples}: {out} holds answers of another number; name another file")
-        sitting = Sitting(prompts, make, out, cfg.people, cfg.seed)
+        if any("verdict" not in row and kind not in row for row in read_answers(path)):
+            raise InputError(f"--samples {cfg.samples}: {path} compares another number of responses; use another file")
+        sitting = Sitting(prompts, make, path, cfg.people, cfg.seed)
         try:
             if cfg.terminal:
                 ask_in_terminal(sitting, cfg.annotator or getpass.getuser())
             else:
                 serve(sitting, cfg)
         except (EOFError, KeyboardInterrupt):
-            print(f"\n{out} holds {len(sitting.rows):,} answers; the same command goes on from there")
+            print(f"\n{path} holds {len(sitting.rows):,} answers; the same command continues")
         finally:
             sitting.stop()
     if sitting.alike:
-        print(f"{sitting.alike:,} prompts were left out, since the model always gives them the same response")
+        print(f"{sitting.alike:,} prompts were omitted, because the model does not give enough different responses")
 
 
 def serve(sitting: Sitting, cfg: Config) -> None:
     try:
         server = Server(sitting, cfg.host, cfg.port)
     except OSError as error:
-        raise InputError(f"--port {cfg.port}: {error.strerror}; give another, or 0 for any that is free") from None
+        raise InputError(f"--port {cfg.port}: {error.strerror}; give another port, or 0 for any free port") from None
     print(f"Open {server.address}\nAnswers go to {cfg.out}. Ctrl-C stops.", flush=True)
     with server:
         server.serve_forever()

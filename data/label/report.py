@@ -1,4 +1,4 @@
-"""What is in a label file."""
+"""Summarise a label file."""
 
 import itertools
 import math
@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 
 
 def report(rows: list[dict]) -> str:
-    """Counts by annotator, position bias, wins by checkpoint, and agreement on prompts that two people had."""
+    """Report counts by annotator, position bias, wins by checkpoint, and agreement on questions that people share."""
     preferred = [row for row in rows if "verdict" not in row]
     lines = ["annotator             preferences   ties  skips   median seconds"]
     for who in sorted({row["annotator"] for row in rows}):
@@ -21,23 +21,23 @@ def report(rows: list[dict]) -> str:
         share, chance = places[0] / n, statistics.mean(1 / len(row.get("ranked", "12")) for row in preferred)
         lines.append(
             f"\nposition: the first shown was preferred in {share:.3f} ± {math.sqrt(share * (1 - share) / n):.3f} "
-            f"of {n} (no bias would be {chance:.3f})"
+            f"of {n} (without bias: {chance:.3f})"
         )
     pairs = [row["checkpoint"] for row in preferred if len(set(row["checkpoint"])) > 1]
     for name in sorted({name for pair in pairs for name in pair}):
-        against = [pair[0] == name for pair in pairs if name in pair]
+        outcomes = [pair[0] == name for pair in pairs if name in pair]
         lines.append(
-            f"{name} was preferred in {sum(against)} of the {len(against)} questions that it was in with another"
+            f"{name} was preferred in {sum(outcomes)} of the {len(outcomes)} questions that compare it with another"
         )
-    alike: defaultdict[tuple, list] = defaultdict(list)  # (prompt, the responses) → the best, for each person
+    choices: defaultdict[tuple, list] = defaultdict(list)  # (prompt, responses) → each person's best response
     for row in rows:
         if row.get("verdict") != "skip":
             texts = row.get("responses") or row.get("ranked") or [row["chosen"], row["rejected"]]
-            alike[row["prompt"], *sorted(texts)].append(None if "verdict" in row else texts[0])
-    twice = [list(itertools.combinations(best, 2)) for best in alike.values() if len(best) > 1]
-    if twice:
-        same = [a == b for pair in twice for a, b in pair]
-        lines.append(f"agreement on the best: {sum(same)} of {len(same)} pairs of people who had the same question")
+            choices[row["prompt"], *sorted(texts)].append(None if "verdict" in row else texts[0])
+    shared = [list(itertools.combinations(best, 2)) for best in choices.values() if len(best) > 1]
+    if shared:
+        same = [a == b for pair in shared for a, b in pair]
+        lines.append(f"agreement on the best: {sum(same)} of {len(same)} pairs of people with the same question")
     else:
-        lines.append("agreement: no question was judged by two people (--people 2 asks for that)")
+        lines.append("agreement: no two people judged the same question (use --people 2)")
     return "\n".join(lines)

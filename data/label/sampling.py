@@ -1,4 +1,4 @@
-"""Several responses to a prompt, and a simulated person who compares them."""
+"""Sample several responses to a prompt, and simulate a person who compares them."""
 
 import itertools
 import math
@@ -11,7 +11,7 @@ import torch
 from data.tokenizer import encode_prompt
 from model import GPT
 
-Answer = tuple[str, bool]  # a response, and whether it ended with EOS before the length limit cut it
+Answer = tuple[str, bool]  # a response, and whether it ended with EOS before the length limit
 
 
 def sample_responses(
@@ -23,11 +23,11 @@ def sample_responses(
     temperature: float,
     seed: int,
 ) -> list[list[Answer]]:
-    """`samples` responses to each prompt, as (text, whether it ended with EOS before `response_len` tokens)."""
+    """Sample `samples` responses to each prompt: (text, whether EOS is among its `response_len` tokens)."""
     repeated = [ids for prompt in prompts for ids in [encode_prompt(encoding, prompt)] * samples]
     generator = torch.Generator().manual_seed(seed)
     texts = []
-    rows = min(512, max(1, 2**16 // (max(map(len, repeated)) + response_len)))  # bounds the cache
+    rows = min(512, max(1, 2**16 // (max(map(len, repeated)) + response_len)))  # limits the cache size
     for start in range(0, len(repeated), rows):
         part = repeated[start : start + rows]
         tokens, prompt_len, length = model.generate(part, response_len, temperature=temperature, generator=generator)
@@ -44,10 +44,10 @@ def simulate(
     temperature: float,
     seed: int,
 ) -> list[dict]:
-    """Decide every pair of responses to a prompt: for a with probability σ((judge a − judge b) / temperature).
+    """Decide every pair of responses to a prompt: choose a with probability σ((judge a − judge b) / temperature).
 
-    That is the model of Bradley and Terry (1952). "p_chosen" is the probability that the choice had: with it, a reader
-    can tell how much of the labels is noise. Pairs of the same text are left out.
+    This is the model of Bradley and Terry (1952). "p_chosen" is the probability of the choice; it shows the amount of
+    noise in the labels. Pairs of identical answers are omitted.
     """
     rng = np.random.default_rng(seed)
     rows = []
@@ -56,7 +56,7 @@ def simulate(
         for a, b in itertools.combinations(range(len(answers)), 2):
             if answers[a] == answers[b]:
                 continue
-            p = 0.5 + 0.5 * math.tanh((scores[a] - scores[b]) / temperature / 2)  # σ, which cannot overflow
+            p = 0.5 + 0.5 * math.tanh((scores[a] - scores[b]) / temperature / 2)  # σ, in a form that cannot overflow
             if rng.random() >= p:
                 a, b, p = b, a, 1 - p
             rows.append({"prompt": prompt} | preference([answers[a], answers[b]]) | {"p_chosen": round(p, 4)})
@@ -64,9 +64,9 @@ def simulate(
 
 
 def preference(ordered: list[Answer]) -> dict:
-    """The columns of a row for two or more responses that a person put in order, best first."""
+    """Return the columns of a row for two or more responses, which a person ordered from best to worst."""
     if len(ordered) > 2:
         return {"ranked": [text for text, _ in ordered], "ranked_ended": [ended for _, ended in ordered]}
     (chosen, chosen_ended), (rejected, rejected_ended) = ordered
-    both = {"chosen": chosen, "rejected": rejected}
-    return both | {"chosen_ended": chosen_ended, "rejected_ended": rejected_ended}
+    texts = {"chosen": chosen, "rejected": rejected}
+    return texts | {"chosen_ended": chosen_ended, "rejected_ended": rejected_ended}

@@ -1,4 +1,4 @@
-"""The page for people in a browser: a small HTTP server in front of a sitting."""
+"""A small HTTP server that shows a sitting as a page in the browser."""
 
 import json
 import re
@@ -9,13 +9,13 @@ from pathlib import Path
 from data.label.sitting import Sitting
 
 PAGE = Path(__file__).with_name("page.html")
-LONGEST_BODY = 2**14  # bytes of a request
+LONGEST_BODY = 2**14  # bytes, of the largest request body
 
 
 class Handler(BaseHTTPRequestHandler):
-    """GET /TOKEN/ is the page; POST /TOKEN/next, answer and undo take and give JSON. Everything else is 404."""
+    """GET /TOKEN/ returns the page; POST /TOKEN/next, answer and undo take and return JSON. All other paths are 404."""
 
-    timeout = 30  # seconds that a client may be silent for
+    timeout = 30  # seconds without data from a client before the connection closes
     server: "Server"
 
     def _reply(self, code: int, content: bytes, kind: str = "text/plain; charset=utf-8") -> None:
@@ -33,7 +33,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def _refused(self) -> bool:
-        """Answer a request with a wrong token, from another site or to another name. True if that was done."""
+        """Refuse a request with a wrong token, a foreign origin or a wrong host name. Returns True if it refused."""
         host, origin = self.headers.get("Host", ""), self.headers.get("Origin")
         token = (self.path.split("/") + [""])[1]
         if not secrets.compare_digest(token.encode("utf-8", "replace"), self.server.token.encode()):
@@ -102,9 +102,9 @@ class Server(ThreadingHTTPServer):
         self.address = f"http://{host}:{self.server_port}/{self.token}/"
 
     def known(self, host: str) -> bool:
-        """True if a Host header names this server. Another name may point here too (DNS rebinding); it is refused.
+        """Return True if a Host header names this server. Refuse other names that point here (DNS rebinding).
 
-        Any port will do, since a tunnel may come from another.
+        Any port is accepted, because a tunnel may use another port.
         """
         name = host.partition(":")[0]
         return name in ("localhost", self.host) or re.fullmatch(r"[0-9]+(\.[0-9]+){3}", name) is not None

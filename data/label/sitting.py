@@ -1,4 +1,4 @@
-"""A sitting: who is asked which question, and where the answers go."""
+"""A sitting gives questions to annotators and saves their answers."""
 
 import fcntl
 import json
@@ -17,39 +17,39 @@ from pathlib import Path
 from data.files import InputError, read_jsonl, write_jsonl
 from data.label.sampling import Answer, preference
 
-AHEAD = 16  # questions that are made before somebody asks for them
-ABANDONED = 300  # seconds after which another person gets an open question, if no other is left
+AHEAD = 16  # questions that are prepared before an annotator needs them
+ABANDONED = 300  # seconds until an open question goes to another person, if no new question remains
 
 
 @dataclass(eq=False)
 class Question:
     prompt: str
     answers: list[Answer]
-    checkpoints: list[str]  # of each answer
-    number: int = 0  # of its prompt
+    checkpoints: list[str]  # the checkpoint of each answer
+    number: int = 0  # the index of its prompt
 
 
 class Sitting:
-    """Makes questions ahead in the background, hands them to annotators, and appends their answers to one file.
+    """Prepares questions in the background, gives them to annotators, and appends their answers to one file.
 
-    `make` makes a prompt's question, or None where the model says the same every time. Every method may be called from
-    any thread. A question that somebody has open is offered to nobody else, until `people` have answered it.
+    `make` returns the question of a prompt, or None if the model does not give enough different answers. Any thread may
+    call any method. At most `people` annotators have answered a question or have it open.
     """
 
     def __init__(self, prompts: list[str], make: Callable[[str], Question | None], out: Path, people: int, seed: int):
         self.out, self.people, self.seed = out, people, seed
         self.rows = read_answers(out, repair=True)
-        self.answered_by: dict[str, set[str]] = {prompt: set() for prompt in prompts}  # who has answered it
+        self.answered_by: dict[str, set[str]] = {prompt: set() for prompt in prompts}  # prompt → who has answered it
         for row in self.rows:
             self.answered_by.setdefault(row["prompt"], set()).add(row["annotator"])
-        self.prompts, self.alike = prompts, 0  # alike: prompts whose answers are all the same
-        self.waiting: list[Question] = []  # made, and not yet answered by `people`
-        self.open: dict[str, tuple[Question, float]] = {}  # annotator → what they look at, and since when
-        self.past: defaultdict[str, list[Question]] = defaultdict(list)  # annotator → what they answered here
+        self.prompts, self.alike = prompts, 0  # alike: the number of prompts without a question
+        self.waiting: list[Question] = []  # questions that fewer than `people` have answered
+        self.open: dict[str, tuple[Question, float]] = {}  # annotator → their open question, and its start time
+        self.history: defaultdict[str, list[Question]] = defaultdict(list)  # annotator → what they answered here
         self.changed = threading.Condition()
         self.making, self.stopping, self.error = True, False, ""
-        left = [(i, prompt) for i, prompt in enumerate(prompts) if len(self.answered_by[prompt]) < people]
-        self.maker = threading.Thread(target=self._make_ahead, args=(left, make), daemon=True)
+        remaining = [(i, prompt) for i, prompt in enumerate(prompts) if len(self.answered_by[prompt]) < people]
+        self.maker = threading.Thread(target=self._make_ahead, args=(remaining, make), daemon=True)
         self.maker.start()
 
     def _make_ahead(self, prompts: list[tuple[int, str]], make: Callable[[str], Question | None]) -> None:
@@ -77,18 +77,18 @@ class Sitting:
         return self.stopping or sum(not self._takers(question) for question in self.waiting) < AHEAD
 
     def stop(self) -> None:
-        """End the sampling after the current prompt: a process must not end in the middle of a forward."""
+        """Stop sampling after the current prompt, because a process must not end during a forward pass."""
         with self.changed:
             self.stopping = True
             self.changed.notify_all()
         self.maker.join()
 
     def _takers(self, question: Question) -> set[str]:
-        """Who has answered a question or has it open."""
+        """Return the annotators who have answered a question or have it open."""
         return self.answered_by[question.prompt] | {who for who, (shown, _) in self.open.items() if shown is question}
 
     def next(self, annotator: str) -> Question | None:
-        """The open question of `annotator`, else a new one; None if none is left. Raises OSError if sampling failed."""
+        """Return the annotator's open question, else a new one, else None. Raises OSError if sampling failed."""
 
         def pick() -> Question | None:
             for question in self.waiting:
@@ -99,15 +99,15 @@ class Sitting:
 
         with self.changed:
             self.changed.wait_for(lambda: annotator in self.open or pick() or not self.making)
-            if annotator not in self.open:  # another request of theirs may have opened one meanwhile
+            if annotator not in self.open:  # the annotator's other request may have opened one
                 if (question := pick()) is None:
                     if self.error:
                         raise OSError(self.error)
-                    before = time.monotonic() - ABANDONED
+                    limit = time.monotonic() - ABANDONED
                     old = [
                         who
                         for who, (q, since) in self.open.items()
-                        if since < before and annotator not in self.answered_by[q.prompt]
+                        if since < limit and annotator not in self.answered_by[q.prompt]
                     ]
                     if not old:
                         return None
@@ -117,15 +117,15 @@ class Sitting:
             return self.open[annotator][0]
 
     def order(self, question: Question, annotator: str) -> list[int]:
-        """The random order in which the answers are shown. A reload does not change it."""
+        """Return the random order of the answers on the page. A reload does not change it."""
         key = f"{self.seed} {annotator} {question.prompt}"
         return random.Random(zlib.crc32(key.encode("utf-8", "replace"))).sample(range(n := len(question.answers)), n)
 
     def answer(self, annotator: str, number: int, verdict: str | list[int]) -> None:
-        """Append a verdict on the open question: "tie", "skip", or the places as shown, best first.
+        """Append a verdict on the open question: "tie", "skip", or the positions on the page, best first.
 
-        Raises ValueError where it is none of these, or where the annotator has another question open; OSError where it
-        cannot be written, and then the file is as it was.
+        Raises ValueError if the verdict is none of these, or if question `number` is not the annotator's open question.
+        Raises OSError if the write fails; the file then stays unchanged.
         """
         with self.changed:
             question, since = self.open.get(annotator, (None, 0.0))
@@ -156,25 +156,25 @@ class Sitting:
                     raise
             self.rows.append(row)
             self.answered_by[prompt].add(annotator)
-            self.past[annotator].append(question)
+            self.history[annotator].append(question)
             del self.open[annotator]
             if len(self.answered_by[prompt]) >= self.people:
                 self.waiting.remove(question)
             self.changed.notify_all()
 
     def undo(self, annotator: str) -> bool:
-        """Take the annotator's last answer of this sitting out of the file, and show its question again."""
+        """Remove the annotator's last answer of this sitting from the file, and open its question again."""
         with self.changed:
-            if not self.past[annotator]:
+            if not self.history[annotator]:
                 return False
-            question = self.past[annotator].pop()
-            at = max(
+            question = self.history[annotator].pop()
+            index = max(
                 i
                 for i, row in enumerate(self.rows)
                 if (row["annotator"], row["prompt"]) == (annotator, question.prompt)
             )
-            write_jsonl(self.out, self.rows[:at] + self.rows[at + 1 :])
-            del self.rows[at]
+            write_jsonl(self.out, self.rows[:index] + self.rows[index + 1 :])
+            del self.rows[index]
             self.answered_by[question.prompt].discard(annotator)
             if question not in self.waiting:
                 self.waiting.insert(0, question)
@@ -183,7 +183,7 @@ class Sitting:
             return True
 
     def progress(self, annotator: str) -> dict:
-        """How many this annotator has answered, how many are left for them, and the seconds that will take."""
+        """Return the number of answered and of remaining questions of this annotator, and the seconds remaining."""
         with self.changed:
             mine = [row for row in self.rows if row["annotator"] == annotator]
             full = sum(
@@ -195,7 +195,7 @@ class Sitting:
 
 
 def read_answers(path: Path, repair: bool = False) -> list[dict]:
-    """The rows of a label file. `repair` removes a last line that a kill cut short: nobody saw it accepted."""
+    """Return the rows of a label file. `repair` removes an incomplete last line, which a killed process leaves."""
     if not path.exists() or path.stat().st_size == 0:
         return []
     if repair:
@@ -209,7 +209,7 @@ def read_answers(path: Path, repair: bool = False) -> list[dict]:
 
 @contextmanager
 def alone(path: Path) -> Iterator[None]:
-    """Hold the lock of `path`. Raises InputError if another process is labelling into it."""
+    """Hold the lock of `path`. Raises InputError if another labelling process holds it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{path}.lock", "w") as lock:
         try:

@@ -1,4 +1,4 @@
-"""The same sitting in a terminal."""
+"""Run a sitting in a terminal."""
 
 import re
 
@@ -6,7 +6,7 @@ from data.label.sitting import Sitting
 
 
 def ask_in_terminal(sitting: Sitting, annotator: str) -> None:
-    """The same sitting by input(): the places, best first; t for a tie, s to skip, u to undo, q to stop."""
+    """Read answers with input(): the positions, best first; t for a tie, s to skip, u to undo, q to stop."""
     while question := sitting.next(annotator):
         order, shown = sitting.order(question, annotator), sitting.progress(annotator)
         pace = f", about {shown['seconds_left'] / 60:.0f} min left" if shown["seconds_left"] else ""
@@ -14,12 +14,12 @@ def ask_in_terminal(sitting: Sitting, annotator: str) -> None:
         for place, i in enumerate(order, 1):
             text, ended = question.answers[i]
             print(f"\n[{place}] {visible(text)}{'' if ended else ' …'}")
-        best_first = "1 or 2" if len(order) == 2 else "the order, best first (as 312)"
+        best_first = "1 or 2" if len(order) == 2 else "the order, best first (for example 312)"
         said = input(f"\nBetter: {best_first}; t tie, s skip, u undo, q quit > ").strip().lower()
         if said == "q":
             return
         if said == "u":
-            print("taken back" if sitting.undo(annotator) else "nothing to take back")
+            print("the last answer was removed" if sitting.undo(annotator) else "there is no answer to remove")
             continue
         verdict: str | list[int] = {"t": "tie", "s": "skip"}.get(said, said)
         if verdict == said:
@@ -29,10 +29,10 @@ def ask_in_terminal(sitting: Sitting, annotator: str) -> None:
         try:
             sitting.answer(annotator, question.number, verdict)
         except ValueError as error:
-            print(f"{error}, please")
+            print(error)
     print("\nThat was the last one. Thank you.")
 
 
 def visible(text: str) -> str:
-    """Text without the control characters that could move a terminal's cursor."""
+    """Replace the control characters that could move a terminal's cursor."""
     return re.sub(r"[^\n\t\x20-\x7e\xa0-\U0010ffff]", "�", text)
