@@ -20,6 +20,7 @@ from data.batches import (
     encode_row,
     fit,
     hold_out,
+    hold_out_prompts,
     micro_batches,
     pad,
     prompts,

@@ -1,7 +1,8 @@
 """Rows of token ids: read them from files, pad them, shuffle them into batches, and hold some out."""
 
+import itertools
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ import tiktoken
 import torch
 from torch import Tensor
 
+from data.chance import shuffler
 from data.files import InputError, documents, first_row, iterate_jsonl, suffix
 from data.tokenizer import encode_prompt
 from fast import to_device
@@ -30,10 +32,24 @@ class Group(NamedTuple):
     certainty: list[float]  # for each pair: the likelier outcome's probability if a judge simulated it, else nan
 
 
-def encode_row(encoding: tiktoken.Encoding, eos: int, prompt: str, response: str, ended: bool = True) -> Row:
-    """Encode prompt and response separately, because generation also continues the ids of the prompt."""
+def encode_row(
+    encoding: tiktoken.Encoding, eos: int, prompt: str, response: str, ended: bool = True, ids: list[int] | None = None
+) -> Row:
+    """Encode prompt and response separately, because generation also continues the ids of the prompt.
+
+    `ids` are those that the response was sampled as. They are taken if they are this vocabulary's ids of that text.
+    """
     start = encode_prompt(encoding, prompt) or [eos]
-    return Row(start + encoding.encode_ordinary(response) + [eos] * ended, len(start))
+    if ids is None or not _spell(encoding, ids, response):
+        ids = encoding.encode_ordinary(response)
+    return Row(start + ids + [eos] * ended, len(start))
+
+
+def _spell(encoding: tiktoken.Encoding, ids: list[int], text: str) -> bool:
+    try:
+        return encoding.decode(ids) == text
+    except (KeyError, OverflowError, TypeError):  # ids of another vocabulary, or no ids
+        return False
 
 
 def _ended(path: str | Path, number: int, row: dict, column: str) -> bool:
@@ -44,18 +60,26 @@ def _ended(path: str | Path, number: int, row: dict, column: str) -> bool:
 
 
 def completions(path: str | Path, encoding: tiktoken.Encoding, eos: int) -> list[Row]:
-    return [
-        encode_row(encoding, eos, row["prompt"], row["completion"], _ended(path, number, row, "completion"))
-        for number, row in enumerate(iterate_jsonl(path, {"prompt": str, "completion": str}), 1)
-    ]
+    rows = []
+    for number, row in enumerate(iterate_jsonl(path, {"prompt": str, "completion": str}), 1):
+        ended = _ended(path, number, row, "completion")
+        if not row["completion"] and not ended:
+            raise InputError(f'{path}: row {number}: "completion" is empty and has no end to learn; remove the row')
+        rows.append(encode_row(encoding, eos, row["prompt"], row["completion"], ended))
+    return rows
 
 
-def comparisons(path: str | Path, encoding: tiktoken.Encoding, eos: int) -> list[Group]:
-    """A row with "ranked" becomes one group. Consecutive pair rows of one prompt share a group and its rows."""
+def comparisons(
+    path: str | Path, encoding: tiktoken.Encoding, eos: int, say: Callable[[str], None] = lambda text: None
+) -> list[Group]:
+    """A row with "ranked" becomes one group. Consecutive pair rows of one prompt share a group and its rows.
+
+    No response is compared with an equal one. `say` is told how many such pairs were left out.
+    """
     kind = {"ranked": list} if "ranked" in first_row(path) else {"chosen": str, "rejected": str}
     groups: list[Group] = []
     index: dict[tuple[str, bool], int] = {}
-    previous = None
+    previous, equal = None, 0
     for number, row in enumerate(iterate_jsonl(path, {"prompt": str} | kind), 1):
         if "ranked" in kind:
             texts, ends = row["ranked"], row.get("ranked_ended", [True] * len(row["ranked"]))
@@ -67,18 +91,27 @@ def comparisons(path: str | Path, encoding: tiktoken.Encoding, eos: int) -> list
                 )
         else:
             texts, ends = [row[c] for c in kind], [_ended(path, number, row, c) for c in kind]
+        ids = row.get("ranked_ids") if "ranked" in kind else [row.get(f"{c}_ids") for c in kind]
+        ids = ids if isinstance(ids, list) and len(ids) == len(texts) else [None] * len(texts)
         if "ranked" in kind or row["prompt"] != previous:
             groups.append(Group([], [], []))
             index, previous = {}, row["prompt"]
         group, places = groups[-1], []
-        for response in zip(texts, ends):
+        for response, sampled in zip(zip(texts, ends), ids):
             if response not in index:
                 index[response] = len(group.rows)
-                group.rows.append(encode_row(encoding, eos, row["prompt"], *response))
+                group.rows.append(encode_row(encoding, eos, row["prompt"], *response, sampled))
             places.append(index[response])
-        pairs = [(w, l) for i, w in enumerate(places) for l in places[i + 1 :]]
+        compared = list(itertools.combinations(places, 2))  # (winner, loser)
+        pairs = [pair for pair in compared if group.rows[pair[0]] != group.rows[pair[1]]]
+        equal += len(compared) - len(pairs)
         group.pairs.extend(pairs)
         group.certainty.extend([max(p, 1 - p) if (p := row.get("p_chosen")) is not None else float("nan")] * len(pairs))
+    if equal:
+        say(f"{path}: {equal:,} pairs of equal texts were left out")
+    groups = [group for group in groups if group.pairs]
+    if not groups:
+        raise InputError(f"{path}: all pairs are of equal texts; give some that differ")
     return groups
 
 
@@ -118,7 +151,7 @@ def shuffled(items: list, batch_size: int, seed: int, lengths: list[int] | None,
     batch_size = min(batch_size, len(items))
     per_epoch = len(items) // batch_size
     epoch, place = divmod(step, per_epoch)
-    rng = np.random.default_rng([seed, epoch])
+    rng = shuffler("batches", seed, epoch)
     order = rng.permutation(len(items))[: per_epoch * batch_size]
     if lengths is not None:
         size, stretch = np.asarray(lengths), 16 * batch_size
@@ -161,13 +194,21 @@ def hold_out(items: list[Row] | list[Group], share: int = 20) -> tuple[list, lis
         return tuple(row.tokens[: row.prompt_len])
 
     known = list(dict.fromkeys(map(prompt, items)))
-    chosen = np.random.default_rng(0).permutation(len(known))[: min(512, len(known) // share)]
+    chosen = shuffler("hold out").permutation(len(known))[: min(512, len(known) // share)]
     held_prompts = {known[i] for i in chosen}
     held = [item for item in items if prompt(item) in held_prompts]
     rest = [item for item in items if prompt(item) not in held_prompts]
     if not held:
         raise InputError(f"{len(known)} different prompts are too few for a held-out set; give at least {share}")
     return held, rest
+
+
+def hold_out_prompts(prompts: list[list[int]], most: int) -> tuple[list[list[int]], list[list[int]]]:
+    """Return (held out, rest): a tenth, at most `most`. A prompt that comes twice is on one side only."""
+    known = list(dict.fromkeys(map(tuple, prompts)))
+    n = min(most, -(-len(known) // 10))
+    chosen = {known[i] for i in shuffler("hold out").permutation(len(known))[:n]}
+    return [list(p) for p in known if p in chosen], [p for p in prompts if tuple(p) not in chosen]
 
 
 def token_stream(path: str | Path, encoding: tiktoken.Encoding, eos: int, target: str | Path) -> np.memmap:
@@ -194,4 +235,5 @@ def windows(stream: np.ndarray, width: int, starts: Iterable[int]) -> list[Row]:
 
 def random_windows(stream: np.ndarray, width: int, batch_size: int, seed: int, step: int) -> list[Row]:
     """Return batch number `step`: rows of `width` ids that start at random positions in the stream."""
-    return windows(stream, width, np.random.default_rng([seed, step]).integers(0, len(stream) - width, batch_size))
+    starts = shuffler("windows", seed, step).integers(0, len(stream) - width, batch_size, endpoint=True)
+    return windows(stream, width, starts)

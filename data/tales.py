@@ -7,6 +7,7 @@ measure. The reward model and PPO never read it: the reward model sees only whic
     python -m data.tales            write the files and print a few rows of each
 """
 
+import hashlib
 import itertools
 import json
 import os
@@ -157,14 +158,20 @@ def rows() -> dict[str, list[dict]]:
 
 
 def path(name: str) -> str:
-    """Return the path of the file `name` (pretrain, sft, compare, ppo, eval). Writes the file if it is missing."""
-    target = FOLDER / f"{name}.jsonl"
-    if not target.exists():
+    """Return the path of the file `name` (pretrain, sft, compare, ppo, eval).
+
+    Writes all files if it is missing, or if another version of this module wrote it.
+    """
+    target, version = FOLDER / f"{name}.jsonl", FOLDER / "version"
+    mine = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    if not target.exists() or not version.exists() or version.read_text() != mine:
         FOLDER.mkdir(parents=True, exist_ok=True)
         for file, content in rows().items():
             temporary = FOLDER / f"{file}.{os.getpid()}.tmp"  # several processes may write it at the same time
             temporary.write_text("".join(json.dumps(row) + "\n" for row in content))
             temporary.replace(FOLDER / f"{file}.jsonl")
+        temporary.write_text(mine)
+        temporary.replace(version)
     return str(target)
 
 

@@ -1,7 +1,6 @@
 """Comparisons from people: sample several responses to a prompt, ask which is better, append the answer to a JSONL."""
 
 import getpass
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,10 +58,10 @@ def prepare(cfg: Config) -> tuple[list[str], Callable[[str], Question | None]]:
         for attempt in range(5):  # sample again if some answers are the same
             for j, (name, model, encoding) in enumerate(models):
                 n = len(range(j, cfg.samples, len(models))) - checkpoints.count(name)
-                seed = common.seed_of(cfg.seed, attempt, j, zlib.crc32(prompt.encode("utf-8", "replace")))
+                seed = common.seed_of("question", cfg.seed, attempt, j, prompt)
                 shape = cfg.response_len, cfg.temperature, seed
                 for answer in sample_responses(model, encoding, [prompt], n, *shape)[0] if n else []:
-                    if answer[0] not in [text for text, _ in answers]:
+                    if answer.text not in [other.text for other in answers]:
                         answers.append(answer)
                         checkpoints.append(name)
         return Question(prompt, answers, checkpoints) if len(answers) == cfg.samples else None

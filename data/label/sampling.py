@@ -3,15 +3,21 @@
 import itertools
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
-import numpy as np
 import tiktoken
-import torch
 
+from data.chance import generator, shuffler
 from data.tokenizer import encode_prompt
 from model import GPT
 
-Answer = tuple[str, bool]  # a response, and whether it ended with EOS before the length limit
+
+class Answer(NamedTuple):
+    """A response to compare. The ids, without EOS, are those that the model sampled."""
+
+    text: str
+    ended: bool  # with EOS, before the length limit
+    ids: list[int] | None = None
 
 
 def sample_responses(
@@ -23,18 +29,19 @@ def sample_responses(
     temperature: float,
     seed: int,
 ) -> list[list[Answer]]:
-    """Sample `samples` responses to each prompt: (text, whether EOS is among its `response_len` tokens)."""
+    """Sample `samples` responses of at most `response_len` tokens, EOS included, to each prompt."""
     repeated = [ids for prompt in prompts for ids in [encode_prompt(encoding, prompt)] * samples]
-    generator = torch.Generator().manual_seed(seed)
-    texts = []
+    chance = generator(seed)
+    answers = []
     rows = min(512, max(1, 2**16 // (max(map(len, repeated)) + response_len)))  # limits the cache size
     for start in range(0, len(repeated), rows):
         part = repeated[start : start + rows]
-        tokens, prompt_len, length = model.generate(part, response_len, temperature=temperature, generator=generator)
+        tokens, prompt_len, length = model.generate(part, response_len, temperature=temperature, generator=chance)
         for row, first, end in zip(tokens.tolist(), prompt_len.tolist(), length.tolist()):
             ended = row[end - 1] == model.config.eos
-            texts.append((encoding.decode(row[first : end - ended]), ended))
-    return [texts[i : i + samples] for i in range(0, len(texts), samples)]
+            ids = row[first : end - ended]
+            answers.append(Answer(encoding.decode(ids), ended, ids))
+    return [answers[i : i + samples] for i in range(0, len(answers), samples)]
 
 
 def simulate(
@@ -47,14 +54,15 @@ def simulate(
     """Decide every pair of responses to a prompt: choose a with probability σ((judge a − judge b) / temperature).
 
     This is the model of Bradley and Terry (1952). "p_chosen" is the probability of the choice; it shows the amount of
-    noise in the labels. Pairs of identical answers are omitted.
+    noise in the labels. Pairs of identical texts are omitted.
     """
-    rng = np.random.default_rng(seed)
+    rng = shuffler("choices", seed)
     rows = []
-    for prompt, answers in zip(prompts, responses):
-        scores = [judge(prompt, text) for text, _ in answers]
+    for prompt, compared in zip(prompts, responses):
+        answers = [Answer(*answer) for answer in compared]
+        scores = [judge(prompt, answer.text) for answer in answers]
         for a, b in itertools.combinations(range(len(answers)), 2):
-            if answers[a] == answers[b]:
+            if answers[a].text == answers[b].text:
                 continue
             p = 0.5 + 0.5 * math.tanh((scores[a] - scores[b]) / temperature / 2)  # σ, in a form that cannot overflow
             if rng.random() >= p:
@@ -64,9 +72,15 @@ def simulate(
 
 
 def preference(ordered: list[Answer]) -> dict:
-    """Return the columns of a row for two or more responses, which a person ordered from best to worst."""
+    """Return the columns of a row for two or more responses, which a person ordered from best to worst.
+
+    The ids are kept, because encoding a sampled text again can give other ids than those that were sampled.
+    """
+    texts, ended, ids = (list(column) for column in zip(*ordered))
+    columns = {"": texts, "_ended": ended, "_ids": ids}
+    if None in ids:
+        del columns["_ids"]
     if len(ordered) > 2:
-        return {"ranked": [text for text, _ in ordered], "ranked_ended": [ended for _, ended in ordered]}
-    (chosen, chosen_ended), (rejected, rejected_ended) = ordered
-    texts = {"chosen": chosen, "rejected": rejected}
-    return texts | {"chosen_ended": chosen_ended, "rejected_ended": rejected_ended}
+        return {f"ranked{name}": column for name, column in columns.items()}
+    chosen = {f"chosen{name}": column[0] for name, column in columns.items()}
+    return chosen | {f"rejected{name}": column[1] for name, column in columns.items()}

@@ -82,8 +82,9 @@ class Handler(BaseHTTPRequestHandler):
         shown = sitting.progress(annotator) | {"undone": undone, "prompt": None}
         if question:
             answers = [question.answers[i] for i in sitting.order(question, annotator)]
-            shown |= {"prompt": question.prompt, "number": question.number, "responses": [text for text, _ in answers]}
-            shown["cut"] = [not ended for _, ended in answers]
+            shown |= {"prompt": question.prompt, "number": question.number}
+            shown["responses"] = [answer.text for answer in answers]
+            shown["cut"] = [not answer.ended for answer in answers]
         return shown
 
     def log_message(self, *_: object) -> None:

@@ -134,7 +134,7 @@ class Sitting:
             order, prompt = self.order(question, annotator), question.prompt
             row: dict = {"prompt": prompt}
             if verdict in ("tie", "skip"):
-                row |= {"verdict": verdict, "responses": [text for text, _ in question.answers]}
+                row |= {"verdict": verdict, "responses": [answer.text for answer in question.answers]}
                 row["checkpoint"] = question.checkpoints
             elif isinstance(verdict, list) and {*map(type, verdict)} == {int} and sorted(verdict) == sorted(order):
                 best_first = [order[place] for place in verdict]

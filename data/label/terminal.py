@@ -12,8 +12,8 @@ def ask_in_terminal(sitting: Sitting, annotator: str) -> None:
         pace = f", about {shown['seconds_left'] / 60:.0f} min left" if shown["seconds_left"] else ""
         print(f"\n{'─' * 72}\n{shown['done']} done, {shown['left']} to go{pace}\n\n{visible(question.prompt)}")
         for place, i in enumerate(order, 1):
-            text, ended = question.answers[i]
-            print(f"\n[{place}] {visible(text)}{'' if ended else ' …'}")
+            answer = question.answers[i]
+            print(f"\n[{place}] {visible(answer.text)}{'' if answer.ended else ' …'}")
         best_first = "1 or 2" if len(order) == 2 else "the order, best first (for example 312)"
         said = input(f"\nBetter: {best_first}; t tie, s skip, u undo, q quit > ").strip().lower()
         if said == "q":
