@@ -1,17 +1,76 @@
-"""Evaluation on held-out prompts, and the report before → after. It measures a policy and changes nothing."""
+"""What is measured: the metrics of an iteration, held-out prompts, the report before → after, best-of-n.
 
+Nothing here changes a net. A mean stands with its standard error, ±.
+"""
+
+import math
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
+
+import common
+from data import InputError
 
 Judge = Callable[[str, str], float]  # (prompt, response) -> how good
+Texts = list[tuple[str, str]]  # (prompt, response)
+Answer = Callable[[list[list[int]], int], tuple[dict[str, Tensor], Texts]]  # see `evaluate`
 
 
-def evaluate(
-    answer: Callable[[list[list[int]], int], tuple[dict, list[tuple[str, str]]]],
-    prompts: list[list[int]],
-    judges: dict[str, Judge],
-) -> dict[str, list]:
+# --- one iteration ----------------------------------------------------------------------------------------------------
+
+
+def rollout_metrics(batch: dict[str, Tensor], judged: list[float], kl_coef: float) -> dict[str, float]:
+    """TRL's names: sums over a response, then means over the responses of all processes.
+
+    objective/scores         the score as it came; rlhf_reward has the final one
+    objective/entropy        −Σ log π of the sampled tokens, as in TRL; its mean is the entropy of a whole response
+    objective/kl_max         the largest KL of a response
+    token_entropy            the mean entropy of the next-token distributions
+    score_length_correlation near 1: the reward model likes length
+    value/explained_variance 1 − var(return − value) / var(return) over tokens: 1 is perfect, 0 is no better than a mean
+    """
+    mask = batch["mask"]
+    kl = ((batch["logp"] - batch["ref_logp"]) * mask).sum(1)  # (B,) nats
+    rows = {
+        "objective/kl": kl,
+        "objective/entropy": -(batch["logp"] * mask).sum(1),
+        "objective/scores": batch["score"],
+        "objective/non_score_reward": -kl_coef * kl,
+        "objective/rlhf_reward": batch["final_score"] - kl_coef * kl,
+        "val/num_eos_tokens": batch["ended"],
+        "response_len": mask.sum(1),
+    }
+    if judged:
+        rows["objective/judge"] = torch.tensor(judged, device=kl.device)
+    columns = {name: common.gather(x.float()) for name, x in rows.items()}  # of all processes
+    score, length = columns["objective/scores"], columns["response_len"]
+    spread, error = batch["returns"], batch["returns"] - batch["values"]
+    found = {name: x.mean() for name, x in columns.items()} | {
+        "objective/scores_std": score.std(correction=0),
+        "objective/kl_max": columns["objective/kl"].max(),
+        "score_length_correlation": correlation(score, length),
+        "token_entropy": common.masked_mean(batch["entropy"], mask),
+        "value/explained_variance": 1 - masked_variance(error, mask) / masked_variance(spread, mask).clamp(min=1e-8),
+    }
+    numbers = torch.stack([x.float() for x in found.values()]).tolist()  # one wait for the device
+    return dict(zip(found, numbers)) | {"kl_coef": kl_coef}
+
+
+def correlation(x: Tensor, y: Tensor) -> Tensor:
+    """Pearson's; 0 where one of the two does not vary."""
+    x, y = x - x.mean(), y - y.mean()
+    return (x * y).sum() / (x.norm() * y.norm()).clamp(min=1e-8)
+
+
+def masked_variance(x: Tensor, mask: Tensor) -> Tensor:
+    return common.masked_mean((x - common.masked_mean(x, mask)).square(), mask)
+
+
+# --- held-out prompts -------------------------------------------------------------------------------------------------
+
+
+def evaluate(answer: Answer, prompts: list[list[int]], judges: dict[str, Judge]) -> dict[str, list]:
     """One answer to each prompt: a column for each measure, one number a prompt; and "texts", (prompt, response) pairs.
 
     `answer(prompts, start)` gives a batch that has been read (see ppo.py) and its texts; `start` is the number of the
@@ -20,10 +79,9 @@ def evaluate(
     columns: dict[str, list] = {}
     for start in range(0, len(prompts), 128):
         batch, pairs = answer(prompts[start : start + 128], start)
-        kl = ((batch["logp"] - batch["ref_logp"]) * batch["mask"]).sum(1)
         new = {name: [float(judge(*pair)) for pair in pairs] for name, judge in judges.items()}
         new["score"] = batch["score"].tolist()
-        new["KL to the start (nats)"] = kl.tolist()
+        new["KL to the start (nats)"] = ((batch["logp"] - batch["ref_logp"]) * batch["mask"]).sum(1).tolist()
         new["length (tokens)"] = batch["mask"].sum(1).tolist()
         new["ended by EOS"] = batch["ended"].float().tolist()
         new["texts"] = pairs
@@ -32,22 +90,83 @@ def evaluate(
     return columns
 
 
+def summary(columns: dict[str, list], judges: dict[str, Judge], kl_coef: float) -> tuple[dict[str, float], float]:
+    """An evaluation as metrics, and how good it is: the first judge's mean, or without one score − β KL."""
+    means = {
+        name: torch.tensor(columns[name], dtype=torch.float64).mean().item() for name in columns if name != "texts"
+    }
+    metrics = {"eval/score": means["score"], "eval/kl": means["KL to the start (nats)"]}
+    if not judges:
+        return metrics, metrics["eval/score"] - kl_coef * metrics["eval/kl"]
+    metrics["eval/judge"] = means[next(iter(judges))]
+    return metrics, metrics["eval/judge"]
+
+
+def mean_and_error(column: list[float]) -> str:
+    x = torch.tensor(column, dtype=torch.float64)
+    error = x.std() / len(x) ** 0.5 if len(x) > 1 else 0.0
+    return f"{x.mean():8.3f} ± {error:.3f}"
+
+
 def report(before: dict[str, list], after: dict[str, list], judges: dict[str, Judge]) -> str:
-    """The table before → after with standard errors, the win rate, and four answers side by side."""
-    n = len(before["texts"])
-    lines = [f"\n{n} held-out prompts                 before              after"]
+    """The table before → after, the win rate, and four answers side by side.
+
+    The two columns answer the same prompts with random numbers of their own. So the ± of the change is that of the
+    differences prompt by prompt, and a win is not made by chance that both share.
+    """
+    title = f"{len(before['texts'])} held-out prompts"
+    lines = [f"\n{title:<28}{'before':>18}  {'after':>18}  {'change':>18}"]
     for name in before:
         if name == "texts":
             continue
-        cells = []
-        for column in (before[name], after[name]):
-            x = torch.tensor(column, dtype=torch.float64)
-            error = x.std() / n**0.5 if n > 1 else 0
-            cells.append(f"{x.mean():8.3f} ± {error:.3f}")
-        lines.append(f"{name:<28}{cells[0]:>18}  {cells[1]:>18}")
+        change = [b - a for a, b in zip(before[name], after[name])]
+        cells = [mean_and_error(column) for column in (before[name], after[name], change)]
+        lines.append(f"{name:<28}" + "  ".join(f"{cell:>18}" for cell in cells))
     measure = next(iter(judges), "score")
-    wins = sum((b > a) + 0.5 * (b == a) for a, b in zip(before[measure], after[measure])) / n
-    lines.append(f"{'win rate against the start':<28}{'':>18}  {wins:8.3f}  (by {measure}, ties half)\n")
+    wins = [(b > a) + 0.5 * (b == a) for a, b in zip(before[measure], after[measure])]
+    lines.append(f"{'win rate against the start':<28}{'':>18}  {mean_and_error(wins):>18}  (by {measure}, ties half)\n")
     for (prompt, first), (_, second) in list(zip(before["texts"], after["texts"]))[:4]:
         lines += [f"  {prompt.strip()}", f"    before  {first.strip()}", f"    after   {second.strip()}"]
+    return "\n".join(lines)
+
+
+# --- best of n --------------------------------------------------------------------------------------------------------
+
+
+def best_of_sizes(option: str) -> list[int]:
+    """The numbers of --best_of. Raises InputError for what is not a list of numbers above 0."""
+    try:
+        sizes = [int(word) for word in option.split(",") if word]
+    except ValueError:
+        sizes = [0]
+    if any(n < 1 for n in sizes):
+        raise InputError(f"--best_of {option}: give numbers above 0, separated by commas")
+    return sizes
+
+
+def expected_at_best(scores: Tensor, values: Tensor, n: int) -> Tensor:
+    """The expected value of the best-scored of n answers, from N ≥ n answers to each prompt: (P, N), (P, N) → (P,).
+
+    Unbiased: it is the mean over all n-subsets. The i-th answer from below (i = 1…N) is the best of a subset of n with
+    probability C(i − 1, n − 1) / C(N, n) (Nakano et al. 2021, arXiv 2112.09332).
+    """
+    N = scores.shape[1]
+    weight = torch.tensor([math.comb(i, n - 1) / math.comb(N, n) for i in range(N)], dtype=torch.float64)
+    ordered = values.gather(1, scores.argsort(dim=1, stable=True))
+    return ordered.double() @ weight
+
+
+def best_of(answer: Answer, prompts: list[list[int]], judges: dict[str, Judge], sizes: list[int]) -> str:
+    """A table of best-of-n by the score: what choosing among n answers of the start gives, for each n of `sizes`.
+
+    Its KL to the start is at most log n − (n − 1) / n (Stiennon et al. 2020, appendix G.3; Beirami et al. 2024).
+    """
+    N = max(sizes)
+    found = evaluate(answer, [prompt for prompt in prompts for _ in range(N)], judges)
+    columns = {name: torch.tensor(found[name]).view(len(prompts), N) for name in [*judges, "score"]}
+    lines = [f"\n{'best of n by the score':<24}{'KL (nats)':>10}  " + "  ".join(f"{name:>24}" for name in columns)]
+    for n in sizes:
+        cells = [mean_and_error(expected_at_best(columns["score"], x, n).tolist()) for x in columns.values()]
+        kl = math.log(n) - (n - 1) / n
+        lines.append(f"{n:<24}{kl:>10.2f}  " + "  ".join(f"{cell:>24}" for cell in cells))
     return "\n".join(lines)

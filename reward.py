@@ -71,7 +71,7 @@ def sample_and_compare(
         common.say(
             f"{cfg.init} answers {len(texts):,} prompts of {source}, {cfg.samples} times each; {cfg.judge} compares"
         )
-        seeds = common.seed_of(cfg.seed, 1), common.seed_of(cfg.seed, 2)
+        seeds = common.seed_of("answers", cfg.seed), common.seed_of("choices", cfg.seed)
         with autocast:
             answers = label.sample_responses(
                 policy, encoding, texts, cfg.samples, cfg.response_len, cfg.temperature, seeds[0]
@@ -97,7 +97,7 @@ def build(
     fresh = not given and not run.state
     if fresh:
         comparisons = common.first_alone(lambda: sample_and_compare(cfg, source, policy, encoding, autocast))
-    groups = data.comparisons(comparisons, encoding, policy.config.eos)[: cfg.n_prompts or None]
+    groups = data.comparisons(comparisons, encoding, policy.config.eos, common.say)[: cfg.n_prompts or None]
     lengths = [max(len(row.tokens) for row in group.rows) for group in groups]
     groups = data.fit(groups, lengths, common.context(cfg, policy), cfg.drop_long, f"comparisons of {comparisons}")
     held_out, groups = data.hold_out(groups, share=10)
@@ -142,9 +142,10 @@ def evaluate(
         margins.append((scores[winner] - scores[loser]).cpu())
         certain += [p for group in part for p in group.certainty]
     margin = torch.cat(margins)  # (P,)
-    accuracy = ((margin > 0).float() + 0.5 * (margin == 0).float()).mean().item()
+    right = (margin > 0).double() + 0.5 * (margin == 0).double()
+    accuracy = right.mean().item()
     metrics = {"eval/loss": pairwise_loss(margin, groups).item() / len(groups), "eval/accuracy": accuracy}
-    metrics["eval/accuracy_se"] = math.sqrt(accuracy * (1 - accuracy) / len(margin))
+    metrics["eval/accuracy_se"] = clustered_error(right, [len(group.pairs) for group in groups])
     if not any(map(math.isnan, certain)):
         metrics["eval/accuracy_ceiling"] = sum(certain) / len(certain)
 
@@ -163,8 +164,20 @@ def evaluate(
     return metrics, table
 
 
+def clustered_error(x: Tensor, sizes: list[int]) -> float:
+    """The standard error of the mean of x (P,), whose values come in groups of these sizes that are not independent.
+
+    The pairs of one prompt share responses. Liang and Zeger 1986: the deviations of a group are summed, then squared.
+    """
+    if len(sizes) < 2:
+        return 0.0
+    deviations = torch.stack([part.sum() for part in (x - x.mean()).split(sizes)])
+    n = len(sizes)
+    return math.sqrt(deviations.square().sum().item() * n / (n - 1)) / len(x)
+
+
 def report(metrics: dict[str, float], table: list[tuple]) -> str:
-    """Held-out accuracy beside what the noise allows, and the calibration table."""
+    """Held-out accuracy, its ± by prompt, beside what the noise allows; and the calibration table."""
     first = f"\nheld-out accuracy {metrics['eval/accuracy']:.3f} ± {metrics['eval/accuracy_se']:.3f}"
     if "eval/accuracy_ceiling" in metrics:
         first += f" (the noise in these labels allows {metrics['eval/accuracy_ceiling']:.3f})"
@@ -202,7 +215,7 @@ def sample_policy(policy: GPT, groups: list[data.Group], cfg: Config, autocast: 
     prompts = list(islice(cycle(prompts), 512))
     rows = []
     for start in range(0, 512, 128):
-        generator = common.generator(cfg.seed, 3, start)
+        generator = common.generator("normalize", cfg.seed, start)
         with autocast:
             sampled = policy.generate(
                 prompts[start : start + 128], cfg.response_len, temperature=cfg.temperature, generator=generator
@@ -220,6 +233,8 @@ def train(cfg: Config) -> None:
     common.check_out(cfg)
     run = common.Run(cfg)
     policy, encoding, comparisons, fresh, groups, held_out = build(cfg, run, autocast, device)
+    first_rows = [group.rows[0] for group in groups]
+    run.about["prompts"] = torch.tensor([common.prompt_key(row.tokens[: row.prompt_len]) for row in first_rows])
     torch.manual_seed(cfg.seed)
     model = ScalarModel(copy.deepcopy(policy)).to(device)
     if cfg.compile:
@@ -234,8 +249,10 @@ def train(cfg: Config) -> None:
         f"{comparisons} → {cfg.out}: {n_pairs:,} pairs of {len(groups):,} prompts, {len(held_out):,} prompts held out"
     )
 
+    table: list[tuple] = []
     model.eval()  # no dropout: a score must not depend on chance
     for step in range(run.step, steps):
+        run.begin_step()
         # 1 The prompts of this step, each with all its responses.
         batch = data.shuffled(groups, cfg.batch_size, cfg.seed, None, step)
         mine = common.share(batch)
@@ -268,7 +285,7 @@ def train(cfg: Config) -> None:
         run.log(step, metrics, show=("loss/train", "accuracy", "tokens_per_s") if step % 20 == 0 or last else ())
         if (step + 1) % 200 == 0 or last:
             run.save(step + 1, model, encoding, {}, optimizer=optimizer)
-    run.finish(device)
+    run.finish(device, table)
 
 
 def main() -> None:
