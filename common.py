@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from data.chance import generator, seed_of
 from data.files import InputError
 from fast import Linear, keep_memory
 from model import GPT
@@ -28,8 +29,8 @@ from processes import (
     RANK,
     WORLD,
     first_alone,
+    gather,
     masked_mean,
-    means,
     pick_device,
     say,
     setup,
@@ -41,10 +42,12 @@ from runs import (
     Run,
     check_out,
     check_vocabulary,
+    known_prompts,
     load,
     load_gpt,
     load_scalar,
     peak_memory,
+    prompt_key,
     read_metrics,
     save_file,
     save_model,
@@ -140,16 +143,7 @@ def load_functions(names: str) -> dict[str, Callable[[str, str], float]]:
     return {name: load_function(name) for name in names.split(",") if name}
 
 
-# --- chance and training ----------------------------------------------------------------------------------------------
-
-
-def generator(*key: int) -> torch.Generator:
-    """A CPU generator that depends only on the key (seed, purpose, step, …), so that a resume needs no state of it."""
-    return torch.Generator().manual_seed(seed_of(*key))
-
-
-def seed_of(*key: int) -> int:
-    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+# --- training --------------------------------------------------------------------------------------------------------
 
 
 def freeze(model: nn.Module, autocast: torch.autocast) -> nn.Module:

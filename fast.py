@@ -17,7 +17,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+PRIVATE = ("_linear_pointwise", "_reorder_linear_weight")  # operators of oneDNN; another torch may lack them
+ONEDNN = torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in PRIVATE)
 CHUNK = 2**23  # logits that exist at a time; glibc still takes 32 MiB from memory that it has
 KEPT = 4  # chunks of logits that the backward need not compute again
 SHORT = 128  # a CPU attends to up to this many keys by plain products
@@ -87,7 +88,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def linear_float32(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear(x.float(), weight.float(), bias)`, also under autocast; float64 stays float64.
+    """`F.linear(x.float(), weight.float(), bias.float())`, also under autocast; float64 stays float64.
 
     Rounded to bfloat16, whose steps are 0.5 from 64 to 128, log-probabilities would be off by more than PPO's ε, and
     scores that are close would be equal.
@@ -95,7 +96,7 @@ def linear_float32(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
     if x.is_cuda and x.dtype == weight.dtype == torch.bfloat16 and bias is None:
         return torch.mm(x, weight.T, out_dtype=torch.float32)
     with torch.autocast(x.device.type, enabled=False):
-        return linear(at_least_float32(x), at_least_float32(weight), bias)
+        return linear(at_least_float32(x), at_least_float32(weight), None if bias is None else at_least_float32(bias))
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -140,6 +141,23 @@ def chosen_logprobs(hidden: Tensor, weight: Tensor, target: Tensor, temperature:
     return ChosenLogprobs.apply(hidden.to(dtype), weight.to(dtype), target, temperature, KEPT if wanted else 0)
 
 
+@torch.no_grad()
+def chosen_logprobs_and_entropy(
+    hidden: Tensor, weight: Tensor, target: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """`chosen_logprobs`, and `torch.distributions.Categorical(logits=hidden @ weight.T / temperature).entropy()`."""
+    dtype = compute_dtype(hidden)
+    weight, rows = weight.to(dtype), max(1, CHUNK // len(weight))
+    logp, entropy = [], []
+    for h, y in zip(hidden.to(dtype).split(rows), target.split(rows)):
+        logits = shifted_logits(h, weight, temperature)
+        exp = logits.exp()
+        total = exp.sum(-1)
+        logp.append(logits.gather(1, y[:, None])[:, 0] - total.log())
+        entropy.append(total.log() - exp.mul_(logits).sum(-1) / total)
+    return torch.cat(logp), torch.cat(entropy)
+
+
 class ChosenLogprobs(torch.autograd.Function):
     """With p = softmax, the gradient of a chosen log-probability with respect to the logits is onehot − p."""
 
@@ -177,13 +195,19 @@ class ChosenLogprobs(torch.autograd.Function):
 
 def chunk_softmax(hidden: Tensor, weight: Tensor, target: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
     """The chosen log-probabilities (n,), and the softmax as exp(logits − max) (n, V) and its sums (n, 1)."""
+    logits = shifted_logits(hidden, weight, temperature)
+    chosen = logits.gather(1, target[:, None])
+    total = logits.exp_().sum(-1, keepdim=True)
+    return (chosen - total.log())[:, 0], logits, total
+
+
+def shifted_logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
+    """hidden @ weight.T / temperature, less each row's largest: (n, V)."""
     logits = linear_float32(hidden, weight)
     if temperature != 1:
         logits /= temperature
     logits -= logits.amax(-1, keepdim=True)  # in place, like exp_: new memory costs more than arithmetic
-    chosen = logits.gather(1, target[:, None])
-    total = logits.exp_().sum(-1, keepdim=True)
-    return (chosen - total.log())[:, 0], logits, total
+    return logits
 
 
 # --- drawing and decoding ---------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ D channels of a head, L layers. The docstring of each function in fast.py starts
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -196,15 +197,31 @@ class GPT(nn.Module):
 
         The output layer is applied to real response tokens only, so that not even (B, R, V) ever exists.
         """
+        predicting, target, window = self.predictions(tokens, prompt_len, length)
+        return window(fast.chosen_logprobs(predicting, self.output_weight, target, temperature))
+
+    @torch.no_grad()
+    def logprobs_and_entropy(
+        self, tokens: Tensor, prompt_len: Tensor, length: Tensor, temperature: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """`logprobs`, without gradient, and the entropy in nats of the distribution of each response token: (B, R)."""
+        predicting, target, window = self.predictions(tokens, prompt_len, length)
+        logp, entropy = fast.chosen_logprobs_and_entropy(predicting, self.output_weight, target, temperature)
+        return window(logp), window(entropy)
+
+    def predictions(
+        self, tokens: Tensor, prompt_len: Tensor, length: Tensor
+    ) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
+        """Of all N response tokens: the hidden states (N, C) that predict them, their ids (N,), and a function that
+        puts numbers (N,) into the response window (B, R)."""
         position, mask = response_window(prompt_len, length)  # (B, R)
-        row, r = mask.nonzero(as_tuple=True)  # (N,) each: the real response tokens of all rows
+        row, r = mask.nonzero(as_tuple=True)  # (N,) each
         real = position[mask]  # (N,) their positions
         hidden = self.hidden(tokens[:, :-1])  # (B, T - 1, C): what follows the last position is not asked for
         predicting = fast.pick(hidden, row, real - 1)  # (N, C)
         target = fast.pick(tokens, row, real)  # (N,)
-        logp = fast.chosen_logprobs(predicting, self.output_weight, target, temperature)  # (N,)
-        window = fast.to_device(row, tokens.device), fast.to_device(r, tokens.device)
-        return logp.new_zeros(mask.shape).index_put(window, logp)
+        index = fast.to_device(row, tokens.device), fast.to_device(r, tokens.device)
+        return predicting, target, lambda x: x.new_zeros(mask.shape).index_put(index, x)
 
     @fast.decoding
     def generate(
@@ -246,7 +263,7 @@ class GPT(nn.Module):
         kv = torch.zeros(shape, device=device, dtype=fast.compute_dtype(output_weight))
         place = torch.arange(P + N, device=device)
         in_gap = (place >= prompt_len[:, None]) & (place < P)  # (B, P + N)
-        gap = torch.zeros(B, 1, 1, P + N, device=device).masked_fill(in_gap[:, None, None], -math.inf)
+        gap = torch.zeros(B, 1, 1, P + N, device=device, dtype=kv.dtype).masked_fill(in_gap[:, None, None], -math.inf)
         prompt_cache = Cache(kv[..., :P, :], slice(0, P), mask=None, position=torch.arange(P, device=device))
         hidden = self.hidden(tokens[:, :P], prompt_cache)  # (B, P, C)
         hidden = fast.pick(hidden, torch.arange(B, device=device), prompt_len - 1)  # (B, C) at the end of each prompt
@@ -345,11 +362,12 @@ def sample(logits: Tensor, uniform: Tensor, temperature: float = 1.0, top_k: int
     probs = F.softmax(logits, -1).to(uniform.device)  # (B, V)
     if 0 < top_k < probs.shape[-1] or top_p < 1:
         ordered, index = probs.sort(dim=-1, descending=True, stable=True)
+        if top_k:
+            ordered[:, top_k:] = 0
+            ordered /= ordered.sum(-1, keepdim=True)  # top-p is a share of what top-k has kept
         mass_before = ordered.cumsum(-1, dtype=torch.float64) - ordered
         keep = mass_before < top_p
         keep[:, 0] = True
-        if top_k:
-            keep[:, top_k:] = False
         probs = torch.zeros_like(probs).scatter(1, index, ordered * keep)
     return fast.draw(probs, uniform).to(logits.device)
 

@@ -13,7 +13,7 @@ zeros.) Each iteration answers a batch of prompts, scores the answers, and impro
 
     Batch: what each step adds                       shape                made by
       tokens, prompt_len, length, ended              (B, T) (B,) …        1 rollout
-      logp, ref_logp, values, mask, score            (B, R) … (B,)        2 read
+      logp, ref_logp, values, entropy, mask, score   (B, R) … (B,)        2 read
       rewards, advantages, returns, final_score      (B, R) … (B,)        3 estimate
 
 tokens are right-padded. Columns of the (B, R) tensors are response tokens: column r is about the token at position
@@ -26,10 +26,9 @@ value, an entropy bonus, whitening of rewards, dropout.
 """
 
 import copy
-import random
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import tiktoken
 import torch
@@ -39,10 +38,14 @@ import common
 import data
 import fast
 from data import InputError, tales
-from evaluate import Judge, evaluate, report
+from evaluate import Answer, Judge, best_of, best_of_sizes, evaluate, report, rollout_metrics, summary
 from model import GPT, ScalarModel, response_window
 
 Batch = dict[str, Tensor]
+STANDING_STILL = {  # what `update` reports of a net that it does not move
+    "loss/policy_avg": 0.0, "policy/approxkl_avg": 0.0, "policy/clipfrac_avg": 0.0, "policy/grad_norm": 0.0,
+    "loss/value_avg": 0.0, "val/clipfrac_avg": 0.0, "value/grad_norm": 0.0, "val/ratio": 1.0,
+}  # fmt: skip
 SHOWN = ["objective/scores", "objective/judge", "objective/kl", "val/ratio", "val/num_eos_tokens", "tokens_per_s"]
 
 
@@ -51,6 +54,7 @@ class Config:
     data: str = ""  # JSONL "prompt"; empty: the tales' prompts
     eval_data: str = ""  # held-out JSONL "prompt"; empty: a part of --data (the tales have their own)
     init: str = "out/sft"  # run folder of the starting policy; its frozen copy is the reference
+    ref: str = ""  # run folder of another reference, where PPO goes on from a PPO run; empty: --init
     reward: str = "out/reward"  # run folder of the reward model, or FILE.py:function to train on
     judge: str = ""  # FILE.py:function, never trained on; of several (commas) the first is measured in training too
     out: str = "out/ppo"  # run folder to write
@@ -60,12 +64,15 @@ class Config:
     compile: bool = False  # torch.compile of the blocks, after a minute of compiling
     iterations: int = 32  # rounds of answer → score → update; 0: only evaluate
     batch_size: int = 128  # prompts an iteration, over all processes
-    epochs: int = 4  # passes over an iteration's answers
+    epochs: int = 2  # passes over an iteration's answers
     minibatch_size: int = 32  # answers an optimizer step, over all processes
     micro_batch_size: int = 0  # answers in one forward; 0: the whole minibatch
     response_len: int = 64  # longest answer, in tokens
     temperature: float = 1.0  # of sampling and of all log-probabilities
-    lr: float = 3e-4  # of policy and value net, annealed to 0
+    lr: float = 3e-4  # of the policy, annealed to 0
+    value_lr: float = 1e-3  # of the value net, annealed to 0
+    value_warmup: int | None = None  # first iterations, for the value net alone; default 4, or a quarter if fewer
+    lr_warmup: int = 6  # iterations after those, in which the policy's rate rises
     kl_coef: float = 0.05  # β: reward charged per nat of KL to the frozen copy
     kl_target: float = 0.0  # nats a response; above 0, β adapts towards it (Ziegler et al. 2019, section 2.2)
     horizon: int = 10000  # episodes in which an adaptive β moves by a factor of at most 1.22
@@ -80,8 +87,10 @@ class Config:
     block_size: int = 0  # longest prompt and answer together, in tokens; 0: the model's context
     drop_long: bool = False  # leave out prompts that with the answer exceed that
     eval_prompts: int = 512  # held-out prompts to evaluate on
+    eval_every: int = 0  # iterations between evaluations, of which the best policy is kept as best.pt; 0: only the end
+    best_of: str = ""  # 1,4,16: show what choosing among so many answers of the reference gives, at the end
     save_every: int = 20  # iterations between checkpoints
-    resume: bool = False  # continue the run in --out
+    resume: bool = False  # continue the run in --out; more --iterations than before prolong it
 
 
 # --- 1 rollout --------------------------------------------------------------------------------------------------------
@@ -114,7 +123,7 @@ def texts(batch: Batch, encoding: tiktoken.Encoding, eos: int) -> list[tuple[str
 def read(
     batch: Batch, policy: GPT, ref: GPT, value: ScalarModel | None, score: Callable[[Batch], Tensor], cfg: Config
 ) -> Batch:
-    """What every net makes of the answers: logp, ref_logp, values (B, R), mask (B, R), score (B,).
+    """What every net makes of the answers: logp, ref_logp, values, entropy, mask (B, R), score (B,).
 
     The old log-probabilities come from the forward that training uses, not from the decode, so that the ratio is 1 at
     the first step. Rows of like length share a micro-batch, which is cut to its own longest.
@@ -122,16 +131,17 @@ def read(
     device = batch["tokens"].device
     _, mask = response_window(batch["prompt_len"], batch["length"])
     mask = fast.to_device(mask, device)  # (B, R)
-    out = {name: torch.zeros(mask.shape, device=device) for name in ("logp", "ref_logp", "values")}
+    out = {name: torch.zeros(mask.shape, device=device) for name in ("logp", "ref_logp", "values", "entropy")}
     out |= {"score": torch.zeros(len(mask), device=device), "mask": mask}
     for index in data.by_length(batch, cfg.micro_batch_size or cfg.minibatch_size // common.WORLD):
         part = data.select(batch, index)
         sequences = part["tokens"], part["prompt_len"], part["length"]
-        logp = policy.logprobs(*sequences, cfg.temperature)  # (b, r)
+        logp, entropy = policy.logprobs_and_entropy(*sequences, cfg.temperature)  # (b, r)
         ref_logp = ref.logprobs(*sequences, cfg.temperature)
         rows, width = fast.to_device(index, device), logp.shape[1]
         out["logp"][rows, :width] = logp
         out["ref_logp"][rows, :width] = ref_logp
+        out["entropy"][rows, :width] = entropy
         if value is not None:
             out["values"][rows, :width] = value.values(*sequences)
         out["score"][rows] = score(part)
@@ -147,7 +157,11 @@ def scorer(reward: ScalarModel | Judge, encoding: tiktoken.Encoding, eos: int) -
         return lambda batch: reward.scores(batch["tokens"], batch["length"])
 
     def score(batch: Batch) -> Tensor:
-        scores = [float(reward(*pair)) for pair in texts(batch, encoding, eos)]
+        pairs = texts(batch, encoding, eos)
+        scores = [float(reward(*pair)) for pair in pairs]
+        for (_, response), each in zip(pairs, scores):
+            if not math.isfinite(each):
+                raise InputError(f"--reward: scores {response[:80]!r} with {each}; return a finite number")
         return torch.tensor(scores, device=batch["tokens"].device)
 
     return score
@@ -207,23 +221,26 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, cliprange: f
 
 def update(
     policy: GPT,
-    value: ScalarModel,
-    policy_optimizer: torch.optim.Optimizer,
-    value_optimizer: torch.optim.Optimizer,
+    value: ScalarModel | None,
+    policy_optimizer: torch.optim.Optimizer | None,
+    value_optimizer: torch.optim.Optimizer | None,
     batch: Batch,
     lr: float,
     cfg: Config,
     autocast: torch.autocast,
     seed: int,
+    value_lr: float | None = None,
 ) -> dict[str, float]:
     """`epochs` passes over the batch in minibatches, one step of each net's optimizer a minibatch. Returns metrics.
 
-    Losses are means over the tokens of the whole minibatch (all micro-batches, all processes), so how it is split
-    changes nothing.
+    A net whose optimizer is None stands still and costs nothing; without a value net pass None for both. The value net
+    learns at `value_lr`, or at `lr` if that is None. Losses are means over the tokens of the whole minibatch (all
+    micro-batches, all processes), so how it is split changes nothing.
     """
-    names = ["loss/policy_avg", "loss/value_avg", "policy/approxkl_avg", "policy/clipfrac_avg", "val/ratio"]
-    sums = torch.zeros(len(names), device=batch["tokens"].device)
-    generator, n_steps = torch.Generator().manual_seed(seed), 0
+    value_optimizer = value_optimizer if value is not None else None
+    value_lr = lr if value_lr is None else value_lr
+    sums = dict.fromkeys(STANDING_STILL, 0.0)
+    generator, n_steps = common.generator(seed), 0
     for _ in range(cfg.epochs):
         order = torch.randperm(len(batch["tokens"]), generator=generator)
         for rows in order.split(cfg.minibatch_size // common.WORLD):
@@ -233,27 +250,56 @@ def update(
                 part = data.select(minibatch, index)
                 mask = part["mask"]
                 sequences = part["tokens"], part["prompt_len"], part["length"]
-                with autocast:
-                    logp = policy.logprobs(*sequences, cfg.temperature)  # (b, r)
-                    values = value.values(*sequences)  # (b, r)
-                pg_losses, ratio = policy_loss(logp, part["logp"], part["advantages"], cfg.cliprange)
-                vf_losses = value_loss(values, part["values"], part["returns"], cfg.cliprange_value)
-                pg_loss = (pg_losses * mask).sum() / n_tokens
-                vf_loss = (vf_losses * mask).sum() / n_tokens
-                pg_loss.backward()
-                (cfg.vf_coef * vf_loss).backward()
-                with torch.no_grad():
-                    approxkl = 0.5 * ((logp - part["logp"]).square() * mask).sum() / n_tokens
-                    clipfrac = (((ratio - 1).abs() > cfg.cliprange) * mask).sum() / n_tokens
-                    mean_ratio = (ratio * mask).sum() / n_tokens
-                    sums += torch.stack([pg_loss, vf_loss, approxkl, clipfrac, mean_ratio])
-            common.step_optimizer(policy_optimizer, policy, lr, cfg.max_grad_norm)
-            common.step_optimizer(value_optimizer, value, lr, cfg.max_grad_norm)
+                if policy_optimizer:
+                    with autocast:
+                        logp = policy.logprobs(*sequences, cfg.temperature)  # (b, r)
+                    pg_losses, ratio = policy_loss(logp, part["logp"], part["advantages"], cfg.cliprange)
+                    pg_loss = (pg_losses * mask).sum() / n_tokens
+                    pg_loss.backward()
+                    with torch.no_grad():
+                        approxkl = 0.5 * (logp - part["logp"]).square()
+                        clipped = pg_losses > -part["advantages"] * ratio
+                        sums["loss/policy_avg"] += pg_loss
+                        sums["policy/approxkl_avg"] += (approxkl * mask).sum() / n_tokens
+                        sums["policy/clipfrac_avg"] += (clipped * mask).sum() / n_tokens
+                        sums["val/ratio"] += (ratio * mask).sum() / n_tokens
+                if value_optimizer:
+                    with autocast:
+                        values = value.values(*sequences)  # (b, r)
+                    vf_losses = value_loss(values, part["values"], part["returns"], cfg.cliprange_value)
+                    vf_loss = (vf_losses * mask).sum() / n_tokens
+                    (cfg.vf_coef * vf_loss).backward()
+                    with torch.no_grad():
+                        clipped = vf_losses > 0.5 * (values - part["returns"]).square()
+                        sums["loss/value_avg"] += vf_loss
+                        sums["val/clipfrac_avg"] += (clipped * mask).sum() / n_tokens
+            if policy_optimizer:
+                norm = common.step_optimizer(policy_optimizer, policy, lr, cfg.max_grad_norm)
+                sums["policy/grad_norm"] += norm / common.WORLD
+            if value_optimizer:
+                norm = common.step_optimizer(value_optimizer, value, value_lr, cfg.max_grad_norm)
+                sums["value/grad_norm"] += norm / common.WORLD
             n_steps += 1
-    return dict(zip(names, (common.total(sums) / n_steps).tolist()))
+    measured = {name: x / n_steps for name, x in sums.items() if isinstance(x, Tensor)}
+    means = common.total(torch.stack(list(measured.values()))).tolist()  # one wait for the device
+    return STANDING_STILL | dict(zip(measured, means))
 
 
-# --- 5 β and metrics --------------------------------------------------------------------------------------------------
+# --- 5 rates and β ---------------------------------------------------------------------------------------------------
+
+
+def rates(step: int, cfg: Config) -> tuple[float, float]:
+    """The learning rates of policy and value net at an iteration. At 0 the policy stands still.
+
+    The reward model was trained on last tokens alone, so what the value net says of a prefix is a guess at first. It
+    learns for some iterations before the policy moves; then the policy's rate rises. Both fall to 0 in a straight line.
+    """
+    alone = min(4, cfg.iterations // 4) if cfg.value_warmup is None else cfg.value_warmup
+    left = 1 - step / cfg.iterations
+    if step < alone:
+        return 0.0, cfg.value_lr * left
+    risen = min(1.0, (step - alone + 1) / max(1, cfg.lr_warmup))
+    return cfg.lr * risen * left, cfg.value_lr * left
 
 
 def adapt(kl_coef: float, kl: float, episodes: int, cfg: Config) -> float:
@@ -267,27 +313,6 @@ def adapt(kl_coef: float, kl: float, episodes: int, cfg: Config) -> float:
     return kl_coef * (1 + error * episodes / cfg.horizon)
 
 
-def rollout_metrics(batch: Batch, judged: list[float], kl_coef: float) -> dict[str, float]:
-    """TRL's names: sums over a response, then means over the responses of all processes.
-
-    `objective/scores` is the score as it came, `rlhf_reward` has the final one. `val/num_eos_tokens` is the share of
-    responses that ended. `entropy` is −Σ log π of the sampled tokens.
-    """
-    kl = ((batch["logp"] - batch["ref_logp"]) * batch["mask"]).sum(1)  # (B,) nats
-    columns = {
-        "objective/kl": kl,
-        "objective/entropy": -(batch["logp"] * batch["mask"]).sum(1),
-        "objective/scores": batch["score"],
-        "objective/non_score_reward": -kl_coef * kl,
-        "objective/rlhf_reward": batch["final_score"] - kl_coef * kl,
-        "val/num_eos_tokens": batch["ended"],
-        "response_len": batch["mask"].sum(1),
-    }
-    if judged:
-        columns["objective/judge"] = torch.tensor(judged, device=kl.device)
-    return common.means(columns) | {"kl_coef": kl_coef}
-
-
 # --- what the loop needs ----------------------------------------------------------------------------------------------
 
 
@@ -298,7 +323,13 @@ def build(
 
     Raises InputError if the reward model cannot read what the policy writes.
     """
-    ref = common.freeze(copy.deepcopy(policy), autocast)  # a copy: freezing changes the model
+    start = copy.deepcopy(policy)  # a copy: freezing changes the model
+    if cfg.ref:
+        start, ref_encoding = common.load_gpt(cfg.ref, device, "--ref")
+        common.check_vocabulary(f"--ref {cfg.ref}", ref_encoding, encoding, cfg.init)
+        if start.config.block_size < common.context(cfg, policy):
+            raise InputError(f"--ref {cfg.ref}: its context is shorter than the policy's; give a smaller --block_size")
+    ref = common.freeze(start, autocast)
     if ".py:" in cfg.reward:
         reward, cap = common.load_function(cfg.reward), float("inf")
         value = ScalarModel(copy.deepcopy(policy)).to(device)
@@ -333,16 +364,28 @@ def load_prompts(cfg: Config, encoding: tiktoken.Encoding, room: int) -> tuple[l
     prompts = load(cfg.data or tales.path("ppo"))
     if cfg.eval_data or not cfg.data:
         held_out = load(cfg.eval_data or tales.path("eval"))
-    else:  # a tenth; a prompt that comes twice falls on one side
-        known = list(dict.fromkeys(map(tuple, prompts)))
-        chosen = set(random.Random(0).sample(known, min(cfg.eval_prompts, -(-len(known) // 10))))
-        held_out = [list(p) for p in known if p in chosen]
-        prompts = [p for p in prompts if tuple(p) not in chosen]
+    else:
+        held_out, prompts = data.hold_out_prompts(prompts, cfg.eval_prompts)
     if cfg.iterations and len(prompts) < cfg.batch_size:
         raise InputError(
             f"--batch_size {cfg.batch_size}: there are {len(prompts)} prompts to train on; give fewer or add some"
         )
     return prompts, held_out[: cfg.eval_prompts]
+
+
+def answers(
+    purpose: str, model: GPT, ref: GPT, score: Callable[[Batch], Tensor], encoding: tiktoken.Encoding, cfg: Config,
+    autocast: torch.autocast,
+) -> Answer:  # fmt: skip
+    """A function (prompts, start) → batch, texts: `model` answers, with random numbers of this purpose alone."""
+
+    def answer(prompts: list[list[int]], start: int) -> tuple[Batch, list[tuple[str, str]]]:
+        with autocast:
+            batch = rollout(model, prompts, cfg, common.generator(purpose, cfg.seed, start))
+            batch |= read(batch, model, ref, None, score, cfg)
+        return batch, texts(batch, encoding, model.config.eos)
+
+    return answer
 
 
 # --- the loop ---------------------------------------------------------------------------------------------------------
@@ -357,6 +400,7 @@ def train(cfg: Config) -> None:
         raise InputError("--temperature 0: a policy that always says the same cannot learn; give a number above 0")
     if cfg.kl_target and (cfg.kl_coef == 0 or cfg.horizon < cfg.batch_size):
         raise InputError("--kl_target: needs a --kl_coef above 0 to scale, and a --horizon of at least --batch_size")
+    sizes = best_of_sizes(cfg.best_of)
     policy, encoding = common.load_gpt(cfg.init, device, "--init")
     prompts, held_out = load_prompts(cfg, encoding, common.context(cfg, policy) - cfg.response_len)
     ref, value, score, cap = build(cfg, policy, encoding, device, autocast)
@@ -367,54 +411,65 @@ def train(cfg: Config) -> None:
 
     run = common.Run(cfg)
     saved = {"value": value, "policy_optimizer": policy_optimizer, "value_optimizer": value_optimizer}
+    kl_coef, best = cfg.kl_coef, -math.inf
+    if run.state:
+        kl_coef, best = run.state["kl_coef"], run.state["best"]
     if cfg.iterations:
         run.start(cfg.iterations, model=policy, **saved)
-        counts = f"{len(prompts):,} prompts, {len(held_out):,} held out"
-        common.say(f"{cfg.init}, {cfg.reward} → {cfg.out}: {counts}, on {device}")
-    kl_coef = run.state["kl_coef"] if run.state else cfg.kl_coef
+        common.say(
+            f"{cfg.init}, {cfg.reward} → {cfg.out}: {len(prompts):,} prompts, {len(held_out):,} held out"
+            f"{common.known_prompts(cfg.reward, held_out)}, on {device}"
+        )
 
     for step in range(run.step, cfg.iterations):
+        run.begin_step()
         # 1 The policy answers a batch of prompts.
         ids = common.share(data.shuffled(prompts, cfg.batch_size, cfg.seed, None, step))
         with run.timed("rollout"), autocast:
-            batch = rollout(policy, ids, cfg, common.generator(cfg.seed, 1, step, common.RANK))
+            batch = rollout(policy, ids, cfg, common.generator("rollout", cfg.seed, step, common.RANK))
         with run.timed("score"), autocast:
             # 2 Reward model, frozen copy and value net read the answers.
             batch |= read(batch, policy, ref, value, score, cfg)
             # 3 Each token gets its reward, advantage and return.
             batch |= estimate(batch, kl_coef, cap, cfg)
-        # 4 Policy and value net learn from them: epochs of clipped updates over minibatches.
+        # 4 The value net learns from them; after its warm-up, so does the policy.
         with run.timed("update"):
-            lr = cfg.lr * (1 - step / cfg.iterations)
-            seed = common.seed_of(cfg.seed, 2, step, common.RANK)
-            losses = update(policy, value, policy_optimizer, value_optimizer, batch, lr, cfg, autocast, seed)
+            lr, value_lr = rates(step, cfg)
+            learning = policy_optimizer if lr else None
+            seed = common.seed_of("minibatches", cfg.seed, step, common.RANK)
+            losses = update(policy, value, learning, value_optimizer, batch, lr, cfg, autocast, seed, value_lr)
         # 5 β moves; metrics, a sample and a checkpoint are written.
         pairs = texts(batch, encoding, policy.config.eos)
         judged = [float(first_judge(*pair)) for pair in pairs] if first_judge else []
-        metrics = rollout_metrics(batch, judged, kl_coef) | losses
-        metrics |= {"lr": lr, "episode": (step + 1) * cfg.batch_size} | run.times
+        metrics = rollout_metrics(batch, judged, kl_coef) | losses | run.times
+        metrics |= {"lr": lr, "value_lr": value_lr, "episode": (step + 1) * cfg.batch_size}
         metrics |= run.speed(int(common.total(batch["mask"].sum())))
-        kl_coef = adapt(kl_coef, metrics["objective/kl"], cfg.batch_size, cfg)
+        if learning:
+            kl_coef = adapt(kl_coef, metrics["objective/kl"], cfg.batch_size, cfg)
         last = step + 1 == cfg.iterations
-        run.log(step, metrics, show=SHOWN if step % 5 == 0 or last else [])
+        if cfg.eval_every and (step + 1) % cfg.eval_every == 0 and common.RANK == 0:
+            now = answers("evaluate", policy, ref, score, encoding, cfg, autocast)
+            found, goodness = summary(evaluate(now, held_out, judges), judges, kl_coef)
+            metrics |= found
+            if goodness > best:
+                best = goodness
+                run.save_best(policy, encoding)
+        run.log(step, metrics, show=SHOWN)
         if step % 20 == 0 or last:
             run.sample(step + 1, f"[{batch['score'][0].item():+.2f}] {''.join(pairs[0])}")
         if (step + 1) % cfg.save_every == 0 or last:
-            run.save(step + 1, policy, encoding, {"kl_coef": kl_coef}, **saved)
-
-    def answer(model: GPT, some_prompts: list[list[int]], start: int) -> tuple[Batch, list[tuple[str, str]]]:
-        with autocast:
-            batch = rollout(model, some_prompts, cfg, common.generator(cfg.seed, 9, start))
-            batch |= read(batch, model, ref, None, score, cfg)
-        return batch, texts(batch, encoding, model.config.eos)
+            run.save(step + 1, policy, encoding, {"kl_coef": kl_coef, "best": best}, **saved)
 
     if common.RANK == 0:
         if not cfg.iterations:
             policy, out_encoding = common.load_gpt(cfg.out, device, "--out")
             common.check_vocabulary(f"--out {cfg.out}", out_encoding, encoding, cfg.init)
-        before = evaluate(partial(answer, ref), held_out, judges)
-        after = evaluate(partial(answer, policy), held_out, judges)
-        common.say(report(before, after, judges))
+        first = answers("before", ref, ref, score, encoding, cfg, autocast)
+        after = answers("after", policy, ref, score, encoding, cfg, autocast)
+        common.say(report(evaluate(first, held_out, judges), evaluate(after, held_out, judges), judges))
+        if sizes:
+            many = answers("best of", ref, ref, score, encoding, cfg, autocast)
+            common.say(best_of(many, held_out, judges, sizes))
     run.finish(device)
 
 

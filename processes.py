@@ -68,11 +68,13 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     return total((x * mask).sum()) / total(mask.sum())
 
 
-def means(columns: dict[str, Tensor]) -> dict[str, float]:
-    """The mean of each column (B,), over the rows of all processes together. Each process has the same B."""
-    n = len(next(iter(columns.values()))) * WORLD
-    sums = total(torch.stack([x.float().sum() for x in columns.values()]))
-    return dict(zip(columns, (sums / n).tolist()))
+def gather(x: Tensor) -> Tensor:
+    """x (B,) of every process, one after the other. Each process has the same B."""
+    if WORLD == 1:
+        return x
+    parts = [torch.empty_like(x) for _ in range(WORLD)]
+    dist.all_gather(parts, x)
+    return torch.cat(parts)
 
 
 def sum_gradients(model: nn.Module) -> None:

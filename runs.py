@@ -1,6 +1,7 @@
 """Checkpoints and run folders: what a run writes, how it is read again, and how a stopped one goes on."""
 
 import dataclasses
+import hashlib
 import importlib.util
 import json
 import math
@@ -18,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 import plots
+from data.chance import seed_of
 from data.files import InputError
 from data.tokenizer import encoding_from_state, encoding_state
 from model import GPT, GPTConfig, ScalarModel
@@ -36,14 +38,14 @@ def save_file(content: dict, path: Path) -> None:
     temporary.replace(path)
 
 
-def save_model(model: GPT | ScalarModel, encoding: tiktoken.Encoding, path: Path) -> None:
-    """A model.pt: {"model": weights, "config": GPTConfig's fields, "tokenizer": the encoding}, all plain."""
+def save_model(model: GPT | ScalarModel, encoding: tiktoken.Encoding, path: Path, **more: Any) -> None:
+    """A model.pt: {"model": weights, "config": GPTConfig's fields, "tokenizer": the encoding} | more, all plain."""
     content = {
         "model": model.state_dict(),
         "config": dataclasses.asdict(model.config),
         "tokenizer": encoding_state(encoding),
     }
-    save_file(content, path)
+    save_file(content | more, path)
 
 
 def load(
@@ -94,19 +96,47 @@ def check_vocabulary(what: str, encoding: tiktoken.Encoding, wanted: tiktoken.En
         raise InputError(f"{what}: was trained with another vocabulary than {init}; train it from that policy")
 
 
+def prompt_key(ids: list[int]) -> int:
+    return seed_of("prompt", *ids)
+
+
+def known_prompts(reward: str, prompts: list[list[int]]) -> str:
+    """How many of the prompts have trained the reward model, for a log line; "" if none, or if it does not say."""
+    if ".py:" in reward:
+        return ""
+    trained = torch.load(Path(reward) / "model.pt", weights_only=True, mmap=True).get("prompts", torch.tensor([]))
+    known = set(trained.tolist())
+    n = sum(prompt_key(prompt) in known for prompt in prompts)
+    return f" ({n:,} of them trained the reward model)" if n else ""
+
+
 # --- run folders ------------------------------------------------------------------------------------------------------
 
 
 def check_out(cfg: Any) -> None:
     """Raises InputError if --out cannot become a run folder: it is --init itself, or it holds other files."""
     out = Path(cfg.out)
-    for name in ("init", "reward"):
+    for name in ("init", "ref", "reward"):
         if getattr(cfg, name, "") and out.resolve() == Path(getattr(cfg, name)).resolve():
             raise InputError(f"--out {out}: is --{name} too; name another folder, so that it is not overwritten")
     is_run = (out / "metrics.jsonl").exists()
     is_empty = out.is_dir() and not any(out.iterdir())
     if out.exists() and not is_run and not is_empty:
         raise InputError(f"--out {out}: not empty and not a run folder; name another, so that nothing in it is lost")
+
+
+INPUTS = ("data", "eval_data", "init", "ref", "reward")  # options that name what a run reads
+MAY_DIFFER = ("resume", "device", "iterations", "best_of")  # options that a resumed run may change
+
+
+def fingerprint(name: str) -> str:
+    """The sha256 of a file, of a run folder's model.pt, or of the file of a function; "" where there is none."""
+    path = Path(name.partition(".py:")[0] + ".py" if ".py:" in name else name)
+    path = path / "model.pt" if path.is_dir() else path
+    if not path.is_file():
+        return ""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class Run:
@@ -118,6 +148,8 @@ class Run:
     def __init__(self, cfg: Any):
         self.cfg, self.folder, self.step = cfg, Path(cfg.out), 0
         self.times: dict[str, float] = {}
+        self.about: dict[str, Any] = {}  # what model.pt says besides
+        self.inputs = {name: fingerprint(getattr(cfg, name, "")) for name in INPUTS}
         self.state = self._read_state() if cfg.resume else None
 
     def _read_state(self) -> dict | None:
@@ -128,10 +160,16 @@ class Run:
             return None
         state = torch.load(path, map_location="cpu", weights_only=True)
         for name, value in dataclasses.asdict(self.cfg).items():
-            if name not in ("resume", "device") and state["options"].get(name) != value:
+            if name not in MAY_DIFFER and (before := state["options"].get(name, value)) != value:
+                raise InputError(f"--resume: {path} was made with --{name} {before}; give the same options")
+        for name, before in state.get("inputs", {}).items():
+            if self.inputs[name] != before:
                 raise InputError(
-                    f"--resume: {path} was made with --{name} {state['options'].get(name)}; give the same options"
+                    f"--resume: --{name} {getattr(self.cfg, name)} has changed since {path} was made; "
+                    "bring back what it was, or start anew without --resume"
                 )
+        if state["step"] > getattr(self.cfg, "iterations", math.inf):
+            raise InputError(f"--resume: {path} has done {state['step']} iterations already; give --iterations above")
         return state
 
     def start(self, steps: int, **parts: Any) -> None:
@@ -139,11 +177,11 @@ class Run:
         if WORLD > 1:
             dist.barrier()  # once every process has read its input, the files in the folder may move
         self.steps = steps
-        self.started = self.logged = time.time()
+        self.started = self.begun = time.time()
         if self.state:
             self.step = self.state["step"]
             for name, part in parts.items():
-                part.load_state_dict(self.state[name])
+                part.load_state_dict(self.state.pop(name))  # so that no copy stays in memory
         if RANK > 0:
             return
         if self.state:
@@ -163,7 +201,16 @@ class Run:
         temporary.replace(self.folder / "metrics.jsonl")
 
     def log(self, step: int, metrics: dict[str, float], show: Iterable[str] = ()) -> None:
-        """Append the metrics of a step to metrics.jsonl. Print those that `show` names, and the time left."""
+        """Append the metrics of a step to metrics.jsonl. Print those that `show` names, and the time left.
+
+        Raises InputError if one of them is not finite, before a checkpoint can be written.
+        """
+        for name, x in metrics.items():
+            if not math.isfinite(x):
+                raise InputError(
+                    f"step {step + 1}: {name} is {x}, so the run stops; what it last saved in {self.folder} is whole. "
+                    "Lower --lr, or look at the data of this step"
+                )
         if RANK > 0:
             return
         with open(self.folder / "metrics.jsonl", "a") as file:
@@ -183,23 +230,26 @@ class Run:
             torch.cuda.synchronize()
         self.times[f"time/{phase}"] = time.time() - began
 
+    def begin_step(self) -> None:
+        self.begun = time.time()
+
     def speed(self, tokens: int) -> dict[str, float]:
-        """Tokens a second since the last call, as a metric."""
-        before, self.logged = self.logged, time.time()
-        return {"tokens_per_s": tokens / (self.logged - before)}
+        """Tokens a second since the step began, as a metric."""
+        return {"tokens_per_s": tokens / (time.time() - self.begun)}
 
     def save_best(self, model: GPT | ScalarModel, encoding: tiktoken.Encoding) -> None:
         if RANK == 0:
-            save_model(model, encoding, self.folder / "best.pt")
+            save_model(model, encoding, self.folder / "best.pt", **self.about)
 
     def save(
         self, step: int, model: GPT | ScalarModel, encoding: tiktoken.Encoding, values: dict, **parts: Any
     ) -> None:
         """Write model.pt, and state.pt with the model, `parts` (optimizers, nets) and plain `values`."""
         if RANK == 0:
-            save_model(model, encoding, self.folder / "model.pt")
+            save_model(model, encoding, self.folder / "model.pt", **self.about)
             saved = {name: part.state_dict() for name, part in ({"model": model} | parts).items()}
-            about = {"step": step, "options": dataclasses.asdict(self.cfg), "tokenizer": encoding_state(encoding)}
+            about = {"step": step, "options": dataclasses.asdict(self.cfg), "inputs": self.inputs}
+            about["tokenizer"] = encoding_state(encoding)
             save_file(about | values | saved, self.folder / "state.pt")
 
     def sample(self, step: int, text: str) -> None:
@@ -210,14 +260,17 @@ class Run:
                 file.write(f"step {step}  {text}\n")
             print(f"    “{text}”", flush=True)
 
-    def finish(self, device: torch.device) -> None:
+    def finish(self, device: torch.device, calibration: list[tuple] = ()) -> None:
         """Print the peak memory. Draw curves.png from metrics.jsonl if matplotlib is installed."""
         if RANK > 0:
             return
         say(f"peak memory: {peak_memory(device):.2f} GiB")
         if importlib.util.find_spec("matplotlib") is None:
             return say(f"pip install matplotlib, and the next run draws {self.folder}/curves.png")
-        plots.curves(read_metrics(self.folder), self.folder / "curves.png")
+        title = f"{self.folder}, seed {self.cfg.seed}"
+        if hasattr(self.cfg, "kl_coef"):
+            title += f", β = {self.cfg.kl_coef:g}"
+        plots.curves(read_metrics(self.folder), self.folder / "curves.png", title, calibration)
 
 
 def read_metrics(folder: str | Path) -> list[dict]:
@@ -247,6 +300,8 @@ def peak_memory(device: torch.device) -> float:
 def number(x: float) -> str:
     if abs(x) >= 1000:
         return f"{x:,.0f}"
+    if abs(x) >= 100:
+        return f"{x:.0f}"
     return f"{x:.2e}" if 0 < abs(x) < 0.001 else f"{x:.3f}"
 
 

@@ -91,6 +91,8 @@ def text_rows(
     cfg: Config, run: common.Run, encoding: tiktoken.Encoding, eos: int, width: int
 ) -> tuple[list[data.Row], Callable[[int], list[data.Row]], float]:
     """Plain text: the same three, from one stream of tokens that is kept beside --out. Its last part is held out."""
+    if width < 2:
+        raise InputError("--block_size 1: a row of one token leaves nothing to predict; give at least 2")
     stream_file = Path(f"{Path(cfg.out)}.tokens")
 
     def tokenize():
@@ -100,11 +102,11 @@ def text_rows(
 
     stream = common.first_alone(tokenize)
     tail = min(len(stream) // 20, 64 * width)
-    if tail < width + 1:
+    if tail < width:
         raise InputError(
             f"{cfg.data}: {len(stream):,} tokens are too few for a context of {width}; give 20 times as many"
         )
-    held_out = data.windows(stream[-tail:], width, range(0, tail - width, width))
+    held_out = data.windows(stream[-tail:], width, range(0, tail - width + 1, width))
     stream = stream[:-tail]
     batch = partial(data.random_windows, stream, width, cfg.batch_size, cfg.seed)
     return held_out, batch, len(stream) / width / cfg.batch_size
@@ -140,7 +142,7 @@ def sample(model: GPT, encoding: tiktoken.Encoding, row: data.Row, cfg: Config, 
     """The prompt of a held-out row, or the first tokens of plain text, and how the model goes on."""
     prompt = row.tokens[: row.prompt_len if row.prompt_len > 1 else 8]
     room = common.context(cfg, model) - len(prompt)
-    tokens, _, _ = model.generate([prompt], min(room, 96), generator=common.generator(cfg.seed, step))
+    tokens, _, _ = model.generate([prompt], min(room, 96), generator=common.generator("sample", cfg.seed, step))
     return encoding.decode(tokens[0].tolist())
 
 
@@ -162,12 +164,13 @@ def train(cfg: Config) -> None:
     common.say(f"{cfg.data} → {cfg.out}: {size:,} parameters, {encoding.n_vocab:,} tokens of vocabulary, on {device}")
 
     for step in range(run.step, steps):
+        run.begin_step()
         # 1 The rows of this step.
         rows = batch(step)
         n_targets = count_targets(rows)  # of the whole batch, so that no split of it changes the gradient
         # 2 Forward and backward, one micro-batch at a time.
         model.train()
-        torch.manual_seed(common.seed_of(cfg.seed, step, common.RANK))  # dropout's
+        torch.manual_seed(common.seed_of("dropout", cfg.seed, step, common.RANK))
         loss = torch.zeros((), device=device)
         for part in data.micro_batches(common.share(rows), cfg.micro_batch_size or len(rows)):
             with autocast:

@@ -139,7 +139,7 @@ def test_an_update_never_waits_for_the_device_to_tell_a_number(monkeypatch):
     optimizers = [torch.optim.SGD(net.to("meta").parameters(), lr=1.0) for net in (policy, value)]
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: False)  # autocast does not know the meta device
     monkeypatch.setattr(torch, "autocast", lambda kind, enabled: contextlib.nullcontext())
-    monkeypatch.setattr(common, "step_optimizer", lambda *given: steps.append(step(*given)))
+    monkeypatch.setattr(common, "step_optimizer", lambda *given: steps.append(norm := step(*given)) or norm)
     with pytest.raises(RuntimeError, match="meta"):  # the metrics, once all is done
         ppo.update(policy, value, *optimizers, meta, 1.0, cfg, OFF, seed=0)
     assert len(steps) == 2 * 2 * 2  # nets, minibatches, epochs

@@ -8,6 +8,7 @@ import copy
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -27,14 +28,18 @@ from tests.conftest import ROOT, flat, make_gpt, ragged, run, write
 
 CPU, OFF = torch.device("cpu"), torch.autocast("cpu", enabled=False)
 PROMPTS = [[1], [2, 3, 4, 5], [6, 7], [8, 9, 10], [60, 11], [12, 13]]  # 60 is EOS: one prompt has it inside
-MISTAKES: list[tuple[str, str, str, str]] = []  # test, file, right, wrong
+MISTAKES: list[tuple[str, str, dict[str, str]]] = []  # test, file, right → wrong
 
 
-def mistake(file: str, right: str, wrong: str):
-    """Marks the test that must fail once `right`, which stands in `file` exactly once, is replaced by `wrong`."""
+def mistake(file: str, right: str, wrong: str, **more: str):
+    """Marks the test that must fail once `right`, which stands in `file` exactly once, is replaced by `wrong`.
+
+    A mistake of two places gives the second as `right2` and `wrong2`.
+    """
+    changes = {right: wrong} | ({more["right2"]: more["wrong2"]} if more else {})
 
     def mark(test):
-        MISTAKES.append((test.__name__, file, right, wrong))
+        MISTAKES.append((test.__name__, file, changes))
         return test
 
     return mark
@@ -108,7 +113,9 @@ def test_the_window_is_every_response_token_from_the_first_to_eos_and_no_pad(net
 
 
 # 4
-@mistake("data/batches.py", "encoding.encode_ordinary(response) + [eos] * ended", "encoding.encode_ordinary(response)")
+@mistake(
+    "data/batches.py", "return Row(start + ids + [eos] * ended, len(start))", "return Row(start + ids, len(start))"
+)
 @mistake(
     "model.py",
     "n_new.add_(~done)\n            done.logical_or_(token == eos)",
@@ -190,14 +197,14 @@ def test_a_ragged_batch_is_decoded_as_each_prompt_is_alone(nets):
 # 8
 @mistake(
     "ppo.py",
-    "logp = policy.logprobs(*sequences, cfg.temperature)  # (b, r)\n        ref",
-    "logp = policy.logprobs(*sequences)  # (b, r)\n        ref",
+    "policy.logprobs_and_entropy(*sequences, cfg.temperature)",
+    "policy.logprobs_and_entropy(*sequences)",
 )
 @mistake("ppo.py", "ref.logprobs(*sequences, cfg.temperature)", "ref.logprobs(*sequences)")
 @mistake(
     "ppo.py",
-    "policy.logprobs(*sequences, cfg.temperature)  # (b, r)\n                    values",
-    "policy.logprobs(*sequences)  # (b, r)\n                    values",
+    "policy.logprobs(*sequences, cfg.temperature)  # (b, r)",
+    "policy.logprobs(*sequences)  # (b, r)",
 )
 @mistake("ppo.py", "prompts, cfg.response_len, temperature=cfg.temperature", "prompts, cfg.response_len")
 def test_the_temperature_is_in_the_sampling_in_the_ratio_and_in_the_reference(nets):
@@ -273,7 +280,15 @@ def test_returns_are_the_rewards_still_to_come_not_made_from_whitened_advantages
 # 13
 @mistake("ppo.py", 'adapt(kl_coef, metrics["objective/kl"]', 'adapt(kl_coef, metrics["policy/approxkl_avg"]')
 def test_adaptive_beta_follows_the_kl_to_the_reference_not_the_updates_own(folders):
-    options = {"iterations": 8, "lr": 0.02, "kl_target": 0.5, "horizon": 100, "kl_coef": 0.3}
+    options = {
+        "iterations": 8,
+        "lr": 0.02,
+        "value_warmup": 0,
+        "lr_warmup": 0,
+        "kl_target": 0.5,
+        "horizon": 100,
+        "kl_coef": 0.3,
+    }
     lines = train_ppo(folders, **options)
     beta = 0.3
     for line in lines:
@@ -286,9 +301,9 @@ def test_adaptive_beta_follows_the_kl_to_the_reference_not_the_updates_own(folde
 
 # 14
 @mistake(
-    "ppo.py",
-    'kl = ((batch["logp"] - batch["ref_logp"]) * batch["mask"]).sum(1)  # (B,) nats',
-    'kl = ((batch["logp"] - batch["ref_logp"]) * batch["mask"]).sum(1) / batch["mask"].sum(1)',
+    "evaluate.py",
+    'kl = ((batch["logp"] - batch["ref_logp"]) * mask).sum(1)  # (B,) nats',
+    'kl = ((batch["logp"] - batch["ref_logp"]) * mask).sum(1) / mask.sum(1)',
 )
 @mistake("ppo.py", '- batch["ref_logp"])  # (B, R)', '- batch["ref_logp"]) / mask.sum(1, keepdim=True)  # (B, R)')
 def test_a_responses_kl_is_the_sum_over_its_tokens_and_all_of_it_is_charged(nets):
@@ -354,8 +369,8 @@ def test_a_value_clipped_on_the_wrong_side_still_gets_a_gradient():
 # 17
 @mistake(
     "ppo.py",
-    "                pg_loss.backward()\n                (cfg.vf_coef * vf_loss).backward()",
-    "                torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)\n                cfg = copy.copy(cfg)\n                cfg.max_grad_norm = 0.0\n                pg_loss.backward()\n                (cfg.vf_coef * vf_loss).backward()",
+    "                    pg_loss.backward()\n",
+    "                    torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)\n                    cfg = copy.copy(cfg)\n                    cfg.max_grad_norm = 0.0\n                    pg_loss.backward()\n",
 )
 @mistake(
     "common.py",
@@ -373,7 +388,7 @@ def test_gradients_are_clipped_after_backward_each_net_by_itself(nets):
 
 
 # 18
-@mistake("ppo.py", "ref = common.freeze(copy.deepcopy(policy), autocast)", "ref = common.freeze(policy, autocast)")
+@mistake("ppo.py", "start = copy.deepcopy(policy)", "start = policy")
 @mistake("ppo.py", "value, cap = copy.deepcopy(reward), -1.0", "value, cap = reward, -1.0")
 def test_frozen_copy_and_reward_model_end_bit_identical_to_how_they_began(folders, monkeypatch):
     kept, freeze = [], common.freeze
@@ -419,7 +434,9 @@ def test_prompts_that_do_not_fit_are_counted_and_never_cut(folders):
 
 # 21
 @mistake("processes.py", "return items[RANK::WORLD]", "return items[: len(items) // WORLD]")
-@mistake("ppo.py", "common.generator(cfg.seed, 1, step, common.RANK)", "common.generator(cfg.seed, 1, step)")
+@mistake(
+    "ppo.py", 'common.generator("rollout", cfg.seed, step, common.RANK)', 'common.generator("rollout", cfg.seed, step)'
+)
 def test_every_process_answers_prompts_of_its_own_with_chance_of_its_own(folders):
     tmp = folders["tmp"]
     code = f"import json, os\ndef seen(prompt, response):\n    with open('{tmp}/rank' + os.environ['RANK'], 'a') as file:\n        file.write(json.dumps([prompt, response]) + '\\n')\n    return 0\n"
@@ -443,7 +460,7 @@ def test_every_process_answers_prompts_of_its_own_with_chance_of_its_own(folders
     '"policy_optimizer": policy_optimizer, "value_optimizer": value_optimizer}',
     '"policy_optimizer": policy_optimizer}',
 )
-@mistake("ppo.py", 'run.state["kl_coef"] if run.state else cfg.kl_coef', "cfg.kl_coef")
+@mistake("ppo.py", 'kl_coef, best = run.state["kl_coef"], run.state["best"]', "pass")
 @mistake(
     "ppo.py",
     "data.shuffled(prompts, cfg.batch_size, cfg.seed, None, step)",
@@ -516,17 +533,181 @@ def test_the_fine_tuning_loss_leaves_the_prompt_out(gpt, encoding):
     assert sft.count_targets(rows) == sum(len(encoding.encode_ordinary(" yes")) + 1 for _ in rows)
 
 
+# 26
+@mistake(
+    "ppo.py",
+    'rewards = -kl_coef * (batch["logp"] - batch["ref_logp"])',
+    'rewards = -kl_coef * (batch["ref_logp"] - batch["logp"])',
+)
+def test_drift_from_the_frozen_copy_is_charged_and_never_paid():
+    policy, ref = make_gpt(seed=5), common.freeze(make_gpt(), OFF)
+    cfg = ppo.Config(response_len=16)
+    batch = ppo.rollout(policy, PROMPTS * 50, cfg, torch.Generator().manual_seed(0))
+    batch |= ppo.read(batch, policy, ref, None, lambda part: torch.zeros(len(part["tokens"])), cfg)
+    rewards = ppo.estimate(batch, 0.3, math.inf, cfg)["rewards"].sum(1)  # of each response: the charge alone
+    assert rewards.mean() < -3 * rewards.std() / len(rewards) ** 0.5
+    more = (batch["logp"] - batch["ref_logp"]).sum(1) > 0  # said more by the policy than by the copy
+    assert more.any() and (rewards[more] < 0).all() and (rewards[~more] >= 0).all()
+
+
+# 27
+@mistake(
+    "ppo.py",
+    "torch.maximum(-advantages * ratio, -advantages * clipped_ratio)",
+    "torch.minimum(-advantages * ratio, -advantages * clipped_ratio)",
+)
+@mistake("ppo.py", "torch.maximum(-advantages * ratio, -advantages * clipped_ratio)", "-advantages * clipped_ratio")
+@pytest.mark.parametrize(
+    "advantage, ratio, learns", [(1, 1.5, False), (1, 0.5, True), (-1, 1.5, True), (-1, 0.5, False)]
+)
+def test_the_clip_stops_what_went_far_enough_and_never_what_went_the_wrong_way(advantage, ratio, learns):
+    logp = torch.tensor([math.log(ratio)], requires_grad=True)
+    losses, _ = ppo.policy_loss(logp, torch.zeros(1), torch.tensor([float(advantage)]), 0.2)
+    losses.sum().backward()
+    assert logp.grad.item() == pytest.approx(-advantage * ratio if learns else 0.0)
+
+
+# 28
+@mistake("model.py", "mask = position < length[:, None]", "mask = position < length[:, None] - 1")
+@mistake("ppo.py", "last = mask.sum(1, keepdim=True) - 1", "last = (mask.sum(1, keepdim=True) - 2).clamp(min=0)")
+def test_the_end_token_gets_the_score_and_a_gradient_so_that_stopping_is_learned(nets):
+    cfg = ppo.Config(response_len=16)
+    batch = rollout(nets, cfg, PROMPTS * 10)
+    got = ppo.estimate(batch, 0.0, math.inf, cfg)
+    rows = [b for b in range(60) if batch["ended"][b]]
+    assert rows
+    logp = nets[0].logprobs(batch["tokens"], batch["prompt_len"], batch["length"]).requires_grad_()
+    logp.retain_grad()
+    (ppo.policy_loss(logp, batch["logp"], got["advantages"], 0.2)[0] * batch["mask"]).sum().backward()
+    for b in rows:
+        column = int(batch["length"][b] - batch["prompt_len"][b]) - 1  # of EOS
+        assert batch["tokens"][b, batch["length"][b] - 1] == 60
+        assert got["rewards"][b, column].item() == pytest.approx(batch["score"][b].item(), abs=1e-5)
+        assert logp.grad[b, column] != 0
+
+
+# 29
+@mistake(
+    "ppo.py",
+    'rewards = -kl_coef * (batch["logp"] - batch["ref_logp"])',
+    'rewards = 0 * kl_coef * (batch["logp"] - batch["ref_logp"])',
+    right2="pg_loss = (pg_losses * mask).sum() / n_tokens",
+    wrong2='pg_loss = ((pg_losses + 0.3 * (logp - part["ref_logp"])) * mask).sum() / n_tokens',
+)
+def test_the_kl_charge_moves_the_policy_down_the_gradient_of_the_kl():
+    """Against the exact KL of one-token responses, all listed. As a loss term log π − log π₀ has a gradient of mean 0."""
+    policy, ref = make_gpt(seed=5), common.freeze(make_gpt(), OFF)
+    cfg = ppo.Config(response_len=1, minibatch_size=20_000, epochs=1, max_grad_norm=0.0)
+    batch = ppo.rollout(policy, [[1, 2, 3]] * 20_000, cfg, torch.Generator().manual_seed(0))
+    batch |= ppo.read(batch, policy, ref, None, lambda part: torch.zeros(len(part["tokens"])), cfg)
+    batch |= ppo.estimate(batch, 0.3, math.inf, cfg)
+    prompt = torch.tensor([[1, 2, 3]])
+    logp, ref_logp = (net(prompt)[0, -1].log_softmax(-1) for net in (policy, ref))
+    (logp.exp() * (logp - ref_logp)).sum().backward()
+    exact = torch.cat([p.grad.flatten() for p in policy.parameters()])
+    policy.zero_grad()
+    before = flat(policy)
+    ppo.update(policy, None, torch.optim.SGD(policy.parameters(), lr=1.0), None, batch, 1.0, cfg, OFF, seed=0)
+    assert torch.cosine_similarity(before - flat(policy), exact, dim=0) > 0.95
+
+
+# 30
+@mistake("ppo.py", "if not math.isfinite(each):", "if False:")
+@mistake("runs.py", "if not math.isfinite(x):", "if False:")
+def test_a_score_that_is_no_number_ends_the_run_and_is_never_learned_from(folders):
+    tmp = folders["tmp"]
+    (tmp / "mine.py").write_text(
+        "n = 0\ndef score(prompt, response):\n    global n\n    n += 1\n    return float('nan') if n == 21 else 0.0\n"
+    )
+    with pytest.raises(InputError, match=r"--reward: scores .* with nan; return a finite number"):
+        train_ppo(folders, reward=f"{tmp}/mine.py:score", save_every=1, value_warmup=0)
+    assert len(common.read_metrics(tmp / "ppo")) == 2  # the third batch holds it
+    reward_model, encoding = common.load_scalar(folders["reward"])
+    with torch.no_grad():
+        reward_model.trunk.wte.weight[encoding.encode_ordinary("ask")[0]] = math.nan  # only some prompts have it
+    common.save_model(reward_model, encoding, folders["reward"] / "model.pt")
+    with pytest.raises(InputError, match="objective/.* is nan, so the run stops"):
+        train_ppo(folders, out=tmp / "other", save_every=1, value_warmup=0)
+    assert not (tmp / "other" / "model.pt").exists()
+    for name in ("sft", "ppo"):
+        assert flat(common.load_gpt(tmp / name)[0]).isfinite().all()
+
+
+# 31
+@mistake("runs.py", "if self.inputs[name] != before:", "if False:")
+@pytest.mark.parametrize("changed", ["sft", "reward"])
+def test_a_run_does_not_go_on_against_another_reference_or_reward_model(folders, gpt, changed):
+    train_ppo(folders)
+    model, encoding = common.load(folders[changed])
+    with torch.no_grad():
+        next(model.parameters()).add_(0.1)
+    common.save_model(model, encoding, folders[changed] / "model.pt")
+    cfg = common.parse(ppo.Config, ["--out", str(folders["tmp"] / "ppo")])
+    for name, each in (
+        ("data", folders["tmp"] / "prompts.jsonl"),
+        ("init", folders["sft"]),
+        ("reward", folders["reward"]),
+    ):
+        setattr(cfg, name, str(each))
+    cfg.batch_size, cfg.minibatch_size, cfg.response_len, cfg.eval_prompts, cfg.iterations = 8, 4, 8, 8, 5
+    cfg.resume = True
+    with pytest.raises(InputError, match=f"--{'init' if changed == 'sft' else 'reward'} .* has changed"):
+        ppo.train(cfg)
+
+
+# 32
+@mistake("data/batches.py", "if group.rows[pair[0]] != group.rows[pair[1]]", "if pair")
+def test_no_response_is_compared_with_an_equal_one_and_the_reader_says_how_many_were(tmp_path, encoding):
+    said: list[str] = []
+    ranked = [{"prompt": "a", "ranked": ["yes", "yes", "no"]}, {"prompt": "b", "ranked": ["no", "no"]}]
+    (group,) = data.comparisons(write(tmp_path / "r.jsonl", ranked), encoding, 0, said.append)
+    assert len(group.rows) == 2 and group.pairs == [(0, 1), (0, 1)] and "2 pairs of equal texts" in said.pop()
+    pairs = [{"prompt": "a", "chosen": "yes", "rejected": "yes"}, {"prompt": "a", "chosen": "yes", "rejected": "no"}]
+    (group,) = data.comparisons(write(tmp_path / "p.jsonl", pairs), encoding, 0, said.append)
+    assert group.pairs == [(0, 1)] and len(group.certainty) == 1 and "1 pairs" in said.pop()
+    with pytest.raises(InputError, match="all pairs are of equal texts"):
+        data.comparisons(write(tmp_path / "q.jsonl", pairs[:1]), encoding, 0)
+
+
+# 33
+@mistake("ppo.py", 'answers("after", policy', 'answers("before", policy')
+@mistake("evaluate.py", 'return f"{x.mean():8.3f} ± {error:.3f}"', 'return f"{x.mean():8.3f}"')
+def test_a_policy_wins_half_of_its_games_against_itself_by_draws_of_its_own(folders, capsys):
+    tmp = folders["tmp"]
+    (tmp / "mine.py").write_text("def length(prompt, response):\n    return len(response)\n")
+    shutil.copytree(folders["sft"], tmp / "ppo")
+    (tmp / "ppo" / "metrics.jsonl").touch()  # as after a run that left the policy as it was
+    train_ppo(folders, iterations=0, judge=f"{tmp}/mine.py:length", eval_prompts=100, eval_data=tmp / "prompts.jsonl")
+    found = re.search(r"win rate against the start +(\S+) ± (\S+)", capsys.readouterr().out)
+    assert found
+    mean, error = map(float, found.groups())
+    assert 0.02 < error < 0.06 and abs(mean - 0.5) < 4 * error
+
+
+# 34
+@mistake("ppo.py", "if step < alone:", "if False:")
+def test_the_policy_stands_still_until_the_value_net_has_learned(folders):
+    lines = train_ppo(folders, iterations=4, value_warmup=2, lr_warmup=0, lr=0.01, value_lr=0.01)
+    assert [line["objective/kl"] == 0 for line in lines] == [True, True, True, False]
+    assert all(line["loss/value_avg"] > 0 and line["value/grad_norm"] > 0 for line in lines)
+    assert [line["policy/grad_norm"] > 0 for line in lines] == [False, False, True, True]
+    assert [line["val/ratio"] == 1 for line in lines] == [True, True, False, False]
+
+
 def test_what_a_mistake_changes_stands_in_its_file_once():
-    assert [(test, file) for test, file, right, _ in MISTAKES if (ROOT / file).read_text().count(right) != 1] == []
+    for test, file, changes in MISTAKES:
+        assert all((ROOT / file).read_text().count(right) == 1 for right in changes), (test, file)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("test, file, right, wrong", MISTAKES, ids=[f"{m[0]}-{i}" for i, m in enumerate(MISTAKES)])
-def test_the_mistake_is_caught(tmp_path, test, file, right, wrong):
+@pytest.mark.parametrize("test, file, changes", MISTAKES, ids=[f"{m[0]}-{i}" for i, m in enumerate(MISTAKES)])
+def test_the_mistake_is_caught(tmp_path, test, file, changes):
     shutil.copytree(ROOT, tmp_path / "copy", ignore=shutil.ignore_patterns(".*", "out", "__pycache__"))
     source = (tmp_path / "copy" / file).read_text()
-    assert source.count(right) == 1, f"{file} no longer holds, once, the line that this mistake changes"
-    (tmp_path / "copy" / file).write_text(source.replace(right, wrong))
+    for right, wrong in changes.items():
+        assert source.count(right) == 1, f"{file} no longer holds, once, the line that this mistake changes"
+        source = source.replace(right, wrong)
+    (tmp_path / "copy" / file).write_text(source)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/test_mistakes.py::{test}"]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(command, cwd=tmp_path / "copy", env=environment, capture_output=True, text=True, timeout=300)
