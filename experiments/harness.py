@@ -40,8 +40,18 @@ def seconds(text: str) -> float:
 
 def closing_table(text: str) -> dict[str, tuple[str, str]]:
     """The rows of ppo.py's closing table: name → (before, after), each as "mean ± standard error"."""
-    rows = re.findall(r"^(\S.*?)\s{2,}(-?\d+\.\d+ ± \S+)\s+(-?\d+\.\d+ ± \S+)$", text, re.MULTILINE)
-    return {name: (before, after) for name, before, after in rows}
+    cell = r"\s+(-?\d+\.\d+ ± \S+)"
+    rows = re.findall(rf"^(\S.*?)\s{cell}{cell}{cell}$", text, re.MULTILINE)
+    return {name: (before, after) for name, before, after, _ in rows}
+
+
+def road(lines: list[dict]) -> list[str]:
+    """How a run of PPO went: highest and last KL, lowest and first judge, ratio from to, highest approxkl."""
+    column = lambda name: [line[name] for line in lines]  # noqa: E731
+    kl, judge, ratio = (column(name) for name in ("objective/kl", "objective/judge", "val/ratio"))
+    approxkl = max(column("policy/approxkl_avg"))
+    spread = f"{min(ratio):.3f}–{max(ratio):.3f}"
+    return [f"{max(kl):.1f}", f"{kl[-1]:.1f}", f"{min(judge):.2f}", f"{judge[0]:.2f}", spread, f"{approxkl:.3f}"]
 
 
 def markdown(header: list[str], rows: list[list]) -> str:

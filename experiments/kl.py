@@ -1,9 +1,10 @@
 """What the KL term does: score, judge and KL over a run of PPO, with it and without it, every seed.
 
-    python -m experiments.kl                   seeds 0, 1 and 2: the three stages, PPO with β = 0.05 and with β = 0
-    python -m experiments.kl --seeds 3,4       other seeds
+    python -m experiments.kl                      seeds 0 to 5: the three stages, PPO with β = 0.05 and with β = 0
+    python -m experiments.kl --seeds 6,7          other seeds
 
-It prints the tables and draws experiments/kl.svg. What has run is kept in out/experiments/kl; a stopped run goes on.
+Without the KL term PPO runs for twice as many iterations, for it needs time to find what fools the reward model. It
+prints the tables and draws experiments/kl.svg. What has run is kept in out/experiments/kl; a stopped run goes on.
 """
 
 import argparse
@@ -11,7 +12,7 @@ import re
 from pathlib import Path
 
 import common
-from experiments.harness import FOLDER, closing_table, markdown, pyplot, save, seconds, stage
+from experiments.harness import FOLDER, closing_table, markdown, pyplot, road, save, seconds, stage
 
 RUNS = {"with the KL term": ("ppo", "C0"), "without it (β = 0)": ("hacked", "C3")}
 PANELS = {
@@ -19,13 +20,14 @@ PANELS = {
     "objective/judge": "judge\n(never trained on)",
     "objective/kl": "KL to the start\n(nats a response)",
 }
+JUDGE, GRAMMAR, KL = "data/tales.py:judge", "data/tales.py:grammar", "KL to the start (nats)"
 
 
 def run(seed: int) -> tuple[Path, dict[str, str]]:
     """The folder of a seed's run folders, and what each stage printed."""
     folder = FOLDER / "kl" / f"seed-{seed}"
     printed = {script: stage(folder, script, f"{script}.py", "--seed", seed) for script in ("sft", "reward", "ppo")}
-    options = ["--seed", seed, "--kl_coef", 0, "--out", "out/hacked"]
+    options = ["--seed", seed, "--kl_coef", 0, "--iterations", 64, "--out", "out/hacked"]
     printed["hacked"] = stage(folder, "hacked", "ppo.py", *options)
     return folder / "out", printed
 
@@ -37,35 +39,34 @@ def draw(folders: list[Path], target: Path) -> None:
         for title, (run_folder, colour) in RUNS.items():
             for i, folder in enumerate(folders):
                 lines = common.read_metrics(folder / run_folder)
-                points = [(line["step"], line[name]) for line in lines]
-                axis.plot(*zip(*points), color=colour, alpha=0.8, linewidth=1.2, label="" if i else title)
+                points = [(line["step"] + 1, line[name]) for line in lines]
+                axis.plot(*zip(*points), color=colour, alpha=0.7, linewidth=1.2, label="" if i else title)
         axis.set(xlabel="iteration", title=label)
         axis.grid(alpha=0.25)
-    axes[2].legend(frameon=False, loc="upper right")
+    axes[2].legend(frameon=False, loc="upper left")
     save(figure, target)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--seeds", default="0,1,2", help="comma-separated")
+    parser.add_argument("--seeds", default="0,1,2,3,4,5", help="comma-separated")
     parser.add_argument("--figure", type=Path, default=Path(__file__).with_name("kl.svg"))
     options = parser.parse_args()
-    folders, with_kl, both, models = [], [], [], []
+    folders, ends, roads, both, models = [], [], [], [], []
     for seed in map(int, options.seeds.split(",")):
         folder, printed = run(seed)
         folders.append(folder)
         rows, hacked = closing_table(printed["ppo"]), closing_table(printed["hacked"])
-        judge, grammar = rows["data/tales.py:judge"], rows["data/tales.py:grammar"]
-        wins = re.search(r"win rate against the start\s+(\S+)", printed["ppo"])[1]
-        kl, ended = rows["KL to the start (nats)"][1], rows["ended by EOS"][1]
+        wins = re.search(r"win rate against the start\s+(\S+ ± \S+)", printed["ppo"])[1]
         took = " + ".join(f"{seconds(printed[name]):.0f}" for name in ("sft", "reward", "ppo"))
-        with_kl.append([seed, judge[0], judge[1], kl, ended, f"{grammar[0]} → {grammar[1]}", wins, took])
-        names = ("score", "KL to the start (nats)", "data/tales.py:judge", "data/tales.py:grammar")
+        judge, grammar = rows[JUDGE], rows[GRAMMAR]
+        change = f"{grammar[0]} → {grammar[1]}"
+        ends.append([seed, judge[0], judge[1], rows[KL][1], rows["ended by EOS"][1], change, wins, took])
+        roads.append([seed, *road(common.read_metrics(folder / "ppo"))])
+        names = ("score", KL, JUDGE, GRAMMAR)
         both.append([seed, *(each[name][1] for name in names for each in (rows, hacked))])
-        accuracy = re.search(
-            r"held-out accuracy (\S+ ± \S+) \(the noise in these labels allows (\S+)\)", printed["reward"]
-        )
-        models.append([seed, *accuracy.groups()])
+        pattern = r"held-out accuracy (\S+ ± \S+) \(the noise in these labels allows (\S+)\)"
+        models.append([seed, *re.search(pattern, printed["reward"]).groups()])
     header = [
         "seed",
         "judge before",
@@ -76,7 +77,9 @@ def main() -> None:
         "wins against the start",
         "seconds",
     ]
-    print(markdown(header, with_kl), end="\n\n")
+    print(markdown(header, ends), end="\n\n")
+    header = ["seed", "highest KL", "last KL", "lowest judge", "first judge", "ratio", "highest approxkl"]
+    print(markdown(header, roads), end="\n\n")
     columns = [f"{name}, {kind}" for name in ("score", "KL", "judge", "grammar") for kind in ("with", "without")]
     print(markdown(["seed", *columns], both), end="\n\n")
     print(markdown(["seed", "held-out accuracy", "the noise allows"], models), end="\n\n")

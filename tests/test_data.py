@@ -159,3 +159,42 @@ def test_a_download_arrives_whole_or_not_at_all(tmp_path, server):
         with pytest.raises(data.InputError, match=words):
             data.download(url, tmp_path / "b", checksum, tries=1)
     assert not list(tmp_path.iterdir())
+
+
+def test_sampled_ids_are_trained_on_as_they_were_sampled(tmp_path, encoding):
+    """ " yes" can be spelled by other ids than those of encoding it; PPO scores what was sampled, and so must this."""
+    letters = [encoding.encode_single_token(byte) for byte in (b" ", b"y", b"e", b"s")]
+    assert encoding.encode_ordinary(" yes") != letters
+    answers = [label.Answer(" yes", True, letters), label.Answer(" no", False, encoding.encode_ordinary(" no"))]
+    rows = label.simulate(["ask"], [answers], lambda prompt, text: len(text), 0.001, seed=0)
+    (group,) = data.comparisons(write(tmp_path / "c.jsonl", rows), encoding, 7)
+    start = encoding.encode_ordinary("ask")
+    assert [row.tokens for row in group.rows] == [start + letters + [7], start + encoding.encode_ordinary(" no")]
+    ranked = {"prompt": "ask"} | label.preference([*answers, label.Answer(" me", True, [5])])  # [5] is not " me"
+    (group,) = data.comparisons(write(tmp_path / "r.jsonl", [ranked]), encoding, 7)
+    assert group.rows[0].tokens == start + letters + [7]
+    assert group.rows[2].tokens == start + encoding.encode_ordinary(" me") + [7]  # a text that was edited counts
+    rows[0]["chosen_ids"] = [10**6, -1]  # of another vocabulary
+    (group,) = data.comparisons(write(tmp_path / "o.jsonl", rows), encoding, 7)
+    assert group.rows[0].tokens == start + encoding.encode_ordinary(" yes") + [7]
+
+
+def test_a_row_without_anything_to_learn_is_refused_with_its_number(tmp_path, encoding):
+    rows = [{"prompt": "a", "completion": ""}, {"prompt": "a", "completion": "", "completion_ended": False}]
+    assert len(data.completions(write(tmp_path / "c.jsonl", rows[:1]), encoding, 7)) == 1  # its EOS
+    with pytest.raises(data.InputError, match="row 2: .*nothing|row 2: .*no end to learn"):
+        data.completions(write(tmp_path / "d.jsonl", rows), encoding, 7)
+
+
+def test_every_window_of_a_stream_is_drawn_the_last_one_too():
+    stream = np.arange(10)
+    starts = {row.tokens[0] for step in range(50) for row in data.random_windows(stream, 4, 8, 0, step)}
+    assert starts == set(range(7))
+
+
+def test_held_out_prompts_are_a_tenth_and_on_one_side_only():
+    prompts = [[i % 40] for i in range(60)]
+    held_out, rest = data.hold_out_prompts(prompts, most=512)
+    assert len(held_out) == 4 and not {*map(tuple, held_out)} & {*map(tuple, rest)}
+    assert {*map(tuple, held_out), *map(tuple, rest)} == {*map(tuple, prompts)}
+    assert len(data.hold_out_prompts(prompts, most=2)[0]) == 2

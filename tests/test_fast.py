@@ -35,6 +35,18 @@ def test_chunked_logprobs_and_their_gradients_are_those_of_one_softmax(temperatu
         assert (mine - other).norm() <= 1e-5 * other.norm() + 1e-5
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_entropy_is_that_of_the_whole_softmax_and_comes_with_the_same_log_probabilities(temperature, monkeypatch):
+    monkeypatch.setattr("fast.CHUNK", 61 * 100)
+    generator = torch.Generator().manual_seed(1)
+    hidden, weight = (torch.randn(n, 16, generator=generator) for n in (752, 61))
+    target = torch.randint(0, 61, (752,), generator=generator)
+    logp, entropy = fast.chosen_logprobs_and_entropy(hidden, weight, target, temperature)
+    assert torch.equal(logp, fast.chosen_logprobs(hidden, weight, target, temperature))  # or no ratio would be 1
+    whole = torch.distributions.Categorical(logits=hidden.double() @ weight.double().T / temperature).entropy()
+    torch.testing.assert_close(entropy.double(), whole, rtol=1e-5, atol=1e-5)
+
+
 def test_no_logits_are_kept_where_no_gradient_is_wanted(monkeypatch):
     asked = []
     monkeypatch.setattr(fast.ChosenLogprobs, "apply", lambda *given: asked.append(given[-1]))

@@ -1,5 +1,6 @@
 """model.py: the architecture against an independent one, the window, the cache, the sampler."""
 
+import copy
 import math
 
 import numpy as np
@@ -9,9 +10,10 @@ import torch
 from model import (
     GPT,
     GPTConfig,
+    ScalarModel,
     response_window,
 )
-from tests.conftest import make_gpt
+from tests.conftest import FAMILIES, make_gpt
 
 PROMPTS = [[5], [7, 8, 9, 10, 11, 12], [3, 4, 5]]
 
@@ -69,3 +71,19 @@ def test_generation_that_does_not_fit_the_context_is_refused():
     with pytest.raises(ValueError, match="do not fit the context of 48"):
         model.generate([[1] * 40], 9)
     assert model.training
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("longest", [4, 200])  # attention by plain products, and by the fused kernel
+def test_a_ragged_batch_of_a_model_held_in_half_precision_is_sampled_scored_and_valued(family, dtype, longest):
+    model = make_gpt(block_size=256, **FAMILIES[family])
+    half, judge = copy.deepcopy(model).to(dtype), ScalarModel(copy.deepcopy(model)).to(dtype)
+    prompts = [[1], [2] * longest, [3, 4]]
+    tokens, prompt_len, length = half.generate(prompts, 20, generator=torch.Generator().manual_seed(0))
+    assert [row[:n].tolist() for row, n in zip(tokens, prompt_len)] == prompts
+    logp = half.logprobs(tokens, prompt_len, length)
+    assert logp.dtype == torch.float32
+    assert (logp - model.logprobs(tokens, prompt_len, length)).abs().mean() < 0.1  # float32's, but for rounding
+    scores, values = judge.scores(tokens, length), judge.values(tokens, prompt_len, length)
+    assert scores.isfinite().all() and values.isfinite().all() and scores.dtype == torch.float32

@@ -37,6 +37,18 @@ def test_top_k_and_top_p_keep_exactly_their_set():
     assert len(set(sample(torch.zeros(5000, 4), uniform, top_k=2).tolist())) == 2  # equals
 
 
+@pytest.mark.parametrize("top_k, top_p", [(4, 0.5), (4, 0.9), (10, 0.3), (2, 1.0), (0, 0.7)])
+def test_top_k_and_top_p_together_keep_what_transformers_keeps(top_k, top_p):
+    """top-p is a share of the mass that top-k has kept."""
+    warpers = pytest.importorskip("transformers.generation.logits_process")
+    logits = torch.randn(1, 20, generator=torch.Generator().manual_seed(0))
+    theirs = warpers.TopPLogitsWarper(top_p)(None, warpers.TopKLogitsWarper(top_k)(None, logits) if top_k else logits)
+    uniform = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
+    drawn = sample(logits.expand(20_000, -1), uniform, 1.0, top_k, top_p)
+    share = drawn.bincount(minlength=20) / 20_000
+    torch.testing.assert_close(share, theirs.softmax(-1)[0], rtol=0, atol=2e-4)
+
+
 def test_what_top_k_and_top_p_keep_is_drawn_in_the_softmaxs_proportions():
     logits, n = torch.randn(30, generator=torch.Generator().manual_seed(0)), 200_000
     uniform = torch.rand(n, dtype=torch.float64, generator=torch.Generator().manual_seed(1))

@@ -1,6 +1,7 @@
 """data/tales.py: the world and its judge."""
 
 import statistics
+from pathlib import Path
 
 import pytest
 
@@ -59,3 +60,16 @@ def test_training_comparison_ppo_and_evaluation_prompts_are_disjoint():
     assert not any(files[a] & files[b] for i, a in enumerate(names) for b in names[i + 1 :])
     asked = {r["text"].split(".")[0] + "." for r in tales.rows()["pretrain"] if r["text"].startswith("Tell")}
     assert asked <= files["sft"] and len(files["eval"]) == 512
+
+
+def test_files_that_another_version_wrote_are_written_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr(tales, "FOLDER", tmp_path)
+    first = Path(tales.path("eval"))
+    content = first.read_text()
+    first.write_text("mine\n")
+    assert Path(tales.path("eval")).read_text() == "mine\n"  # this version's, so it is left alone
+    (tmp_path / "version").write_text("older")
+    assert Path(tales.path("eval")).read_text() == content
+    (tmp_path / "version").unlink()  # as before there was such a file
+    first.write_text("old\n")
+    assert Path(tales.path("eval")).read_text() == content
