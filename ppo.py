@@ -29,6 +29,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import tiktoken
 import torch
@@ -38,7 +39,7 @@ import common
 import data
 import fast
 from data import InputError, tales
-from evaluate import Answer, Judge, best_of, best_of_sizes, evaluate, report, rollout_metrics, summary
+from evaluate import Judge, Texts, best_of, best_of_sizes, evaluate, report, rollout_metrics, summary
 from model import GPT, ScalarModel, response_window
 
 Batch = dict[str, Tensor]
@@ -105,7 +106,7 @@ def rollout(policy: GPT, prompts: list[list[int]], cfg: Config, generator: torch
     return {"tokens": tokens, "prompt_len": prompt_len, "length": length, "ended": last == policy.config.eos}
 
 
-def texts(batch: Batch, encoding: tiktoken.Encoding, eos: int) -> list[tuple[str, str]]:
+def texts(batch: Batch, encoding: tiktoken.Encoding, eos: int) -> Texts:
     """(prompt, response) of every row as text, without the EOS."""
     pairs = []
     columns = [batch[name].tolist() for name in ("tokens", "prompt_len", "length", "ended")]
@@ -353,41 +354,6 @@ def build(
     return ref, value, scorer(reward, encoding, policy.config.eos), cap
 
 
-def load_prompts(cfg: Config, encoding: tiktoken.Encoding, room: int) -> tuple[list[list[int]], list[list[int]]]:
-    """Prompts of at most `room` ids to train on, and those to evaluate on. Raises InputError if they are too few."""
-
-    def load(path: str) -> list[list[int]]:
-        prompts = data.prompts(path, encoding)
-        what = f"prompts of {path} (with --response_len {cfg.response_len})"
-        return data.fit(prompts, [max(1, len(p)) for p in prompts], room, cfg.drop_long, what)
-
-    prompts = load(cfg.data or tales.path("ppo"))
-    if cfg.eval_data or not cfg.data:
-        held_out = load(cfg.eval_data or tales.path("eval"))
-    else:
-        held_out, prompts = data.hold_out_prompts(prompts, cfg.eval_prompts)
-    if cfg.iterations and len(prompts) < cfg.batch_size:
-        raise InputError(
-            f"--batch_size {cfg.batch_size}: there are {len(prompts)} prompts to train on; give fewer or add some"
-        )
-    return prompts, held_out[: cfg.eval_prompts]
-
-
-def answers(
-    purpose: str, model: GPT, ref: GPT, score: Callable[[Batch], Tensor], encoding: tiktoken.Encoding, cfg: Config,
-    autocast: torch.autocast,
-) -> Answer:  # fmt: skip
-    """A function (prompts, start) → batch, texts: `model` answers, with random numbers of this purpose alone."""
-
-    def answer(prompts: list[list[int]], start: int) -> tuple[Batch, list[tuple[str, str]]]:
-        with autocast:
-            batch = rollout(model, prompts, cfg, common.generator(purpose, cfg.seed, start))
-            batch |= read(batch, model, ref, None, score, cfg)
-        return batch, texts(batch, encoding, model.config.eos)
-
-    return answer
-
-
 # --- the loop ---------------------------------------------------------------------------------------------------------
 
 
@@ -402,7 +368,13 @@ def train(cfg: Config) -> None:
         raise InputError("--kl_target: needs a --kl_coef above 0 to scale, and a --horizon of at least --batch_size")
     sizes = best_of_sizes(cfg.best_of)
     policy, encoding = common.load_gpt(cfg.init, device, "--init")
-    prompts, held_out = load_prompts(cfg, encoding, common.context(cfg, policy) - cfg.response_len)
+    sources = cfg.data or tales.path("ppo"), cfg.eval_data or ("" if cfg.data else tales.path("eval"))
+    room = common.context(cfg, policy) - cfg.response_len
+    prompts, held_out = data.prompts_and_held_out(*sources, encoding, room, cfg.drop_long, cfg.eval_prompts)
+    if cfg.iterations and len(prompts) < cfg.batch_size:
+        raise InputError(
+            f"--batch_size {cfg.batch_size}: {sources[0]} leaves {len(prompts)} prompts to train on; give less"
+        )
     ref, value, score, cap = build(cfg, policy, encoding, device, autocast)
     judges = common.load_functions(cfg.judge or ("" if cfg.data else tales.MEASURES))
     first_judge = next(iter(judges.values()), None)
@@ -411,15 +383,20 @@ def train(cfg: Config) -> None:
 
     run = common.Run(cfg)
     saved = {"value": value, "policy_optimizer": policy_optimizer, "value_optimizer": value_optimizer}
-    kl_coef, best = cfg.kl_coef, -math.inf
-    if run.state:
-        kl_coef, best = run.state["kl_coef"], run.state["best"]
+    kl_coef = run.state["kl_coef"] if run.state else cfg.kl_coef
     if cfg.iterations:
         run.start(cfg.iterations, model=policy, **saved)
         common.say(
             f"{cfg.init}, {cfg.reward} → {cfg.out}: {len(prompts):,} prompts, {len(held_out):,} held out"
             f"{common.known_prompts(cfg.reward, held_out)}, on {device}"
         )
+
+    def answer(purpose: str, model: GPT, some: list[list[int]], start: int) -> tuple[Batch, Texts]:
+        """`model` answers some held-out prompts, with random numbers of this purpose alone."""
+        with autocast:
+            batch = rollout(model, some, cfg, common.generator(purpose, cfg.seed, start))
+            batch |= read(batch, model, ref, None, score, cfg)
+        return batch, texts(batch, encoding, model.config.eos)
 
     for step in range(run.step, cfg.iterations):
         run.begin_step()
@@ -448,28 +425,24 @@ def train(cfg: Config) -> None:
             kl_coef = adapt(kl_coef, metrics["objective/kl"], cfg.batch_size, cfg)
         last = step + 1 == cfg.iterations
         if cfg.eval_every and (step + 1) % cfg.eval_every == 0 and common.RANK == 0:
-            now = answers("evaluate", policy, ref, score, encoding, cfg, autocast)
-            found, goodness = summary(evaluate(now, held_out, judges), judges, kl_coef)
+            found, goodness = summary(evaluate(partial(answer, "evaluate", policy), held_out, judges), judges, kl_coef)
             metrics |= found
-            if goodness > best:
-                best = goodness
-                run.save_best(policy, encoding)
+            run.keep_best(goodness, policy, encoding)
         run.log(step, metrics, show=SHOWN)
         if step % 20 == 0 or last:
             run.sample(step + 1, f"[{batch['score'][0].item():+.2f}] {''.join(pairs[0])}")
         if (step + 1) % cfg.save_every == 0 or last:
-            run.save(step + 1, policy, encoding, {"kl_coef": kl_coef, "best": best}, **saved)
+            run.save(step + 1, policy, encoding, {"kl_coef": kl_coef}, **saved)
 
     if common.RANK == 0:
         if not cfg.iterations:
             policy, out_encoding = common.load_gpt(cfg.out, device, "--out")
             common.check_vocabulary(f"--out {cfg.out}", out_encoding, encoding, cfg.init)
-        first = answers("before", ref, ref, score, encoding, cfg, autocast)
-        after = answers("after", policy, ref, score, encoding, cfg, autocast)
-        common.say(report(evaluate(first, held_out, judges), evaluate(after, held_out, judges), judges))
+        before = evaluate(partial(answer, "before", ref), held_out, judges)
+        after = evaluate(partial(answer, "after", policy), held_out, judges)
+        common.say(report(before, after, judges))
         if sizes:
-            many = answers("best of", ref, ref, score, encoding, cfg, autocast)
-            common.say(best_of(many, held_out, judges, sizes))
+            common.say(best_of(partial(answer, "best of", ref), held_out, judges, sizes))
     run.finish(device)
 
 

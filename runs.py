@@ -104,7 +104,8 @@ def known_prompts(reward: str, prompts: list[list[int]]) -> str:
     """How many of the prompts have trained the reward model, for a log line; "" if none, or if it does not say."""
     if ".py:" in reward:
         return ""
-    trained = torch.load(Path(reward) / "model.pt", weights_only=True, mmap=True).get("prompts", torch.tensor([]))
+    path = Path(reward) / "model.pt" if Path(reward).suffix != ".pt" else Path(reward)
+    trained = torch.load(path, weights_only=True, mmap=True).get("prompts", torch.tensor([]))
     known = set(trained.tolist())
     n = sum(prompt_key(prompt) in known for prompt in prompts)
     return f" ({n:,} of them trained the reward model)" if n else ""
@@ -151,6 +152,7 @@ class Run:
         self.about: dict[str, Any] = {}  # what model.pt says besides
         self.inputs = {name: fingerprint(getattr(cfg, name, "")) for name in INPUTS}
         self.state = self._read_state() if cfg.resume else None
+        self.best = self.state.get("goodness", -math.inf) if self.state else -math.inf  # of all evaluations
 
     def _read_state(self) -> dict | None:
         """What --resume continues from, or None if there is nothing. Raises InputError if the options differ."""
@@ -237,8 +239,10 @@ class Run:
         """Tokens a second since the step began, as a metric."""
         return {"tokens_per_s": tokens / (time.time() - self.begun)}
 
-    def save_best(self, model: GPT | ScalarModel, encoding: tiktoken.Encoding) -> None:
-        if RANK == 0:
+    def keep_best(self, goodness: float, model: GPT | ScalarModel, encoding: tiktoken.Encoding) -> None:
+        """Write best.pt if no evaluation of this run was better."""
+        if goodness > self.best and RANK == 0:
+            self.best = goodness
             save_model(model, encoding, self.folder / "best.pt", **self.about)
 
     def save(
@@ -249,6 +253,7 @@ class Run:
             save_model(model, encoding, self.folder / "model.pt", **self.about)
             saved = {name: part.state_dict() for name, part in ({"model": model} | parts).items()}
             about = {"step": step, "options": dataclasses.asdict(self.cfg), "inputs": self.inputs}
+            about["goodness"] = self.best
             about["tokenizer"] = encoding_state(encoding)
             save_file(about | values | saved, self.folder / "state.pt")
 

@@ -159,7 +159,6 @@ def train(cfg: Config) -> None:
     optimizer = common.adamw(model, cfg.lr, cfg.weight_decay)
     steps = max(1, round(cfg.epochs * batches))
     run.start(steps, model=model, optimizer=optimizer)
-    best = run.state["best"] if run.state else float("inf")
     size = sum(p.numel() for p in model.parameters())
     common.say(f"{cfg.data} → {cfg.out}: {size:,} parameters, {encoding.n_vocab:,} tokens of vocabulary, on {device}")
 
@@ -189,10 +188,8 @@ def train(cfg: Config) -> None:
         run.log(step, metrics, show=("loss/train", "loss/held_out", "tokens_per_s") if due or step % 20 == 0 else ())
         if due:
             run.sample(step + 1, sample(model, encoding, held_out[step % len(held_out)], cfg, step))
-            if metrics["loss/held_out"] < best:
-                best = metrics["loss/held_out"]
-                run.save_best(model, encoding)
-            run.save(step + 1, model, encoding, values={"best": best}, optimizer=optimizer)
+            run.keep_best(-metrics["loss/held_out"], model, encoding)
+            run.save(step + 1, model, encoding, {}, optimizer=optimizer)
     run.finish(device)
 
 

@@ -6,7 +6,8 @@
     prompts               JSONL "prompt"
 
 Every text is complete and gets EOS by default. The columns "completion_ended", "chosen_ended", "rejected_ended" (true
-or false) and "ranked_ended" (a list) mark a sample that the length limit cut. The readers ignore other columns. They
+or false) and "ranked_ended" (a list) mark a sample that the length limit cut. "chosen_ids", "rejected_ids" and
+"ranked_ids" are the ids that a sampled answer has. The readers ignore other columns. They
 strip nothing: the prompt or the completion must contain the space between the two. Special tokens are encoded as
 special tokens in prompts only.
 """
@@ -24,6 +25,7 @@ from data.batches import (
     micro_batches,
     pad,
     prompts,
+    prompts_and_held_out,
     random_windows,
     select,
     shuffled,

@@ -203,6 +203,22 @@ def hold_out(items: list[Row] | list[Group], share: int = 20) -> tuple[list, lis
     return held, rest
 
 
+def prompts_and_held_out(
+    path: str, eval_path: str, encoding: tiktoken.Encoding, room: int, drop_long: bool, most: int
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Prompts of at most `room` ids to train on, and `most` to evaluate on: those of `eval_path`, or some of `path`."""
+
+    def load(path: str) -> list[list[int]]:
+        found = prompts(path, encoding)
+        what = f"prompts of {path} (beside the response)"
+        return fit(found, [max(1, len(p)) for p in found], room, drop_long, what)
+
+    if eval_path:
+        return load(path), load(eval_path)[:most]
+    held_out, rest = hold_out_prompts(load(path), most)
+    return rest, held_out
+
+
 def hold_out_prompts(prompts: list[list[int]], most: int) -> tuple[list[list[int]], list[list[int]]]:
     """Return (held out, rest): a tenth, at most `most`. A prompt that comes twice is on one side only."""
     known = list(dict.fromkeys(map(tuple, prompts)))

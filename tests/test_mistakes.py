@@ -423,9 +423,7 @@ def test_the_tokens_that_are_scored_are_those_that_were_sampled(gpt, encoding):
 
 # 20
 @mistake("data/batches.py", "    if dropped and not drop_long:", "    if False:")
-@mistake(
-    "ppo.py", "prompts = data.prompts(path, encoding)", "prompts = [p[:room] for p in data.prompts(path, encoding)]"
-)
+@mistake("data/batches.py", "found = prompts(path, encoding)", "found = [p[:room] for p in prompts(path, encoding)]")
 def test_prompts_that_do_not_fit_are_counted_and_never_cut(folders):
     long = write(folders["tmp"] / "long.jsonl", [{"prompt": "ask me. " * n} for n in (1, 2, 50, 60)])
     with pytest.raises(InputError, match="2 of 4 prompts .*--drop_long"):
@@ -460,7 +458,7 @@ def test_every_process_answers_prompts_of_its_own_with_chance_of_its_own(folders
     '"policy_optimizer": policy_optimizer, "value_optimizer": value_optimizer}',
     '"policy_optimizer": policy_optimizer}',
 )
-@mistake("ppo.py", 'kl_coef, best = run.state["kl_coef"], run.state["best"]', "pass")
+@mistake("ppo.py", 'run.state["kl_coef"] if run.state else cfg.kl_coef', "cfg.kl_coef")
 @mistake(
     "ppo.py",
     "data.shuffled(prompts, cfg.batch_size, cfg.seed, None, step)",
@@ -670,7 +668,7 @@ def test_no_response_is_compared_with_an_equal_one_and_the_reader_says_how_many_
 
 
 # 33
-@mistake("ppo.py", 'answers("after", policy', 'answers("before", policy')
+@mistake("ppo.py", 'partial(answer, "after", policy)', 'partial(answer, "before", policy)')
 @mistake("evaluate.py", 'return f"{x.mean():8.3f} ± {error:.3f}"', 'return f"{x.mean():8.3f}"')
 def test_a_policy_wins_half_of_its_games_against_itself_by_draws_of_its_own(folders, capsys):
     tmp = folders["tmp"]

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import common
+import data
 import ppo
 import reward
 from model import ScalarModel
@@ -204,13 +205,12 @@ def test_the_best_policy_on_held_out_prompts_is_kept(folders):
     lines = train(folders, out=tmp / "ppo", **more)
     found = [line["eval/judge"] for line in lines]
     assert len(found) == 6 and len(set(found)) > 1
-    prompts, held_out = ppo.load_prompts(
-        common.parse(ppo.Config, [str(w) for w in options(folders)]), common.load_gpt(folders["sft"])[1], 40
-    )
     best, encoding = common.load_gpt(tmp / "ppo" / "best.pt")
+    _, held_out = data.prompts_and_held_out(tmp / "prompts.jsonl", "", encoding, 40, False, 8)
     score = ppo.scorer(lambda prompt, response: -len(response.encode()), encoding, best.config.eos)
-    answer = ppo.answers("evaluate", best, best, score, encoding, ppo.Config(response_len=8, minibatch_size=4), CPU)
-    batch, _ = answer(held_out, 0)
+    cfg = ppo.Config(response_len=8, minibatch_size=4)
+    batch = ppo.rollout(best, held_out, cfg, common.generator("evaluate", 0, 0))
+    batch |= ppo.read(batch, best, best, None, score, cfg)
     assert batch["score"].mean().item() == pytest.approx(max(found))
 
 

@@ -76,7 +76,7 @@ def preference(ordered: list[Answer]) -> dict:
 
     The ids are kept, because encoding a sampled text again can give other ids than those that were sampled.
     """
-    texts, ended, ids = (list(column) for column in zip(*ordered))
+    texts, ended, ids = (list(column) for column in zip(*(Answer(*answer) for answer in ordered)))
     columns = {"": texts, "_ended": ended, "_ids": ids}
     if None in ids:
         del columns["_ids"]

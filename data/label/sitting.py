@@ -28,6 +28,9 @@ class Question:
     checkpoints: list[str]  # the checkpoint of each answer
     number: int = 0  # the index of its prompt
 
+    def __post_init__(self) -> None:
+        self.answers = [Answer(*answer) for answer in self.answers]
+
 
 class Sitting:
     """Prepares questions in the background, gives them to annotators, and appends their answers to one file.
