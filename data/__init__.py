@@ -7,9 +7,8 @@
 
 Every text is complete and gets EOS by default. The columns "completion_ended", "chosen_ended", "rejected_ended" (true
 or false) and "ranked_ended" (a list) mark a sample that the length limit cut. "chosen_ids", "rejected_ids" and
-"ranked_ids" are the ids that a sampled answer has. The readers ignore other columns. They
-strip nothing: the prompt or the completion must contain the space between the two. Special tokens are encoded as
-special tokens in prompts only.
+"ranked_ids" hold the ids of sampled answers. The readers ignore other columns. They strip nothing: the prompt or the
+completion must contain the space between the two. Special tokens are encoded as special tokens in prompts only.
 """
 
 from data.batches import (
