@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+import common
 from tests.conftest import run
 
 pytestmark = pytest.mark.slow
@@ -11,7 +12,7 @@ pytestmark = pytest.mark.slow
 
 def table(output: str) -> dict[str, list[float]]:
     """The closing table of ppo.py: its numbers before and after, by row."""
-    rows = re.findall(r"^(\S.*?)\s{2,}(-?\d+\.\d+) ± \S+\s+(-?\d+\.\d+) ±", output, re.MULTILINE)
+    rows = re.findall(r"^(\S.*?)\s+(-?\d+\.\d+) ± \S+\s+(-?\d+\.\d+) ± \S+\s+-?\d+\.\d+ ±", output, re.MULTILINE)
     return {name: [float(before), float(after)] for name, before, after in rows}
 
 
@@ -21,11 +22,15 @@ def test_the_judge_rises_at_a_small_kl_and_without_the_kl_term_the_reward_model_
         assert done.returncode == 0, done.stderr
     accuracy, ceiling = map(float, re.search(r"accuracy (\S+) ± .* allows (\S+)\)", done.stdout).groups())
     assert accuracy > ceiling - 0.05
-    with_kl, without = run("ppo.py", cwd=tmp_path), run("ppo.py", "--kl_coef", 0, "--out", "out/hacked", cwd=tmp_path)
+    with_kl = run("ppo.py", cwd=tmp_path)
+    without = run("ppo.py", "--kl_coef", 0, "--iterations", 64, "--out", "out/hacked", cwd=tmp_path)
     assert with_kl.returncode == without.returncode == 0, with_kl.stderr + without.stderr
     rows, hacked = table(with_kl.stdout), table(without.stdout)
     before, after = rows["data/tales.py:judge"]
-    assert after - before >= 0.6 * (1 - before)
+    assert after >= 0.95
+    for line in common.read_metrics(tmp_path / "out" / "ppo"):  # and the road there is calm
+        assert line["objective/kl"] <= 6 and 0.97 <= line["val/ratio"] <= 1.03
+        assert line["objective/judge"] >= before - 0.08
     assert rows["ended by EOS"][1] >= 0.97 and rows["data/tales.py:grammar"][1] >= 0.95
     assert 0.5 < rows["KL to the start (nats)"][1] <= 6
     assert hacked["score"][1] > rows["score"][1]  # more of what was asked for,
