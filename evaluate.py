@@ -45,14 +45,16 @@ def rollout_metrics(batch: dict[str, Tensor], judged: list[float], kl_coef: floa
         rows["objective/judge"] = torch.tensor(judged, device=kl.device)
     columns = {name: common.gather(x.float()) for name, x in rows.items()}  # of all processes
     score, length = columns["objective/scores"], columns["response_len"]
-    spread, error = batch["returns"], batch["returns"] - batch["values"]
     found = {name: x.mean() for name, x in columns.items()} | {
         "objective/scores_std": score.std(correction=0),
         "objective/kl_max": columns["objective/kl"].max(),
         "score_length_correlation": correlation(score, length),
         "token_entropy": common.masked_mean(batch["entropy"], mask),
-        "value/explained_variance": 1 - masked_variance(error, mask) / masked_variance(spread, mask).clamp(min=1e-8),
     }
+    if "returns" in batch:
+        spread = masked_variance(batch["returns"], mask).clamp(min=1e-8)
+        error = masked_variance(batch["returns"] - batch["values"], mask)
+        found["value/explained_variance"] = 1 - error / spread
     numbers = torch.stack([x.float() for x in found.values()]).tolist()  # one wait for the device
     return dict(zip(found, numbers)) | {"kl_coef": kl_coef}
 
