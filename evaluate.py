@@ -1,6 +1,6 @@
 """What is measured: the metrics of an iteration, held-out prompts, the report before → after, best-of-n.
 
-Nothing here changes a net. A mean stands with its standard error, ±.
+Nothing here changes a net. Every mean is printed with its standard error (±).
 """
 
 import math
@@ -24,7 +24,7 @@ def rollout_metrics(batch: dict[str, Tensor], judged: list[float], kl_coef: floa
     """TRL's names: sums over a response, then means over the responses of all processes.
 
     objective/scores         the score as it came; rlhf_reward has the final one
-    objective/entropy        −Σ log π of the sampled tokens, as in TRL; its mean is the entropy of a whole response
+    objective/entropy        −Σ log π of the sampled tokens, as in TRL; its expected value is the entropy of a response
     objective/kl_max         the largest KL of a response
     token_entropy            the mean entropy of the next-token distributions
     score_length_correlation near 1: the reward model likes length
@@ -113,8 +113,8 @@ def mean_and_error(column: list[float]) -> str:
 def report(before: dict[str, list], after: dict[str, list], judges: dict[str, Judge]) -> str:
     """The table before → after, the win rate, and four answers side by side.
 
-    The two columns answer the same prompts with random numbers of their own. So the ± of the change is that of the
-    differences prompt by prompt, and a win is not made by chance that both share.
+    Both columns answer the same prompts, each with its own random numbers. So the ± of the change comes from the
+    differences per prompt, and shared random numbers cannot decide a win.
     """
     title = f"{len(before['texts'])} held-out prompts"
     lines = [f"\n{title:<28}{'before':>18}  {'after':>18}  {'change':>18}"]
@@ -141,7 +141,7 @@ def best_of_sizes(option: str) -> list[int]:
         sizes = [int(word) for word in option.split(",") if word]
     except ValueError:
         sizes = [0]
-    if any(n < 1 for n in sizes):
+    if any(n < 1 for n in sizes) or (option and not sizes):
         raise InputError(f"--best_of {option}: give numbers above 0, separated by commas")
     return sizes
 

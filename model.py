@@ -212,8 +212,8 @@ class GPT(nn.Module):
     def predictions(
         self, tokens: Tensor, prompt_len: Tensor, length: Tensor
     ) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
-        """Of all N response tokens: the hidden states (N, C) that predict them, their ids (N,), and a function that
-        puts numbers (N,) into the response window (B, R)."""
+        """For all N response tokens: the hidden states (N, C) before them, their ids (N,), and a function that puts
+        numbers (N,) into the response window (B, R)."""
         position, mask = response_window(prompt_len, length)  # (B, R)
         row, r = mask.nonzero(as_tuple=True)  # (N,) each
         real = position[mask]  # (N,) their positions

@@ -37,7 +37,7 @@ POINTS = ("eval/", "loss/held_out")
 
 
 def curves(lines: list[dict], target: Path, title: str = "", calibration: list[list[float]] = ()) -> None:
-    """Draw the metrics of `lines`, those of a metrics.jsonl, into `target`. A metric that never changes is left out.
+    """Draw the metrics of `lines`, those of a metrics.jsonl, into `target`. A panel that never changes is left out.
 
     `calibration` holds the rows of reward.py's table: (from, to, pairs, mean predicted, observed win rate).
     """

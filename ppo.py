@@ -43,11 +43,12 @@ from evaluate import Judge, Texts, best_of, best_of_sizes, evaluate, report, rol
 from model import GPT, ScalarModel, response_window
 
 Batch = dict[str, Tensor]
-STANDING_STILL = {  # what `update` reports of a net that it does not move
+STANDING_STILL = {  # what `update` reports for a net that it does not train
     "loss/policy_avg": 0.0, "policy/approxkl_avg": 0.0, "policy/clipfrac_avg": 0.0, "policy/grad_norm": 0.0,
     "loss/value_avg": 0.0, "val/clipfrac_avg": 0.0, "value/grad_norm": 0.0, "val/ratio": 1.0,
 }  # fmt: skip
 SHOWN = ["objective/scores", "objective/judge", "objective/kl", "val/ratio", "val/num_eos_tokens", "tokens_per_s"]
+SHOWN += ["eval/score", "eval/judge", "eval/kl"]
 
 
 @dataclass
@@ -55,7 +56,7 @@ class Config:
     data: str = ""  # JSONL "prompt"; empty: the tales' prompts
     eval_data: str = ""  # held-out JSONL "prompt"; empty: a part of --data (the tales have their own)
     init: str = "out/sft"  # run folder of the starting policy; its frozen copy is the reference
-    ref: str = ""  # run folder of another reference, where PPO goes on from a PPO run; empty: --init
+    ref: str = ""  # run folder of the reference, if it is not --init (where --init is itself a run of PPO)
     reward: str = "out/reward"  # run folder of the reward model, or FILE.py:function to train on
     judge: str = ""  # FILE.py:function, never trained on; of several (commas) the first is measured in training too
     out: str = "out/ppo"  # run folder to write
@@ -70,10 +71,10 @@ class Config:
     micro_batch_size: int = 0  # answers in one forward; 0: the whole minibatch
     response_len: int = 64  # longest answer, in tokens
     temperature: float = 1.0  # of sampling and of all log-probabilities
-    lr: float = 4e-4  # of the policy, annealed to 0
+    lr: float = 4e-4  # of the policy; it rises at first and is annealed to 0
     value_lr: float = 1e-3  # of the value net, annealed to 0
-    value_warmup: int | None = None  # first iterations, for the value net alone; default 4, or a quarter if fewer
-    lr_warmup: int = 10  # iterations after those, in which the policy's rate rises
+    value_warmup: int | None = None  # first iterations, in which only the value net learns; default 4, or a quarter
+    lr_warmup: int | None = None  # iterations after these, in which the policy's rate rises; default 10, or a quarter
     kl_coef: float = 0.05  # β: reward charged per nat of KL to the frozen copy
     kl_target: float = 0.0  # nats a response; above 0, β adapts towards it (Ziegler et al. 2019, section 2.2)
     horizon: int = 10000  # episodes in which an adaptive β moves by a factor of at most 1.22
@@ -88,8 +89,8 @@ class Config:
     block_size: int = 0  # longest prompt and answer together, in tokens; 0: the model's context
     drop_long: bool = False  # leave out prompts that with the answer exceed that
     eval_prompts: int = 512  # held-out prompts to evaluate on
-    eval_every: int = 0  # iterations between evaluations, of which the best policy is kept as best.pt; 0: only the end
-    best_of: str = ""  # 1,4,16: show what choosing among so many answers of the reference gives, at the end
+    eval_every: int = 0  # evaluate every so many iterations and keep the best policy as best.pt; 0: only at the end
+    best_of: str = ""  # such as 1,4,16: at the end, show the best of so many answers of the reference too
     save_every: int = 20  # iterations between checkpoints
     resume: bool = False  # continue the run in --out; more --iterations than before prolong it
 
@@ -234,9 +235,9 @@ def update(
 ) -> dict[str, float]:
     """`epochs` passes over the batch in minibatches, one step of each net's optimizer a minibatch. Returns metrics.
 
-    A net whose optimizer is None stands still and costs nothing; without a value net pass None for both. The value net
-    learns at `value_lr`, or at `lr` if that is None. Losses are means over the tokens of the whole minibatch (all
-    micro-batches, all processes), so how it is split changes nothing.
+    A net whose optimizer is None stands still and costs nothing. Without a value net `value` and its optimizer are
+    None. The value net learns at `value_lr`, or at `lr` if that is None. Losses are means over the tokens of the whole
+    minibatch (all micro-batches, all processes), so how it is split changes nothing.
     """
     value_optimizer = value_optimizer if value is not None else None
     value_lr = lr if value_lr is None else value_lr
@@ -282,6 +283,8 @@ def update(
                 sums["value/grad_norm"] += norm / common.WORLD
             n_steps += 1
     measured = {name: x / n_steps for name, x in sums.items() if isinstance(x, Tensor)}
+    if not measured:
+        return dict(STANDING_STILL)
     means = common.total(torch.stack(list(measured.values()))).tolist()  # one wait for the device
     return STANDING_STILL | dict(zip(measured, means))
 
@@ -295,11 +298,13 @@ def rates(step: int, cfg: Config) -> tuple[float, float]:
     The reward model was trained on last tokens alone, so what the value net says of a prefix is a guess at first. It
     learns for some iterations before the policy moves; then the policy's rate rises. Both fall to 0 in a straight line.
     """
-    alone = min(4, cfg.iterations // 4) if cfg.value_warmup is None else cfg.value_warmup
+    quarter = cfg.iterations // 4  # so that a short run learns something too
+    alone = min(4, quarter) if cfg.value_warmup is None else cfg.value_warmup
+    rising = min(10, quarter) if cfg.lr_warmup is None else cfg.lr_warmup
     left = 1 - step / cfg.iterations
     if step < alone:
         return 0.0, cfg.value_lr * left
-    risen = min(1.0, (step - alone + 1) / max(1, cfg.lr_warmup))
+    risen = min(1.0, (step - alone + 1) / max(1, rising))
     return cfg.lr * risen * left, cfg.value_lr * left
 
 
@@ -359,7 +364,12 @@ def build(
 
 def train(cfg: Config) -> None:
     device, autocast = common.setup(cfg)
-    common.check_out(cfg)
+    if cfg.iterations:
+        common.check_out(cfg)
+    if (cfg.value_warmup or 0) >= cfg.iterations > 0:
+        raise InputError(
+            f"--value_warmup {cfg.value_warmup}: leaves the policy no iteration; give fewer than --iterations"
+        )
     if cfg.batch_size % common.WORLD or cfg.minibatch_size % common.WORLD:
         raise InputError(f"--batch_size and --minibatch_size must be multiples of the {common.WORLD} processes")
     if cfg.temperature == 0:
@@ -370,12 +380,15 @@ def train(cfg: Config) -> None:
     policy, encoding = common.load_gpt(cfg.init, device, "--init")
     sources = cfg.data or tales.path("ppo"), cfg.eval_data or ("" if cfg.data else tales.path("eval"))
     room = common.context(cfg, policy) - cfg.response_len
+    if room < 1:
+        raise InputError(f"--response_len {cfg.response_len}: leaves no room for a prompt in the context; give less")
     prompts, held_out = data.prompts_and_held_out(*sources, encoding, room, cfg.drop_long, cfg.eval_prompts)
     if cfg.iterations and len(prompts) < cfg.batch_size:
         raise InputError(
             f"--batch_size {cfg.batch_size}: {sources[0]} leaves {len(prompts)} prompts to train on; give less"
         )
     ref, value, score, cap = build(cfg, policy, encoding, device, autocast)
+    start = common.freeze(copy.deepcopy(policy), autocast) if cfg.ref else ref
     judges = common.load_functions(cfg.judge or ("" if cfg.data else tales.MEASURES))
     first_judge = next(iter(judges.values()), None)
     policy_optimizer = common.adamw(policy, cfg.lr, 0.0, eps=1e-5)
@@ -424,8 +437,12 @@ def train(cfg: Config) -> None:
         if learning:
             kl_coef = adapt(kl_coef, metrics["objective/kl"], cfg.batch_size, cfg)
         last = step + 1 == cfg.iterations
-        if cfg.eval_every and (step + 1) % cfg.eval_every == 0 and common.RANK == 0:
-            found, goodness = summary(evaluate(partial(answer, "evaluate", policy), held_out, judges), judges, kl_coef)
+        run.check(step, metrics)
+        due = cfg.eval_every and (last or (step + 1) % cfg.eval_every == 0)
+        if due and common.RANK == 0:
+            found, goodness = summary(
+                evaluate(partial(answer, "evaluate", policy), held_out, judges), judges, cfg.kl_coef
+            )
             metrics |= found
             run.keep_best(goodness, policy, encoding)
         run.log(step, metrics, show=SHOWN)
@@ -438,12 +455,13 @@ def train(cfg: Config) -> None:
         if not cfg.iterations:
             policy, out_encoding = common.load_gpt(cfg.out, device, "--out")
             common.check_vocabulary(f"--out {cfg.out}", out_encoding, encoding, cfg.init)
-        before = evaluate(partial(answer, "before", ref), held_out, judges)
+        before = evaluate(partial(answer, "before", start), held_out, judges)
         after = evaluate(partial(answer, "after", policy), held_out, judges)
         common.say(report(before, after, judges))
         if sizes:
             common.say(best_of(partial(answer, "best of", ref), held_out, judges, sizes))
-    run.finish(device)
+    if cfg.iterations:
+        run.finish(device)
 
 
 def main() -> None:

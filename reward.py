@@ -165,7 +165,7 @@ def evaluate(
 
 
 def clustered_error(x: Tensor, sizes: list[int]) -> float:
-    """The standard error of the mean of x (P,), whose values come in groups of these sizes that are not independent.
+    """The standard error of the mean of x (P,). Values of one group depend on each other; groups are independent.
 
     The pairs of one prompt share responses. Liang and Zeger 1986: the deviations of a group are summed, then squared.
     """

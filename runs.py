@@ -105,7 +105,7 @@ def known_prompts(reward: str, prompts: list[list[int]]) -> str:
     if ".py:" in reward:
         return ""
     path = Path(reward) / "model.pt" if Path(reward).suffix != ".pt" else Path(reward)
-    trained = torch.load(path, weights_only=True, mmap=True).get("prompts", torch.tensor([]))
+    trained = torch.load(path, map_location="cpu", weights_only=True, mmap=True).get("prompts", torch.tensor([]))
     known = set(trained.tolist())
     n = sum(prompt_key(prompt) in known for prompt in prompts)
     return f" ({n:,} of them trained the reward model)" if n else ""
@@ -118,7 +118,9 @@ def check_out(cfg: Any) -> None:
     """Raises InputError if --out cannot become a run folder: it is --init itself, or it holds other files."""
     out = Path(cfg.out)
     for name in ("init", "ref", "reward"):
-        if getattr(cfg, name, "") and out.resolve() == Path(getattr(cfg, name)).resolve():
+        source = Path(getattr(cfg, name, ""))
+        source = source.parent if source.suffix == ".pt" else source
+        if getattr(cfg, name, "") and out.resolve() == source.resolve():
             raise InputError(f"--out {out}: is --{name} too; name another folder, so that it is not overwritten")
     is_run = (out / "metrics.jsonl").exists()
     is_empty = out.is_dir() and not any(out.iterdir())
@@ -133,8 +135,11 @@ MAY_DIFFER = ("resume", "device", "iterations", "best_of")  # options that a res
 def fingerprint(name: str) -> str:
     """The sha256 of a file, of a run folder's model.pt, or of the file of a function; "" where there is none."""
     path = Path(name.partition(".py:")[0] + ".py" if ".py:" in name else name)
-    path = path / "model.pt" if path.is_dir() else path
-    if not path.is_file():
+    if ".py:" in name and not path.is_file():
+        path = Path(__file__).parent / path  # a function of this project, while another folder is the current one
+    if path.is_dir():
+        path = path / "model.pt"
+    if not name or not path.is_file():
         return ""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -147,11 +152,11 @@ class Run:
     """
 
     def __init__(self, cfg: Any):
-        self.cfg, self.folder, self.step = cfg, Path(cfg.out), 0
+        self.cfg, self.folder, self.step, self.steps = cfg, Path(cfg.out), 0, 0
         self.times: dict[str, float] = {}
         self.about: dict[str, Any] = {}  # what model.pt says besides
         self.inputs = {name: fingerprint(getattr(cfg, name, "")) for name in INPUTS}
-        self.state = self._read_state() if cfg.resume else None
+        self.state = self._read_state() if cfg.resume and getattr(cfg, "iterations", 1) else None
         self.best = self.state.get("goodness", -math.inf) if self.state else -math.inf  # of all evaluations
 
     def _read_state(self) -> dict | None:
@@ -170,8 +175,10 @@ class Run:
                     f"--resume: --{name} {getattr(self.cfg, name)} has changed since {path} was made; "
                     "bring back what it was, or start anew without --resume"
                 )
-        if state["step"] > getattr(self.cfg, "iterations", math.inf):
-            raise InputError(f"--resume: {path} has done {state['step']} iterations already; give --iterations above")
+        if "inputs" not in state:
+            say(f"{path} is from an earlier version, so nothing tells whether its inputs have changed since")
+        if (before := state["options"].get("iterations", 0)) > getattr(self.cfg, "iterations", 0):
+            raise InputError(f"--resume: {path} was made with --iterations {before}; give as many, or more")
         return state
 
     def start(self, steps: int, **parts: Any) -> None:
@@ -203,16 +210,8 @@ class Run:
         temporary.replace(self.folder / "metrics.jsonl")
 
     def log(self, step: int, metrics: dict[str, float], show: Iterable[str] = ()) -> None:
-        """Append the metrics of a step to metrics.jsonl. Print those that `show` names, and the time left.
-
-        Raises InputError if one of them is not finite, before a checkpoint can be written.
-        """
-        for name, x in metrics.items():
-            if not math.isfinite(x):
-                raise InputError(
-                    f"step {step + 1}: {name} is {x}, so the run stops; what it last saved in {self.folder} is whole. "
-                    "Lower --lr, or look at the data of this step"
-                )
+        """Append the metrics of a step to metrics.jsonl. Print those that `show` names, and the time left."""
+        self.check(step, metrics)
         if RANK > 0:
             return
         with open(self.folder / "metrics.jsonl", "a") as file:
@@ -222,6 +221,15 @@ class Run:
             width = len(str(self.steps))
             shown = "  ".join(f"{name.split('/')[-1]} {number(metrics[name])}" for name in show if name in metrics)
             print(f"step {step + 1:>{width}}/{self.steps}  {shown}  {clock(left)} left", flush=True)
+
+    def check(self, step: int, metrics: dict[str, float]) -> None:
+        """Raises InputError if a metric is not finite, before a checkpoint can be written."""
+        for name, x in metrics.items():
+            if not math.isfinite(x):
+                raise InputError(
+                    f"step {step + 1}: {name} is {x}, so the run stops; what it last saved in {self.folder} is whole. "
+                    "Lower --lr, or look at the data of this step"
+                )
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
@@ -270,6 +278,8 @@ class Run:
         if RANK > 0:
             return
         say(f"peak memory: {peak_memory(device):.2f} GiB")
+        if self.step >= self.steps:
+            return  # nothing new to draw
         if importlib.util.find_spec("matplotlib") is None:
             return say(f"pip install matplotlib, and the next run draws {self.folder}/curves.png")
         title = f"{self.folder}, seed {self.cfg.seed}"

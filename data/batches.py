@@ -37,7 +37,7 @@ def encode_row(
 ) -> Row:
     """Encode prompt and response separately, because generation also continues the ids of the prompt.
 
-    `ids` are those that the response was sampled as. They are taken if they are this vocabulary's ids of that text.
+    `ids` are the tokens that a model sampled. They are used if they decode to `response`.
     """
     start = encode_prompt(encoding, prompt) or [eos]
     if ids is None or not _spell(encoding, ids, response):
@@ -78,7 +78,7 @@ def comparisons(
     """
     kind = {"ranked": list} if "ranked" in first_row(path) else {"chosen": str, "rejected": str}
     groups: list[Group] = []
-    index: dict[tuple[str, bool], int] = {}
+    index: dict[tuple[str, bool], int] = {}  # (text, ended) → its row in the group
     previous, equal = None, 0
     for number, row in enumerate(iterate_jsonl(path, {"prompt": str} | kind), 1):
         if "ranked" in kind:
@@ -102,8 +102,8 @@ def comparisons(
                 index[response] = len(group.rows)
                 group.rows.append(encode_row(encoding, eos, row["prompt"], *response, sampled))
             places.append(index[response])
-        compared = list(itertools.combinations(places, 2))  # (winner, loser)
-        pairs = [pair for pair in compared if group.rows[pair[0]] != group.rows[pair[1]]]
+        compared = list(itertools.combinations(range(len(places)), 2))  # (winner, loser)
+        pairs = [(places[w], places[l]) for w, l in compared if texts[w] != texts[l]]
         equal += len(compared) - len(pairs)
         group.pairs.extend(pairs)
         group.certainty.extend([max(p, 1 - p) if (p := row.get("p_chosen")) is not None else float("nan")] * len(pairs))
@@ -206,11 +206,11 @@ def hold_out(items: list[Row] | list[Group], share: int = 20) -> tuple[list, lis
 def prompts_and_held_out(
     path: str, eval_path: str, encoding: tiktoken.Encoding, room: int, drop_long: bool, most: int
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """Prompts of at most `room` ids to train on, and `most` to evaluate on: those of `eval_path`, or some of `path`."""
+    """Prompts of at most `room` ids to train on, and up to `most` to evaluate on: of `eval_path`, or some of `path`."""
 
     def load(path: str) -> list[list[int]]:
         found = prompts(path, encoding)
-        what = f"prompts of {path} (beside the response)"
+        what = f"prompts of {path} (with --response_len)"
         return fit(found, [max(1, len(p)) for p in found], room, drop_long, what)
 
     if eval_path:

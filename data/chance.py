@@ -20,8 +20,8 @@ def shuffler(*key: int | str) -> np.random.Generator:
 def generator(*key: int | str) -> torch.Generator:
     """Return a CPU generator for the key.
 
-    torch's own seeding looks at 32 bits only, and two keys in a hundred thousand would share them. So the 624 words of
-    the Mersenne twister come from numpy, which looks at all bits.
+    torch's own seeding looks at 32 bits only, and among 100,000 keys about one pair would share them. So the 624 words
+    of the Mersenne twister come from numpy, which looks at all bits.
     """
     result = torch.Generator()
     state = result.get_state()  # 24 bytes of counters, then each word in 8 bytes

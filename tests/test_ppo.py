@@ -194,7 +194,7 @@ def test_a_run_is_prolonged_at_the_rates_of_the_longer_run(folders):
         [0, 3 / 4, 2 / 4, 1 / 4, 4 / 8, 3 / 8, 2 / 8, 1 / 8]
     )
     cfg.iterations = 6
-    with pytest.raises(common.InputError, match="has done 8 iterations already"):
+    with pytest.raises(common.InputError, match="was made with --iterations 8; give as many, or more"):
         ppo.train(cfg)
 
 
