@@ -94,6 +94,7 @@ def settle(folder: Path, beta: float, seed: int, **options: object) -> tuple[np.
         "init": folder / "start", "data": folder / "prompts.jsonl", "eval_data": folder / "prompts.jsonl", "out": out,
         "reward": f"{__file__}:score", "unended_cap": CAP, "response_len": R, "eval_prompts": 1, "device": "cpu",
         "batch_size": BATCH, "minibatch_size": 256, "iterations": 360, "epochs": 1, "lr": 5e-4, "kl_coef": beta,
+        "value_lr": 5e-4, "value_warmup": 0, "lr_warmup": 0,
         "seed": seed,
     } | options  # fmt: skip
     ppo.train(common.parse(ppo.Config, [str(word) for name, value in options.items() for word in (f"--{name}", value)]))
