@@ -219,7 +219,10 @@ class Run:
         if show:
             left = (time.time() - self.started) / (step + 1 - self.step) * (self.steps - step - 1)
             width = len(str(self.steps))
-            shown = "  ".join(f"{name.split('/')[-1]} {number(metrics[name])}" for name in show if name in metrics)
+            names = {
+                name: name if name.startswith("eval/") else name.split("/")[-1] for name in show if name in metrics
+            }
+            shown = "  ".join(f"{short} {number(metrics[name])}" for name, short in names.items())
             print(f"step {step + 1:>{width}}/{self.steps}  {shown}  {clock(left)} left", flush=True)
 
     def check(self, step: int, metrics: dict[str, float]) -> None:
