@@ -392,7 +392,7 @@ def train(cfg: Config) -> None:
     judges = common.load_functions(cfg.judge or ("" if cfg.data else tales.MEASURES))
     first_judge = next(iter(judges.values()), None)
     policy_optimizer = common.adamw(policy, cfg.lr, 0.0, eps=1e-5)
-    value_optimizer = common.adamw(value, cfg.lr, 0.0, eps=1e-5)
+    value_optimizer = common.adamw(value, cfg.value_lr, 0.0, eps=1e-5)
 
     run = common.Run(cfg)
     saved = {"value": value, "policy_optimizer": policy_optimizer, "value_optimizer": value_optimizer}
