@@ -120,7 +120,7 @@ BAD = [
         "--reward sft",
     ),
     ("ppo.py", ["--init", "sft", "--data", "text.jsonl", "--response_len", "8"], 'text.jsonl:1: no column "prompt"'),
-    ("ppo.py", ["--init", "sft", "--data", "prompts.jsonl", "--response_len", "48"], "--drop_long"),
+    ("ppo.py", ["--init", "sft", "--data", "prompts.jsonl", "--response_len", "44"], "--drop_long"),
     ("ppo.py", ["--init", "sft", "--data", "prompts.jsonl", "--block_size", "49"], "--block_size 49"),
     ("model.py", ["nowhere", "--prompt", "a"], "nowhere"),
 ]
