@@ -7,9 +7,12 @@ import argparse
 import dataclasses
 import importlib.util
 import inspect
+import math
 import os
 import re
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+import processes
 from data.chance import generator, seed_of
 from data.files import InputError
 from fast import Linear, keep_memory
@@ -28,7 +32,6 @@ from model import GPT
 from processes import (
     RANK,
     WORLD,
-    first_alone,
     gather,
     masked_mean,
     pick_device,
@@ -40,8 +43,8 @@ from processes import (
 )
 from runs import (
     Run,
-    check_out,
     check_vocabulary,
+    fingerprint,
     known_prompts,
     load,
     load_gpt,
@@ -57,6 +60,7 @@ from runs import (
 
 ABOVE_ZERO = "samples batch_size minibatch_size epochs response_len n_layer n_head n_embd label_temperature".split()
 ABOVE_ZERO += ["eval_prompts", "save_every", "evals", "horizon", "people"]
+AT_MOST = {"dropout": 0.99, "port": 65535, "gamma": 1, "lam": 1, "top_p": 1, "seed": 2**63 - 1}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -85,10 +89,16 @@ def parse(config: type, argv: list[str] | None = None, positional: str = "") -> 
     for name, value in options.items():
         if not isinstance(value, (int, float)):
             continue
+        if math.isnan(value) or math.isinf(value) and name != "unended_cap":
+            raise InputError(f"--{name} {value}: give a finite number")
         if name in ABOVE_ZERO and value <= 0:
             raise InputError(f"--{name} {value}: give a number above 0")
         if value < 0 and name != "unended_cap":
             raise InputError(f"--{name} {value}: give a number of at least 0")
+        if value > AT_MOST.get(name, 1e9):
+            raise InputError(f"--{name} {value}: give a number of at most {AT_MOST.get(name, 1e9):g}")
+        if name == "temperature" and 0 < value < 0.01:
+            raise InputError(f"--temperature {value}: give 0, or at least 0.01")
     return (config(**options), folder) if positional else config(**options)
 
 
@@ -102,18 +112,50 @@ def context(cfg: Any, model: GPT) -> int:
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Run a script's `main`; bad input ends it with one sentence and exit code 2, without a traceback."""
-    code = 0
+    """Run a script's `main`. Bad input ends it with one sentence and exit code 2, a signal with its own code."""
+    name, code, said = Path(sys.argv[0]).name, 0, ""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # where the terminal cannot show a character
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    processes.listen()
     try:
         main()
     except InputError as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-        code = 2
+        code, said = 2, str(error)
+    except KeyboardInterrupt as error:
+        code, said = 128 + (processes.asked or signal.SIGINT), str(error) or "stopped"
+    except BrokenPipeError:  # what reads the output has gone, such as head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    except OSError as error:
+        if not error.filename:
+            raise
+        code, said = 2, f"{error.filename}: {error.strerror}; name a file or folder that can be used"
+    except MemoryError:
+        code, said = 2, OUT_OF_MEMORY
+    except RuntimeError as error:
+        if "out of memory" in str(error) or "can't allocate memory" in str(error):
+            code, said = 2, OUT_OF_MEMORY
+        elif WORLD > 1 and re.search("onnection (reset|closed)|NCCL|ProcessGroup", str(error)):
+            code, said = 1, "another process has ended; start all of them again with --resume"
+        elif WORLD == 1:
+            raise
+        else:
+            traceback.print_exc()
+            code = 1
     except Exception:
         if WORLD == 1:
             raise
         traceback.print_exc()
         code = 1
+    finally:
+        processes.forget()
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+    if said:
+        print(f"{name}: {said}", file=sys.stderr)
     if code and WORLD > 1:  # end at once: leaving the group would wait for the other processes, and they for this one
         sys.stderr.flush()
         os._exit(code)
@@ -123,19 +165,56 @@ def run_main(main: Callable[[], None]) -> None:
         sys.exit(code)
 
 
+OUT_OF_MEMORY = "out of memory; give a smaller --micro_batch_size, --batch_size, --response_len or model"
+
+
 def load_function(name: str) -> Callable[[str, str], float]:
-    """The judge named "path/to/file.py:function": a function (prompt, response) -> float."""
+    """The function (prompt, response) -> float that is named "path/to/file.py:function", with its numbers checked.
+
+    The file is a module: it may import its neighbours. Raises InputError, after the user's own traceback, if it fails.
+    """
     file, _, function = name.rpartition(":")
     if not Path(file).is_file() and (Path(__file__).parent / file).is_file():
         file = str(Path(__file__).parent / file)  # a function of this project, while another folder is the current one
     if not Path(file).is_file():
         raise InputError(f"{name}: no such file; a function is named path/to/file.py:function")
-    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    path = Path(file).resolve()
+    module_name = path.stem if path.stem not in sys.modules else f"{path.stem}_{seed_of(str(path)):x}"
+    spec = importlib.util.spec_from_file_location(module_name, path)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not callable(getattr(module, function, None)):
+    sys.modules[module_name] = module  # dataclasses and pickle look it up
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))
+    users(name, f"{file} cannot be imported", lambda: spec.loader.exec_module(module))
+    called = getattr(module, function, None)
+    if not callable(called):
         raise InputError(f"{name}: {file} has no function {function}; a function is named path/to/file.py:function")
-    return getattr(module, function)
+
+    def checked(prompt: str, response: str) -> float:
+        about = f"the prompt {prompt[-60:]!r} and the response {response[:60]!r}"
+        given = users(name, f"failed for {about}", lambda: called(prompt, response))
+        try:
+            number = math.nan if isinstance(given, (str, bytes)) else float(given)
+        except (TypeError, ValueError, OverflowError):
+            number = math.nan
+        if not abs(number) < 3e38:  # of float32
+            raise InputError(f"{name}: returned {given!r:.60} for {about}; return a finite number")
+        return number
+
+    return checked
+
+
+def users(name: str, what: str, call: Callable[[], Any]) -> Any:
+    """The result of code of the user. If it raises, its traceback is printed, without our frames, and one sentence."""
+    try:
+        return call()
+    except InputError:
+        raise
+    except (Exception, SystemExit) as error:
+        frames = error.__traceback__.tb_next.tb_next if error.__traceback__.tb_next else None
+        if frames:
+            traceback.print_exception(error.with_traceback(frames))
+        raise InputError(f"{name}: {what} ({type(error).__name__}: {error}); mend the function") from None
 
 
 def load_functions(names: str) -> dict[str, Callable[[str, str], float]]:

@@ -217,26 +217,27 @@ def draw(probs: Tensor, uniform: Tensor) -> Tensor:
     """`torch.searchsorted(probs.cumsum(-1), uniform[:, None] * probs.sum(-1, keepdim=True), right=True)[:, 0]`.
 
     probs (B, V), uniform (B,) in float64 in [0, 1) → token ids (B,). Sums are in float64: in float32 they are off by up
-    to 4e-4 in total variation over 50,257 tokens. A large vocabulary is searched in two levels.
+    to 4e-4 in total variation over 50,257 tokens. A large vocabulary is searched in two levels. Probabilities that are
+    nan give some token: what is read of it is nan too, and stops the run.
     """
     V, width, u = probs.shape[-1], 256, uniform[:, None].clamp(max=1 - 2**-52)  # (B, 1)
     if V <= 16 * width:
         cdf = probs.cumsum(-1, dtype=torch.float64)
-        return torch.searchsorted(cdf, u * cdf[:, -1:], right=True)[:, 0]
+        return torch.searchsorted(cdf, u * cdf[:, -1:], right=True)[:, 0].clamp(max=V - 1)
     # First: which stretch of 256 tokens.
     whole = V // width * width
     mass = probs[:, :whole].unflatten(1, (-1, width)).sum(-1)  # (B, V / 256)
     mass = torch.cat([mass, probs[:, whole:].sum(-1, keepdim=True)], 1).double()
     cdf = mass.cumsum(-1)
     u = u * cdf[:, -1:]
-    stretch = torch.searchsorted(cdf, u, right=True)
+    stretch = torch.searchsorted(cdf, u, right=True).clamp(max=cdf.shape[1] - 1)
     # Then: which token of it.
     left = mass.gather(1, stretch) - cdf.gather(1, stretch) + u  # of u, within the stretch
     token = stretch * width + torch.arange(width, device=u.device)  # (B, 256)
     inside = (probs.gather(1, token.clamp(max=V - 1)) * (token < V)).cumsum(-1, dtype=torch.float64)
     share = (left / mass.gather(1, stretch)).clamp(0, 1 - 2**-52)  # rounding must not leave the stretch
     place = torch.searchsorted(inside, share * inside[:, -1:], right=True)
-    return (stretch * width + place)[:, 0]
+    return (stretch * width + place)[:, 0].clamp(max=V - 1)
 
 
 def decoding(generate: Callable) -> Callable:

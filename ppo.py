@@ -26,7 +26,6 @@ value, an entropy bonus, whitening of rewards, dropout.
 """
 
 import copy
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -64,19 +63,20 @@ class Config:
     device: str = "auto"  # auto, cpu, cuda or mps
     dtype: str = "auto"  # auto, float32 or bfloat16 (autocast)
     compile: bool = False  # torch.compile of the blocks, after a minute of compiling
-    iterations: int = 40  # rounds of answer → score → update; 0: only evaluate
+    iterations: int = 48  # rounds of answer → score → update; 0: only evaluate
     batch_size: int = 128  # prompts an iteration, over all processes
     epochs: int = 2  # passes over an iteration's answers
     minibatch_size: int = 32  # answers an optimizer step, over all processes
     micro_batch_size: int = 0  # answers in one forward; 0: the whole minibatch
     response_len: int = 64  # longest answer, in tokens
     temperature: float = 1.0  # of sampling and of all log-probabilities
-    lr: float = 4e-4  # of the policy; it rises at first and is annealed to 0
+    lr: float = 3e-4  # of the policy; it rises at first and is annealed to 0
     value_lr: float = 1e-3  # of the value net, annealed to 0
     value_warmup: int | None = None  # first iterations, in which only the value net learns; default 4, or a quarter
-    lr_warmup: int | None = None  # iterations after these, in which the policy's rate rises; default 10, or a quarter
+    lr_warmup: int | None = None  # iterations after these, in which the policy's rate rises; default 16, or a third
     kl_coef: float = 0.05  # β: reward charged per nat of KL to the frozen copy
     kl_target: float = 0.0  # nats a response; above 0, β adapts towards it (Ziegler et al. 2019, section 2.2)
+    kl_stop: float = 0.0  # nats a response; an iteration above this ends the run, because it has left the language
     horizon: int = 10000  # episodes in which an adaptive β moves by a factor of at most 1.22
     gamma: float = 1.0  # discount
     lam: float = 0.95  # λ of GAE
@@ -160,10 +160,7 @@ def scorer(reward: ScalarModel | Judge, encoding: tiktoken.Encoding, eos: int) -
 
     def score(batch: Batch) -> Tensor:
         pairs = texts(batch, encoding, eos)
-        scores = [float(reward(*pair)) for pair in pairs]
-        for (_, response), each in zip(pairs, scores):
-            if not math.isfinite(each):
-                raise InputError(f"--reward: scores {response[:80]!r} with {each}; return a finite number")
+        scores = [reward(*pair) for pair in pairs]
         return torch.tensor(scores, device=batch["tokens"].device)
 
     return score
@@ -298,9 +295,8 @@ def rates(step: int, cfg: Config) -> tuple[float, float]:
     The reward model was trained on last tokens alone, so what the value net says of a prefix is a guess at first. It
     learns for some iterations before the policy moves; then the policy's rate rises. Both fall to 0 in a straight line.
     """
-    quarter = cfg.iterations // 4  # so that a short run learns something too
-    alone = min(4, quarter) if cfg.value_warmup is None else cfg.value_warmup
-    rising = min(10, quarter) if cfg.lr_warmup is None else cfg.lr_warmup
+    alone = min(4, cfg.iterations // 4) if cfg.value_warmup is None else cfg.value_warmup  # less in a short run
+    rising = min(16, cfg.iterations // 3) if cfg.lr_warmup is None else cfg.lr_warmup
     left = 1 - step / cfg.iterations
     if step < alone:
         return 0.0, cfg.value_lr * left
@@ -364,8 +360,7 @@ def build(
 
 def train(cfg: Config) -> None:
     device, autocast = common.setup(cfg)
-    if cfg.iterations:
-        common.check_out(cfg)
+    run = common.Run(cfg)
     if (cfg.value_warmup or 0) >= cfg.iterations > 0:
         raise InputError(
             f"--value_warmup {cfg.value_warmup}: leaves the policy no iteration; give fewer than --iterations"
@@ -394,7 +389,6 @@ def train(cfg: Config) -> None:
     policy_optimizer = common.adamw(policy, cfg.lr, 0.0, eps=1e-5)
     value_optimizer = common.adamw(value, cfg.value_lr, 0.0, eps=1e-5)
 
-    run = common.Run(cfg)
     saved = {"value": value, "policy_optimizer": policy_optimizer, "value_optimizer": value_optimizer}
     kl_coef = run.state["kl_coef"] if run.state else cfg.kl_coef
     if cfg.iterations:
@@ -430,7 +424,7 @@ def train(cfg: Config) -> None:
             losses = update(policy, value, learning, value_optimizer, batch, lr, cfg, autocast, seed, value_lr)
         # 5 β moves; metrics, a sample and a checkpoint are written.
         pairs = texts(batch, encoding, policy.config.eos)
-        judged = [float(first_judge(*pair)) for pair in pairs] if first_judge else []
+        judged = [first_judge(*pair) for pair in pairs] if first_judge else []
         metrics = rollout_metrics(batch, judged, kl_coef) | losses | run.times
         metrics |= {"lr": lr, "value_lr": value_lr, "episode": (step + 1) * cfg.batch_size}
         metrics |= run.speed(int(common.total(batch["mask"].sum())))
@@ -446,9 +440,11 @@ def train(cfg: Config) -> None:
             metrics |= found
             run.keep_best(goodness, policy, encoding)
         run.log(step, metrics, show=SHOWN)
+        if cfg.kl_stop and metrics["objective/kl"] > cfg.kl_stop:
+            raise run.diverged(step + 1, "the KL to the reference", f"above --kl_stop {cfg.kl_stop:g}")
         if step % 20 == 0 or last:
             run.sample(step + 1, f"[{batch['score'][0].item():+.2f}] {''.join(pairs[0])}")
-        if (step + 1) % cfg.save_every == 0 or last:
+        if run.must_save(step, (step + 1) % cfg.save_every == 0):
             run.save(step + 1, policy, encoding, {"kl_coef": kl_coef}, **saved)
 
     if common.RANK == 0:

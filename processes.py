@@ -3,7 +3,9 @@
 import importlib
 import os
 import shutil
-from collections.abc import Callable
+import signal
+import threading
+import time
 from datetime import timedelta
 from typing import Any
 
@@ -16,6 +18,53 @@ from fast import keep_memory
 
 RANK = int(os.environ.get("RANK", 0))  # of this process
 WORLD = int(os.environ.get("WORLD_SIZE", 1))  # how many there are
+
+
+asked = 0  # the signal that has asked this process to stop; 0: none
+_asked_at, _finishes = 0.0, False  # when it came; whether a loop runs that finishes its step first
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal ended the run. The message is one sentence."""
+
+
+def listen() -> None:
+    """Let Ctrl-C and SIGTERM end a run in order: it finishes the step and saves. A second signal ends it at once."""
+
+    def hear(number: int, frame: Any) -> None:
+        global asked, _asked_at
+        again, now = asked > 0, time.monotonic()
+        if again and WORLD > 1 and now - _asked_at < 5:  # torchrun passes on the signal that the terminal sent us too
+            return
+        asked, _asked_at = number, now
+        if again:
+            os._exit(128 + number)
+        if not _finishes:
+            raise Stopped("stopped; what it had saved is whole")
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, hear)
+
+
+def forget() -> None:
+    """After a run: no signal has come, and the next one ends the process."""
+    global asked, _finishes
+    asked, _finishes = 0, False
+
+
+def finish_the_step(yes: bool) -> None:
+    """From now on a signal waits until `Run.save`, or, with False, ends the process where it is."""
+    global _finishes
+    _finishes = yes
+
+
+def agree(yes: bool) -> bool:
+    """Whether any process says yes."""
+    if WORLD == 1:
+        return yes
+    device = f"cuda:{torch.cuda.current_device()}" if dist.get_backend() == "nccl" else "cpu"
+    return bool(total(torch.tensor(float(yes), device=device)))
 
 
 def pick_device(name: str) -> torch.device:
@@ -85,16 +134,6 @@ def sum_gradients(model: nn.Module) -> None:
                 p.grad = torch.zeros_like(p)
         for handle in [dist.all_reduce(p.grad, async_op=True) for p in model.parameters()]:
             handle.wait()
-
-
-def first_alone(work: Callable[[], Any]) -> Any:
-    """Process 0 does `work` first, then the others do it and find its files. Returns what `work` returns."""
-    if RANK > 0:
-        dist.barrier()
-    result = work()
-    if RANK == 0 and WORLD > 1:
-        dist.barrier()
-    return result
 
 
 def share(items: list) -> list:

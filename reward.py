@@ -13,6 +13,7 @@ all pairs of one prompt are one batch element, and each of its responses goes th
 import copy
 import math
 from dataclasses import dataclass
+from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
 
@@ -33,7 +34,7 @@ class Config:
     data: str = ""  # JSONL comparisons, or JSONL prompts to sample and judge; empty: the tales' prompts
     init: str = "out/sft"  # run folder of the policy: it is sampled from, and its trunk becomes the reward model
     out: str = "out/reward"  # run folder to write
-    judge: str = "data/tales.py:judge"  # the simulated person, FILE.py:function, where --data holds prompts alone
+    judge: str = ""  # the simulated person, FILE.py:function, where --data holds prompts alone; the tales have theirs
     label_temperature: float = 0.1  # of the simulated person's choices: 0.1 judges 0.1 better right in 73%
     samples: int = 8  # responses sampled for each prompt, where --data holds prompts alone
     n_prompts: int = 0  # use the first so many prompts of --data; 0: all
@@ -58,50 +59,52 @@ class Config:
 
 
 def sample_and_compare(
-    cfg: Config, source: str, policy: GPT, encoding: tiktoken.Encoding, autocast: torch.autocast
-) -> Path:
-    """Sample the policy on the prompts of `source`, let the judge compare, write the comparisons beside --out."""
-    judge = common.load_function(cfg.judge)
+    cfg: Config, source: str, policy: GPT, encoding: tiktoken.Encoding, autocast: torch.autocast, target: Path
+) -> None:
+    """Sample the policy on the prompts of `source`, let the judge compare, write the comparisons to `target`."""
+    name = cfg.judge or tales.MEASURES.split(",")[0]
+    judge = common.load_function(name)
     texts = [row["prompt"] for row in data.read_jsonl(source, {"prompt": str})][: cfg.n_prompts or None]
     lengths = [len(data.encode_prompt(encoding, text)) + cfg.response_len for text in texts]
     what = f"prompts of {source} (with --response_len {cfg.response_len})"
     texts = data.fit(texts, lengths, common.context(cfg, policy), cfg.drop_long, what)
-    target = Path(f"{Path(cfg.out)}.comparisons.jsonl")
-    if common.RANK == 0:
-        common.say(
-            f"{cfg.init} answers {len(texts):,} prompts of {source}, {cfg.samples} times each; {cfg.judge} compares"
+    common.say(f"{cfg.init} answers {len(texts):,} prompts of {source}, {cfg.samples} times each; {name} compares")
+    seeds = common.seed_of("answers", cfg.seed), common.seed_of("choices", cfg.seed)
+    with autocast:
+        answers = label.sample_responses(
+            policy, encoding, texts, cfg.samples, cfg.response_len, cfg.temperature, seeds[0]
         )
-        seeds = common.seed_of("answers", cfg.seed), common.seed_of("choices", cfg.seed)
-        with autocast:
-            answers = label.sample_responses(
-                policy, encoding, texts, cfg.samples, cfg.response_len, cfg.temperature, seeds[0]
-            )
-        rows = label.simulate(texts, answers, judge, cfg.label_temperature, seeds[1])
-        if not rows:
-            raise InputError(
-                f"--init {cfg.init}: its samples are all alike, so there is nothing to compare; raise --temperature"
-            )
-        data.write_jsonl(target, rows)
-    return target
+    rows = label.simulate(texts, answers, judge, cfg.label_temperature, seeds[1])
+    if not rows:
+        raise InputError(
+            f"--init {cfg.init}: its samples are all alike, so there is nothing to compare; raise --temperature"
+        )
+    data.write_jsonl(target, rows)
 
 
 def build(
     cfg: Config, run: common.Run, autocast: torch.autocast, device: torch.device
-) -> tuple[GPT, tiktoken.Encoding, str | Path, bool, list[data.Group], list[data.Group]]:
-    """The starting policy, its tokenizer, the file of comparisons and whether it was made now, groups to train on, and
-    held-out groups."""
+) -> tuple[GPT, tiktoken.Encoding, list[data.Group], list[data.Group]]:
+    """The starting policy, its tokenizer, groups to train on, and held-out groups."""
     source = cfg.data or tales.path("compare")
-    given = not {"chosen", "ranked"}.isdisjoint(data.first_row(source))
+    columns = data.first_row(source)
     policy, encoding = common.load_gpt(cfg.init, device, "--init")
-    comparisons = source if given else Path(cfg.out) / "comparisons.jsonl"
-    fresh = not given and not run.state
-    if fresh:
-        comparisons = common.first_alone(lambda: sample_and_compare(cfg, source, policy, encoding, autocast))
+    comparisons: str | Path = source
+    if {"chosen", "ranked"}.isdisjoint(columns):
+        if cfg.data and not cfg.judge:
+            raise InputError(
+                f"{source}: has {', '.join(columns)}, which are no comparisons (prompt, chosen, rejected); rename "
+                "them, or name a --judge that compares samples for its prompts"
+            )
+        options = (cfg.response_len, cfg.temperature, cfg.samples, cfg.n_prompts, cfg.label_temperature, cfg.drop_long)
+        key = run.inputs["init"], run.inputs["judge"], common.fingerprint(source), cfg.seed, cfg.block_size, *options
+        make = partial(sample_and_compare, cfg, source, policy, encoding, autocast)
+        comparisons = run.made("comparisons.jsonl", key, make)
     groups = data.comparisons(comparisons, encoding, policy.config.eos, common.say)[: cfg.n_prompts or None]
     lengths = [max(len(row.tokens) for row in group.rows) for group in groups]
-    groups = data.fit(groups, lengths, common.context(cfg, policy), cfg.drop_long, f"comparisons of {comparisons}")
+    groups = data.fit(groups, lengths, common.context(cfg, policy), cfg.drop_long, f"comparisons of {source}")
     held_out, groups = data.hold_out(groups, share=10)
-    return policy, encoding, comparisons, fresh, groups, held_out
+    return policy, encoding, groups, held_out
 
 
 # --- 2 loss -----------------------------------------------------------------------------------------------------------
@@ -199,20 +202,26 @@ def normalize(model: ScalarModel, rows: list[data.Row], device: torch.device, au
         with autocast:
             scores.append(model.scores(tokens, length))
     raw = torch.cat(scores)
+    if not raw.isfinite().all():
+        raise InputError("the scores of the policy's samples are not finite: the training has diverged; lower --lr")
     std = raw.std().clamp(min=1e-6)
     model.bias.copy_((model.bias - raw.mean()) / std)
     model.gain.copy_(model.gain / std)
 
 
-def sample_policy(policy: GPT, groups: list[data.Group], cfg: Config, autocast: torch.autocast) -> list[data.Row]:
-    """512 answers of the starting policy to the prompts of `groups`."""
+def open_prompts(policy: GPT, groups: list[data.Group], cfg: Config) -> list[list[int]]:
+    """512 prompts of `groups`, some of them again if there are fewer, that leave room for a response."""
     prompts = [row.tokens[: row.prompt_len] for row in (group.rows[0] for group in groups)]
     prompts = [p for p in prompts if len(p) + cfg.response_len <= policy.config.block_size][:512]
     if not prompts:
         raise InputError(
             f"--response_len {cfg.response_len}: no prompt leaves room for it in the context; give a smaller one"
         )
-    prompts = list(islice(cycle(prompts), 512))
+    return list(islice(cycle(prompts), 512))
+
+
+def sample_policy(policy: GPT, prompts: list[list[int]], cfg: Config, autocast: torch.autocast) -> list[data.Row]:
+    """An answer of the starting policy to each of 512 prompts."""
     rows = []
     for start in range(0, 512, 128):
         generator = common.generator("normalize", cfg.seed, start)
@@ -230,9 +239,9 @@ def sample_policy(policy: GPT, groups: list[data.Group], cfg: Config, autocast: 
 
 def train(cfg: Config) -> None:
     device, autocast = common.setup(cfg)
-    common.check_out(cfg)
     run = common.Run(cfg)
-    policy, encoding, comparisons, fresh, groups, held_out = build(cfg, run, autocast, device)
+    policy, encoding, groups, held_out = build(cfg, run, autocast, device)
+    prompts = open_prompts(policy, groups, cfg)  # before the training: it refuses a --response_len without room
     first_rows = [group.rows[0] for group in groups]
     run.about["prompts"] = torch.tensor([common.prompt_key(row.tokens[: row.prompt_len]) for row in first_rows])
     torch.manual_seed(cfg.seed)
@@ -242,11 +251,10 @@ def train(cfg: Config) -> None:
     optimizer = common.adamw(model, cfg.lr, cfg.weight_decay)
     steps = max(1, len(groups) // cfg.batch_size)  # one epoch: a second one overfits (Stiennon et al. 2020, C.1)
     run.start(steps, model=model, optimizer=optimizer)
-    if fresh and common.RANK == 0:
-        comparisons.replace(run.folder / "comparisons.jsonl")
     n_pairs = sum(len(group.pairs) for group in groups)
     common.say(
-        f"{comparisons} → {cfg.out}: {n_pairs:,} pairs of {len(groups):,} prompts, {len(held_out):,} prompts held out"
+        f"{cfg.data or 'the tales'} → {cfg.out}: {n_pairs:,} pairs of {len(groups):,} prompts, "
+        f"{len(held_out):,} prompts held out"
     )
 
     table: list[tuple] = []
@@ -274,16 +282,17 @@ def train(cfg: Config) -> None:
         accuracy = common.total(correct).item() / sum(len(group.pairs) for group in batch)
         metrics = {"loss/train": common.total(loss).item(), "accuracy": accuracy, "grad_norm": norm.item(), "lr": lr}
         metrics |= run.speed(sum(len(row.tokens) for group in batch for row in group.rows))
+        run.check(step, metrics)
         last = step + 1 == steps
         if last:
             found, table = evaluate(model, held_out, cfg, device, autocast)
             common.say(report(found, table))
             metrics |= found
-            normalize(model, sample_policy(policy, groups, cfg, autocast), device, autocast)
+            normalize(model, sample_policy(policy, prompts, cfg, autocast), device, autocast)
             how = f"(gain {model.gain:.3f}, bias {model.bias:.3f})"
             common.say(f"\nscores of {cfg.init}'s samples now have mean 0, variance 1 {how}")
         run.log(step, metrics, show=("loss/train", "accuracy", "tokens_per_s") if step % 20 == 0 or last else ())
-        if (step + 1) % 200 == 0 or last:
+        if run.must_save(step, (step + 1) % 200 == 0):
             run.save(step + 1, model, encoding, {}, optimizer=optimizer)
     run.finish(device, table)
 

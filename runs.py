@@ -1,6 +1,7 @@
 """Checkpoints and run folders: what a run writes, how it is read again, and how a stopped one goes on."""
 
 import dataclasses
+import fcntl
 import hashlib
 import importlib.util
 import json
@@ -8,7 +9,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
@@ -17,10 +18,12 @@ from typing import Any
 import tiktoken
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 import plots
+import processes
 from data.chance import seed_of
-from data.files import InputError
+from data.files import InputError, cannot_write, replacing
 from data.tokenizer import encoding_from_state, encoding_state
 from model import GPT, GPTConfig, ScalarModel
 from processes import RANK, WORLD, say
@@ -29,13 +32,12 @@ from processes import RANK, WORLD, say
 
 
 def save_file(content: dict, path: Path) -> None:
-    """torch.save under a temporary name, then rename: a kill leaves either the old file or the new one, whole."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    """torch.save under a temporary name, then rename. If the disk is full: InputError, and `path` is as it was."""
+    with replacing(path, "wb") as file:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:  # torch's writer hides the OSError
+            raise OSError(f"{error}".partition("\n")[0]) from None
 
 
 def save_model(model: GPT | ScalarModel, encoding: tiktoken.Encoding, path: Path, **more: Any) -> None:
@@ -60,15 +62,16 @@ def load(
         raise InputError(
             f"{option} {folder}: no model.pt there; run the stage that writes it, or name another run folder"
         )
+    saved = read_checkpoint(path)
     try:
-        saved = torch.load(path, map_location=device, weights_only=True)
         scalar = "head.weight" in saved["model"]
         config = GPTConfig(**saved["config"])
         encoding = encoding_from_state(saved["tokenizer"])
-    except Exception as error:  # torch.load raises many kinds
-        raise InputError(
-            f"{path}: not a checkpoint of this project ({type(error).__name__}); name another run folder"
-        ) from None
+        check_weights(config, saved["model"], scalar)
+        if encoding.n_vocab > config.vocab_size or config.eos not in encoding._special_tokens.values():
+            raise ValueError("tokenizer and model do not fit each other")
+    except Exception as error:  # whatever the damage is
+        raise InputError(f"{path}: damaged ({error}); name another run folder, or train it again") from None
     if kind is GPT and scalar:
         raise InputError(f"{option} {folder}: holds a reward model; give a run folder of sft.py or ppo.py")
     if kind is ScalarModel and not scalar:
@@ -77,7 +80,47 @@ def load(
         model = GPT(config)
         model = ScalarModel(model) if scalar else model
     model.load_state_dict(saved["model"], assign=True)
-    return model.eval(), encoding
+    return model.to(device).eval(), encoding
+
+
+def read_checkpoint(path: Path, advice: str = "name another run folder") -> dict:
+    """What torch.load makes of a model.pt or state.pt, on the CPU. Raises InputError if it is none."""
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises many kinds
+        raise InputError(f"{path}: not a checkpoint of this project ({type(error).__name__}); {advice}") from None
+    if not isinstance(saved, dict) or not isinstance(saved.get("model"), dict):
+        raise InputError(f"{path}: not a checkpoint of this project (no weights); {advice}")
+    return saved
+
+
+def check_weights(config: GPTConfig, weights: dict[str, Tensor], scalar: bool) -> None:
+    """Raises ValueError if the weights are not those of a model of this shape, or are not all finite."""
+    layers = {name.split(".")[-4] for name in weights if ".c_attn.weight" in name}
+    for field in dataclasses.fields(GPTConfig):
+        value = getattr(config, field.name)
+        if type(value) is not type(field.default) and not (type(field.default) is float and type(value) is int):
+            raise ValueError(f"{field.name} is {value!r}")
+        if not 0 <= value < (1 if field.name == "dropout" else math.inf):
+            raise ValueError(f"{field.name} is {value}")
+    if config.n_layer != len(layers):  # before a model of a million layers is built
+        raise ValueError(f"n_layer is {config.n_layer}, but there are weights of {len(layers)} layers")
+    with torch.device("meta"):
+        model = GPT(config)
+        model = ScalarModel(model) if scalar else model
+    wanted = model.state_dict()
+    kinds = {x.dtype for x in weights.values()}
+    if len(kinds) > 1 or not all(kind.is_floating_point for kind in kinds):
+        raise ValueError("weights are not all of one floating-point type")
+    for name in sorted(wanted.keys() | weights.keys()):
+        if name not in weights:
+            raise ValueError(f"weight {name} is missing")
+        if name not in wanted:
+            raise ValueError(f"weight {name} belongs to no model of this shape")
+        if weights[name].shape != wanted[name].shape:
+            raise ValueError(f"weight {name} has shape {tuple(weights[name].shape)}")
+        if not weights[name].isfinite().all():
+            raise ValueError(f"weight {name} is not finite")
 
 
 def load_gpt(folder: str | Path, device: torch.device | str = "cpu", option: str = "") -> tuple[GPT, tiktoken.Encoding]:
@@ -113,6 +156,13 @@ def known_prompts(reward: str, prompts: list[list[int]]) -> str:
 
 # --- run folders ------------------------------------------------------------------------------------------------------
 
+INPUTS = ("data", "eval_data", "init", "ref", "reward", "judge")  # options that name what a run reads
+MAY_DIFFER = ("resume", "device", "iterations", "best_of", "out", *INPUTS)  # options that a resumed run may change
+OURS = (
+    r"(metrics\.jsonl|(model|state|best)\.pt|samples\.txt|curves\.png|tokens|comparisons\.jsonl)(\..*tmp)?|metrics\.tmp"
+)
+SAVE_SECONDS = 60  # a run saves this often at least, if that takes less than a twentieth of its time
+
 
 def check_out(cfg: Any) -> None:
     """Raises InputError if --out cannot become a run folder: it is --init itself, or it holds other files."""
@@ -122,100 +172,162 @@ def check_out(cfg: Any) -> None:
         source = source.parent if source.suffix == ".pt" else source
         if getattr(cfg, name, "") and out.resolve() == source.resolve():
             raise InputError(f"--out {out}: is --{name} too; name another folder, so that it is not overwritten")
-    is_run = (out / "metrics.jsonl").exists()
-    is_empty = out.is_dir() and not any(out.iterdir())
-    if out.exists() and not is_run and not is_empty:
+    try:
+        foreign = out.exists() and [path.name for path in out.iterdir() if not re.fullmatch(OURS, path.name)]
+        is_run = (out / "metrics.jsonl").exists()
+    except OSError as error:
+        raise InputError(f"--out {out}: cannot be a folder ({error.strerror}); name another") from None
+    if foreign and not is_run or out.resolve() == Path.cwd():
         raise InputError(f"--out {out}: not empty and not a run folder; name another, so that nothing in it is lost")
 
 
-INPUTS = ("data", "eval_data", "init", "ref", "reward")  # options that name what a run reads
-MAY_DIFFER = ("resume", "device", "iterations", "best_of")  # options that a resumed run may change
+def lock(out: Path) -> Any:
+    """An open file whose lock says that a run writes to `out`. The system drops it when the process ends, however.
+
+    Raises InputError if another process holds it, or if nothing can be written there.
+    """
+    path = out.with_name(f".{out.resolve().name}.lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if out.exists() and not os.access(out, os.W_OK):
+            raise PermissionError(13, "Permission denied")
+        file = open(path, "a")
+    except OSError as error:
+        raise InputError(f"--out {out}: cannot be written ({error.strerror}); name another folder") from None
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise InputError(f"--out {out}: another run writes to it; wait for its end, or name another folder") from None
+    return file
 
 
-def fingerprint(name: str) -> str:
+def fingerprint(names: str) -> str:
     """The sha256 of a file, of a run folder's model.pt, or of the file of a function; "" where there is none."""
-    path = Path(name.partition(".py:")[0] + ".py" if ".py:" in name else name)
-    if ".py:" in name and not path.is_file():
-        path = Path(__file__).parent / path  # a function of this project, while another folder is the current one
-    if path.is_dir():
-        path = path / "model.pt"
-    if not name or not path.is_file():
-        return ""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    digest, found = hashlib.sha256(), False
+    for name in names.split(",") if ".py:" in names else [names]:
+        path = Path(name.partition(".py:")[0] + ".py" if ".py:" in name else name)
+        if ".py:" in name and not path.is_file():
+            path = Path(__file__).parent / path  # a function of this project, while another folder is the current one
+        if path.is_dir():
+            path = path / "model.pt"
+        if name and path.is_file():
+            with open(path, "rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+            found = True
+    return digest.hexdigest() if found else ""
 
 
 class Run:
     """A run folder: model.pt, state.pt, metrics.jsonl, samples.txt, curves.png.
 
-    Create it once all input has been checked. An earlier run there is resumed, or renamed FOLDER.1, FOLDER.2, ….
+    It is locked from here on. `start` opens it, once all input has been checked: an earlier run there is resumed, or
+    renamed FOLDER.1, FOLDER.2, ….
     """
 
     def __init__(self, cfg: Any):
         self.cfg, self.folder, self.step, self.steps = cfg, Path(cfg.out), 0, 0
         self.times: dict[str, float] = {}
         self.about: dict[str, Any] = {}  # what model.pt says besides
+        self.files: dict[str, Path] = {}  # what was made before the start: its name in the folder → where it is
+        self.saved_at, self.save_took = time.time(), 0.0
+        trains = getattr(cfg, "iterations", 1) > 0
+        if trains:
+            check_out(cfg)
+        self.lock = lock(self.folder) if trains and RANK == 0 else None
         self.inputs = {name: fingerprint(getattr(cfg, name, "")) for name in INPUTS}
-        self.state = self._read_state() if cfg.resume and getattr(cfg, "iterations", 1) else None
+        self.state = self._read_state() if cfg.resume and trains else None
         self.best = self.state.get("goodness", -math.inf) if self.state else -math.inf  # of all evaluations
 
     def _read_state(self) -> dict | None:
-        """What --resume continues from, or None if there is nothing. Raises InputError if the options differ."""
+        """What --resume continues from, or None if there is nothing. Raises InputError if it is of another run."""
         path = self.folder / "state.pt"
         if not path.exists():
             say(f"nothing to resume in {self.folder}, so this starts from the beginning")
             return None
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = read_checkpoint(path, "start anew without --resume")
+        if not isinstance(state.get("options"), dict) or not isinstance(state.get("step"), int):
+            raise InputError(f"--resume: {path} is damaged; start anew without --resume")
+        options = state["options"]
         for name, value in dataclasses.asdict(self.cfg).items():
-            if name not in MAY_DIFFER and (before := state["options"].get(name, value)) != value:
+            if name not in MAY_DIFFER and (before := options.get(name, value)) != value:
                 raise InputError(f"--resume: {path} was made with --{name} {before}; give the same options")
+        if (before := state.get("processes", WORLD)) != WORLD:
+            raise InputError(f"--resume: {path} was made by {before} processes; start as many")
         for name, before in state.get("inputs", {}).items():
             if self.inputs[name] != before:
                 raise InputError(
-                    f"--resume: --{name} {getattr(self.cfg, name)} has changed since {path} was made; "
+                    f"--resume: --{name} {getattr(self.cfg, name)} is not what {path} was made with, by its contents; "
                     "bring back what it was, or start anew without --resume"
                 )
         if "inputs" not in state:
             say(f"{path} is from an earlier version, so nothing tells whether its inputs have changed since")
-        if (before := state["options"].get("iterations", 0)) > getattr(self.cfg, "iterations", 0):
+        if (before := options.get("iterations", 0)) > getattr(self.cfg, "iterations", 0):
             raise InputError(f"--resume: {path} was made with --iterations {before}; give as many, or more")
         return state
+
+    def made(self, name: str, key: tuple, make: Callable[[Path], None]) -> Path:
+        """The file `name`, which this run makes before its first step, such as its tokens or sampled comparisons.
+
+        It lies beside the folder until the start. Its name there is a hash of `key`, of all that decides its contents,
+        so that a run which is killed and started again finds it.
+        """
+        if self.state and (self.folder / name).exists():
+            return self.folder / name
+        path = self.folder.with_name(f"{self.folder.name}.{seed_of(name, *key):016x}.{name}")
+        if RANK == 0 and not path.exists():
+            make(path)
+        if WORLD > 1:
+            dist.barrier()
+        self.files[name] = path
+        return path
 
     def start(self, steps: int, **parts: Any) -> None:
         """Open the folder for writing. On a resume, put the saved state into `parts` (nets, optimizers)."""
         if WORLD > 1:
             dist.barrier()  # once every process has read its input, the files in the folder may move
         self.steps = steps
-        self.started = self.begun = time.time()
         if self.state:
             self.step = self.state["step"]
-            for name, part in parts.items():
-                part.load_state_dict(self.state.pop(name))  # so that no copy stays in memory
-        if RANK > 0:
-            return
+            try:
+                for name, part in parts.items():
+                    part.load_state_dict(self.state.pop(name))  # so that no copy stays in memory
+            except Exception as error:  # torch raises many kinds
+                why = f"{error}".partition("\n")[0]
+                raise InputError(
+                    f"--resume: {self.folder / 'state.pt'} is damaged ({why}); start anew without --resume"
+                ) from None
+        if RANK == 0:
+            try:
+                self._open()
+            except OSError as error:
+                raise cannot_write(self.folder, error) from None
+        self.started = self.begun = self.saved_at = time.time()
+        processes.finish_the_step(self.step < steps)
+
+    def _open(self) -> None:
+        """Rename an earlier run, or, on a resume, cut what it wrote after its last checkpoint."""
+        kept, samples = [], self.folder / "samples.txt"
         if self.state:
             kept = [line for line in read_metrics(self.folder) if line["step"] < self.step]
-            if (samples := self.folder / "samples.txt").exists():
-                lines = samples.read_text(encoding="utf-8").splitlines(keepends=True)
-                samples.write_text("".join(s for s in lines if int(s.split()[1]) <= self.step), encoding="utf-8")
-        else:
-            if self.folder.exists() and any(self.folder.iterdir()):
-                old = next(name for n in count(1) if not (name := Path(f"{self.folder}.{n}")).exists())
-                self.folder.rename(old)
-                say(f"the run that was in {self.folder} is kept in {old}")
-            kept = []
-        self.folder.mkdir(parents=True, exist_ok=True)
-        temporary = self.folder / "metrics.tmp"
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        temporary.replace(self.folder / "metrics.jsonl")
+            if samples.exists():
+                lines = samples.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+                with replacing(samples) as file:
+                    file.writelines(line for line in lines if line.endswith("\n") and sampled_at(line) <= self.step)
+            for left in self.folder.glob("*.tmp"):
+                left.unlink()
+        elif self.folder.exists() and any(self.folder.iterdir()):
+            old = next(name for n in count(1) if not (name := Path(f"{self.folder}.{n}")).exists())
+            self.folder.rename(old)
+            say(f"the run that was in {self.folder} is kept in {old}")
+        with replacing(self.folder / "metrics.jsonl") as file:
+            file.writelines(json.dumps(line) + "\n" for line in kept)
 
     def log(self, step: int, metrics: dict[str, float], show: Iterable[str] = ()) -> None:
         """Append the metrics of a step to metrics.jsonl. Print those that `show` names, and the time left."""
         self.check(step, metrics)
         if RANK > 0:
             return
-        with open(self.folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps({"step": step} | metrics) + "\n")
+        self._append("metrics.jsonl", json.dumps({"step": step} | metrics))
         if show:
             left = (time.time() - self.started) / (step + 1 - self.step) * (self.steps - step - 1)
             width = len(str(self.steps))
@@ -229,10 +341,14 @@ class Run:
         """Raises InputError if a metric is not finite, before a checkpoint can be written."""
         for name, x in metrics.items():
             if not math.isfinite(x):
-                raise InputError(
-                    f"step {step + 1}: {name} is {x}, so the run stops; what it last saved in {self.folder} is whole. "
-                    "Lower --lr, or look at the data of this step"
-                )
+                raise self.diverged(step + 1, name, x)
+
+    def diverged(self, step: int, what: str, value: object) -> InputError:
+        saved = [name for name in ("model.pt", "best.pt") if (self.folder / name).exists()]
+        kept = f"{self.folder} keeps the last good {' and '.join(saved)}" if saved else "nothing has been saved yet"
+        return InputError(
+            f"step {step}: {what} is {value}, so the run stops; {kept}. Lower --lr, or look at the data of this step"
+        )
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
@@ -256,24 +372,51 @@ class Run:
             self.best = goodness
             save_model(model, encoding, self.folder / "best.pt", **self.about)
 
+    def must_save(self, step: int, due: bool) -> bool:
+        """Whether to save after this step: if `due`, at the end, after a minute, or because a signal ends the run."""
+        now = time.time()
+        late = now - self.saved_at > max(SAVE_SECONDS, 20 * self.save_took) and RANK == 0
+        return processes.agree(due or step + 1 == self.steps or late or processes.asked > 0)
+
     def save(
         self, step: int, model: GPT | ScalarModel, encoding: tiktoken.Encoding, values: dict, **parts: Any
     ) -> None:
-        """Write model.pt, and state.pt with the model, `parts` (optimizers, nets) and plain `values`."""
+        """Write model.pt, and state.pt with the model, `parts` (optimizers, nets) and plain `values`.
+
+        Raises Stopped if a signal has asked the run to end.
+        """
+        began = time.time()
         if RANK == 0:
+            for name, x in model.state_dict().items():
+                if not x.isfinite().all():
+                    raise self.diverged(step, f"weight {name}", "not finite")
             save_model(model, encoding, self.folder / "model.pt", **self.about)
             saved = {name: part.state_dict() for name, part in ({"model": model} | parts).items()}
-            about = {"step": step, "options": dataclasses.asdict(self.cfg), "inputs": self.inputs}
+            about = {"step": step, "options": dataclasses.asdict(self.cfg), "inputs": self.inputs, "processes": WORLD}
             about["goodness"] = self.best
             about["tokenizer"] = encoding_state(encoding)
             save_file(about | values | saved, self.folder / "state.pt")
+            for name in list(self.files):  # only now, so that a run which is killed before its first save finds them
+                self.files.pop(name).replace(self.folder / name)
+        self.saved_at = time.time()
+        self.save_took = self.saved_at - began
+        if step == self.steps:
+            processes.finish_the_step(False)
+        elif processes.agree(processes.asked > 0):
+            raise processes.Stopped(f"stopped after step {step} of {self.steps}; the same command and --resume go on")
+
+    def _append(self, name: str, line: str) -> None:
+        try:
+            with open(self.folder / name, "a", encoding="utf-8") as file:
+                file.write(line + "\n")
+        except OSError as error:
+            raise cannot_write(self.folder / name, error) from None
 
     def sample(self, step: int, text: str) -> None:
         """Append a sample to samples.txt and print it, with its line breaks shown as ⏎."""
         if RANK == 0:
             text = "⏎".join(text.splitlines())
-            with open(self.folder / "samples.txt", "a", encoding="utf-8") as file:
-                file.write(f"step {step}  {text}\n")
+            self._append("samples.txt", f"step {step}  {text}")
             print(f"    “{text}”", flush=True)
 
     def finish(self, device: torch.device, calibration: list[tuple] = ()) -> None:
@@ -292,14 +435,25 @@ class Run:
 
 
 def read_metrics(folder: str | Path) -> list[dict]:
-    """The lines of a run's metrics.jsonl, without a last line that a kill cut short."""
-    lines = []
-    for line in (Path(folder) / "metrics.jsonl").read_text().splitlines():
+    """The lines of a run's metrics.jsonl, up to the first that is damaged; a kill may cut the last one short."""
+    path, lines = Path(folder) / "metrics.jsonl", []
+    if not path.exists():
+        return []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            lines.append(json.loads(line))
-        except ValueError:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
             break
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            break
+        lines.append(row)
     return lines
+
+
+def sampled_at(line: str) -> int:
+    """The step of a line of samples.txt; 0 for a line that a person wrote."""
+    found = re.match(r"step (\d+)  ", line)
+    return int(found[1]) if found else 0
 
 
 def peak_memory(device: torch.device) -> float:

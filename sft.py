@@ -10,7 +10,6 @@ What --data holds decides which it is: .txt or JSONL with "text", or JSONL with 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import tiktoken
 import torch
@@ -58,7 +57,6 @@ def build(
     """The model, its tokenizer, held-out rows, a function step → rows of that batch, and the batches in one epoch."""
     if cfg.n_embd % cfg.n_head:
         raise InputError(f"--n_embd {cfg.n_embd}: not a multiple of --n_head {cfg.n_head}; change one of the two")
-    plain_text = data.suffix(cfg.data) != ".jsonl" or "text" in data.first_row(cfg.data)
     if cfg.init:
         model, encoding = common.load_gpt(cfg.init, device, "--init")
     else:
@@ -71,8 +69,12 @@ def build(
         shape = (cfg.block_size or 128, cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.dropout)
         model = GPT(GPTConfig(encoding.n_vocab, *shape, encoding.eot_token)).to(device)
     width = common.context(cfg, model)
-    rows_of = text_rows if plain_text else completion_rows
+    rows_of = text_rows if plain_text(cfg.data) else completion_rows
     return model, encoding, *rows_of(cfg, run, encoding, model.config.eos, width)
+
+
+def plain_text(path: str) -> bool:
+    return data.suffix(path) != ".jsonl" or "text" in data.first_row(path)
 
 
 def completion_rows(
@@ -90,17 +92,12 @@ def completion_rows(
 def text_rows(
     cfg: Config, run: common.Run, encoding: tiktoken.Encoding, eos: int, width: int
 ) -> tuple[list[data.Row], Callable[[int], list[data.Row]], float]:
-    """Plain text: the same three, from one stream of tokens that is kept beside --out. Its last part is held out."""
+    """Plain text: the same three, from one stream of tokens, which is kept in the run folder. Its end is held out."""
     if width < 2:
         raise InputError("--block_size 1: a row of one token leaves nothing to predict; give at least 2")
-    stream_file = Path(f"{Path(cfg.out)}.tokens")
-
-    def tokenize():
-        if common.RANK == 0 and not run.state:
-            stream_file.unlink(missing_ok=True)
-        return data.token_stream(cfg.data, encoding, eos, stream_file)
-
-    stream = common.first_alone(tokenize)
+    key = run.inputs["data"], run.inputs["init"], cfg.vocab_size
+    tokens = run.made("tokens", key, partial(data.token_stream, cfg.data, encoding, eos))
+    stream = data.token_stream(cfg.data, encoding, eos, tokens)
     tail = min(len(stream) // 20, 64 * width)
     if tail < width:
         raise InputError(
@@ -151,7 +148,6 @@ def sample(model: GPT, encoding: tiktoken.Encoding, row: data.Row, cfg: Config, 
 
 def train(cfg: Config) -> None:
     device, autocast = common.setup(cfg)
-    common.check_out(cfg)
     run = common.Run(cfg)
     model, encoding, held_out, batch, batches = build(cfg, run, device)
     if cfg.compile:
@@ -160,7 +156,10 @@ def train(cfg: Config) -> None:
     steps = max(1, round(cfg.epochs * batches))
     run.start(steps, model=model, optimizer=optimizer)
     size = sum(p.numel() for p in model.parameters())
-    common.say(f"{cfg.data} → {cfg.out}: {size:,} parameters, {encoding.n_vocab:,} tokens of vocabulary, on {device}")
+    kind = "plain text" if plain_text(cfg.data) else "prompts and completions"
+    common.say(
+        f"{cfg.data} ({kind}) → {cfg.out}: {size:,} parameters, {encoding.n_vocab:,} tokens of vocabulary, on {device}"
+    )
 
     for step in range(run.step, steps):
         run.begin_step()
@@ -189,6 +188,7 @@ def train(cfg: Config) -> None:
         if due:
             run.sample(step + 1, sample(model, encoding, held_out[step % len(held_out)], cfg, step))
             run.keep_best(-metrics["loss/held_out"], model, encoding)
+        if run.must_save(step, due):
             run.save(step + 1, model, encoding, {}, optimizer=optimizer)
     run.finish(device)
 

@@ -33,12 +33,15 @@ from data.batches import (
 )
 from data.files import (
     InputError,
+    cannot_write,
     documents,
     download,
     download_from_hub,
     first_row,
+    is_verdict,
     iterate_jsonl,
     read_jsonl,
+    replacing,
     suffix,
     write_jsonl,
 )
@@ -46,6 +49,7 @@ from data.tokenizer import (
     EOS_TEXT,
     SPLIT,
     encode_prompt,
+    encode_text,
     encoding_from_state,
     encoding_state,
     gpt2_encoding,

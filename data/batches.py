@@ -1,7 +1,7 @@
 """Rows of token ids: read them from files, pad them, shuffle them into batches, and hold some out."""
 
 import itertools
-import os
+import math
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from data.chance import shuffler
-from data.files import InputError, documents, first_row, iterate_jsonl, suffix
-from data.tokenizer import encode_prompt
+from data.files import InputError, documents, is_verdict, iterate_jsonl, replacing, suffix
+from data.tokenizer import encode_prompt, encode_text
 from fast import to_device
 
 
@@ -41,7 +41,7 @@ def encode_row(
     """
     start = encode_prompt(encoding, prompt) or [eos]
     if ids is None or not _spell(encoding, ids, response):
-        ids = encoding.encode_ordinary(response)
+        ids = encode_text(encoding, response)
     return Row(start + ids + [eos] * ended, len(start))
 
 
@@ -74,28 +74,20 @@ def comparisons(
 ) -> list[Group]:
     """A row with "ranked" becomes one group. Consecutive pair rows of one prompt share a group and its rows.
 
-    No response is compared with an equal one. `say` is told how many such pairs were left out.
+    No response is compared with an equal one, and ties and skips of people are left out. `say` is told how many.
     """
-    kind = {"ranked": list} if "ranked" in first_row(path) else {"chosen": str, "rejected": str}
     groups: list[Group] = []
     index: dict[tuple[str, bool], int] = {}  # (text, ended) → its row in the group
-    previous, equal = None, 0
-    for number, row in enumerate(iterate_jsonl(path, {"prompt": str} | kind), 1):
-        if "ranked" in kind:
-            texts, ends = row["ranked"], row.get("ranked_ended", [True] * len(row["ranked"]))
-            if len(texts) < 2 or not all(isinstance(text, str) for text in texts):
-                raise InputError(f'{path}: row {number}: "ranked" must be two texts or more, best first; fix the row')
-            if not isinstance(ends, list) or len(ends) != len(texts) or not all(isinstance(e, bool) for e in ends):
-                raise InputError(
-                    f'{path}: row {number}: "ranked_ended" must be true or false for each text; fix the row'
-                )
-        else:
-            texts, ends = [row[c] for c in kind], [_ended(path, number, row, c) for c in kind]
-        ids = row.get("ranked_ids") if "ranked" in kind else [row.get(f"{c}_ids") for c in kind]
-        ids = ids if isinstance(ids, list) and len(ids) == len(texts) else [None] * len(texts)
-        if "ranked" in kind or row["prompt"] != previous:
+    previous, equal, undecided = None, 0, 0
+    for number, row in enumerate(iterate_jsonl(path, {"prompt": str}, verdicts=True), 1):
+        if is_verdict(row):
+            undecided += 1
+            continue
+        texts, ends, ids = _responses(path, number, row)
+        if "ranked" in row or row["prompt"] != previous:
             groups.append(Group([], [], []))
-            index, previous = {}, row["prompt"]
+            index = {}
+        previous = None if "ranked" in row else row["prompt"]
         group, places = groups[-1], []
         for response, sampled in zip(zip(texts, ends), ids):
             if response not in index:
@@ -106,13 +98,51 @@ def comparisons(
         pairs = [(places[w], places[l]) for w, l in compared if texts[w] != texts[l]]
         equal += len(compared) - len(pairs)
         group.pairs.extend(pairs)
-        group.certainty.extend([max(p, 1 - p) if (p := row.get("p_chosen")) is not None else float("nan")] * len(pairs))
+        group.certainty.extend([_certainty(path, number, row)] * len(pairs))
     if equal:
         say(f"{path}: {equal:,} pairs of equal texts were left out")
+    if undecided:
+        say(f"{path}: {undecided:,} ties and skips were left out")
     groups = [group for group in groups if group.pairs]
     if not groups:
-        raise InputError(f"{path}: all pairs are of equal texts; give some that differ")
+        raise InputError(f"{path}: no two texts that differ are compared; give some preferences")
     return groups
+
+
+def _responses(path: str | Path, number: int, row: dict) -> tuple[list[str], list[bool], list[list[int] | None]]:
+    """Return texts, best first, whether each ended, and the sampled ids or None of each. Raises InputError."""
+    if "ranked" not in row:
+        for column in ("chosen", "rejected"):
+            if not isinstance(row.get(column), str):
+                raise InputError(
+                    f'{path}: row {number}: no text "{column}"; a comparison has "prompt", "chosen" and "rejected", '
+                    'or "prompt" and "ranked"'
+                )
+        texts = [row["chosen"], row["rejected"]]
+        ends = [_ended(path, number, row, column) for column in ("chosen", "rejected")]
+        return texts, ends, [_ids(row.get(f"{column}_ids")) for column in ("chosen", "rejected")]
+    texts = row["ranked"]
+    if not isinstance(texts, list) or len(texts) < 2 or not all(isinstance(text, str) for text in texts):
+        raise InputError(f'{path}: row {number}: "ranked" must be two texts or more, best first; fix the row')
+    ends = row.get("ranked_ended", [True] * len(texts))
+    if not isinstance(ends, list) or len(ends) != len(texts) or not all(isinstance(each, bool) for each in ends):
+        raise InputError(f'{path}: row {number}: "ranked_ended" must be true or false for each text; fix the row')
+    ids = row.get("ranked_ids")
+    if not isinstance(ids, list) or len(ids) != len(texts):
+        return texts, ends, [None] * len(texts)
+    return texts, ends, [_ids(each) for each in ids]
+
+
+def _ids(ids: object) -> list[int] | None:
+    return ids if isinstance(ids, list) else None
+
+
+def _certainty(path: str | Path, number: int, row: dict) -> float:
+    """Return the probability of the likelier outcome, from "p_chosen"; nan if the row does not say."""
+    p = row.get("p_chosen", math.nan)
+    if isinstance(p, bool) or not isinstance(p, (int, float)) or p < 0 or p > 1:
+        raise InputError(f'{path}: row {number}: "p_chosen" is not a probability from 0 to 1; fix the row')
+    return max(p, 1 - p)
 
 
 def prompts(path: str | Path, encoding: tiktoken.Encoding) -> list[list[int]]:
@@ -232,15 +262,12 @@ def token_stream(path: str | Path, encoding: tiktoken.Encoding, eos: int, target
     dtype = np.uint16 if encoding.n_vocab <= 2**16 else np.uint32
     target = Path(target)
     if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
         whole = suffix(path) != ".jsonl"  # the file is one document, read in pieces
-        with open(temporary, "wb") as file:
+        with replacing(target, "wb") as file:
             for text in documents(path):
-                np.array(encoding.encode_ordinary(text) + [eos] * (not whole), dtype=dtype).tofile(file)
+                np.array(encode_text(encoding, text) + [eos] * (not whole), dtype=dtype).tofile(file)
             if whole:
                 np.array([eos], dtype=dtype).tofile(file)
-        temporary.replace(target)
     return np.memmap(target, dtype=dtype, mode="r")
 
 

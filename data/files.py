@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import http.client
 import json
+import math
 import os
 import re
 import sys
@@ -13,7 +14,9 @@ import urllib.error
 import urllib.request
 import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 HUB = "https://huggingface.co"
 
@@ -92,60 +95,111 @@ def download_from_hub(repository: str, file: str, target: Path) -> None:
 def iterate_jsonl(path: str | Path, columns: dict[str, type], verdicts: bool = False) -> Iterator[dict]:
     """Yield the rows of a JSONL file. Raises InputError with the line if a row lacks a column or has a wrong type.
 
-    In a label file, the ties and skips are rows with a "verdict". They are omitted unless `verdicts` is true.
+    A column that is null is absent: a file that went through a table has every column in every row. With `verdicts`,
+    the ties and skips of a label file need not have the columns.
     """
     empty = True
     for number, line in _lines(path):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise InputError(f"{path}:{number}: not JSON ({error}); fix or remove the line") from None
-        if not isinstance(row, dict):
-            raise InputError(f"{path}:{number}: not a JSON object; each line must be {{…}}")
-        if "verdict" in row and not verdicts:
-            continue
-        for column, kind in columns.items():
-            if column not in row:
-                raise InputError(f'{path}:{number}: no column "{column}"; a row needs {", ".join(columns)}')
-            if not isinstance(row[column], kind):
-                name = {str: "text", list: "list", dict: "JSON object"}.get(kind, "number")
-                raise InputError(f'{path}:{number}: "{column}" is not a {name}; fix the line')
+        row = _object(path, number, line)
+        if not (verdicts and is_verdict(row)):
+            for column, kind in columns.items():
+                if column not in row:
+                    raise InputError(f'{path}:{number}: no column "{column}"; a row needs {", ".join(columns)}')
+                if not _is(row[column], kind):
+                    name = {str: "text", list: "list", dict: "JSON object", int: "whole number"}.get(kind, "number")
+                    raise InputError(f'{path}:{number}: "{column}" is not a {name}; fix the line')
         empty = False
         yield row
     if empty:
         raise InputError(f"{path}: no rows; give a file with at least one")
 
 
+def _object(path: str | Path, number: int, line: str) -> dict:
+    """Return the JSON object of a line, without the columns that are null."""
+    try:
+        row = json.loads(line)
+        if "\\u" in line:
+            json.dumps(row, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        raise InputError(f"{path}:{number}: a \\u escape is half a character; fix or remove the line") from None
+    except RecursionError:
+        raise InputError(f"{path}:{number}: JSON nested too deep; fix or remove the line") from None
+    except ValueError as error:
+        raise InputError(f"{path}:{number}: not JSON ({error}); fix or remove the line") from None
+    if not isinstance(row, dict):
+        raise InputError(f"{path}:{number}: not a JSON object; each line must be {{…}}")
+    return {column: value for column, value in row.items() if value is not None}
+
+
+def _is(value: object, kind: type) -> bool:
+    """Return True if a JSON value is of `kind`. A whole number is a float too; true and false are no numbers."""
+    if isinstance(value, bool):
+        return kind is bool
+    if kind is float:
+        return isinstance(value, (int, float)) and abs(value) < 1e300 and math.isfinite(value)
+    return isinstance(value, kind)
+
+
+def is_verdict(row: dict) -> bool:
+    """Return True if a row of a label file holds a tie or a skip in place of a preference."""
+    return row.get("verdict") in ("tie", "skip")
+
+
 def read_jsonl(path: str | Path, columns: dict[str, type], verdicts: bool = False) -> list[dict]:
     return list(iterate_jsonl(path, columns, verdicts))
 
 
+@contextmanager
+def replacing(path: str | Path, mode: str = "w") -> Iterator[IO]:
+    """Open a temporary file that takes the place of `path` at the end, whole and on the disk.
+
+    A kill leaves either the old file or the new one. Raises InputError if the file cannot be written; `path` is then as
+    it was.
+    """
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise cannot_write(path, error) from None
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def cannot_write(path: str | Path, error: OSError) -> InputError:
+    return InputError(f"{path}: cannot be written ({error.strerror or error}); make room, or name another place")
+
+
 def write_jsonl(path: str | Path, rows: Iterable[dict]) -> int:
     """Write JSONL under a temporary name and rename it into place. Returns the number of rows."""
-    temporary, n = Path(f"{path}.{os.getpid()}.tmp"), 0
-    temporary.parent.mkdir(parents=True, exist_ok=True)
-    with open(temporary, "w", encoding="utf-8") as file:
+    n = 0
+    with replacing(path) as file:
         for row in rows:
             file.write(json.dumps(row) + "\n")
             n += 1
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
     return n
 
 
 def read_json(path: Path) -> dict:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read ({error}); give a complete Hugging Face folder") from None
 
 
 def first_row(path: str | Path) -> dict:
     """Return the first row of a JSONL file. Its columns show which kind of data the file holds."""
-    return next(iterate_jsonl(path, {}))
+    rows = iterate_jsonl(path, {})
+    first = next(rows)
+    return next((row for row in rows if not is_verdict(row)), first) if is_verdict(first) else first
 
 
 def suffix(path: str | Path) -> str:

@@ -22,13 +22,17 @@ from data.files import InputError, download_from_hub, iterate_jsonl, write_jsonl
 
 FOLDER = Path(__file__).resolve().parent.parent / "out/data/hh"
 SETS = ("helpful-base", "helpful-online", "helpful-rejection-sampled", "harmless-base")
-TURN = re.compile(r"\n\n(Human|Assistant):")
+TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 
 
 def turns(text: str) -> list[tuple[str, str]]:
-    """Return (Human or Assistant, text) for every turn, without the spaces around the text."""
-    parts = TURN.split(text)
-    return [(who, said.strip()) for who, said in zip(parts[1::2], parts[2::2])]
+    """Return (Human or Assistant, text) for every turn, without the spaces around the text.
+
+    What stands before the first turn is a turn of the System.
+    """
+    parts = TURN.split(text.replace("\r\n", "\n"))
+    found = [(who, said.strip()) for who, said in zip(parts[1::2], parts[2::2])]
+    return [("System", parts[0].strip()), *found] if parts[0].strip() else found
 
 
 def comparison(row: dict, chatml: bool) -> dict | str:
@@ -36,19 +40,24 @@ def comparison(row: dict, chatml: bool) -> dict | str:
     chosen, rejected = turns(row["chosen"]), turns(row["rejected"])
     if chosen[:-1] != rejected[:-1]:
         return "the two dialogues part before the last answer"
-    if not chosen or not rejected or (chosen[-1][0], rejected[-1][0]) != ("Assistant", "Assistant") or len(chosen) < 2:
+    if not chosen or not rejected or (chosen[-1][0], rejected[-1][0]) != ("Assistant", "Assistant"):
         return "a dialogue that does not end with the assistant"
+    opening = next((text for who, text in chosen if who == "Human"), None)
+    if opening is None:
+        return "a dialogue in which no person speaks"
     history, good, bad = chosen[:-1], chosen[-1][1], rejected[-1][1]
     if not good or not bad:
         return "an empty answer"
     if good == bad:
         return "two answers that are the same"
     if chatml:
-        said = [f"<|im_start|>{'user' if who == 'Human' else 'assistant'}\n{text}<|im_end|>\n" for who, text in history]
+        roles = {"System": "system", "Human": "user", "Assistant": "assistant"}
+        said = [f"<|im_start|>{roles[who]}\n{text}<|im_end|>\n" for who, text in history]
         prompt, space = "".join(said) + "<|im_start|>assistant\n", ""
     else:
-        prompt, space = "".join(f"\n\n{who}: {text}" for who, text in history) + "\n\nAssistant:", " "
-    return {"prompt": prompt, "chosen": space + good, "rejected": space + bad, "opening": history[0][1]}
+        said = [text if who == "System" else f"\n\n{who}: {text}" for who, text in history]
+        prompt, space = "".join(said) + "\n\nAssistant:", " "
+    return {"prompt": prompt, "chosen": space + good, "rejected": space + bad, "opening": opening}
 
 
 def prepare(sources: list[tuple[Path, str]], chatml: bool) -> None:

@@ -32,25 +32,45 @@ RESPONSE = 200  # characters: the linear models are fitted on pieces as long as 
 
 
 def reviews(source: Path) -> Iterator[tuple[str, int]]:
-    """Yield (text, 1 if positive else 0) for each labelled review in the tar.gz, its unpacked folder, or JSONL."""
+    """Yield (text, 1 if positive else 0) for each labelled review in the tar.gz, its unpacked folder, or JSONL.
+
+    A label of -1 marks a review without one, which is left out. Raises InputError for any other label.
+    """
     wanted = re.compile(r"(?:train|test)/(pos|neg)/[^/]+\.txt$")
     if source.is_dir():
         found = [(path, match) for path in sorted(source.rglob("*.txt")) if (match := wanted.search(path.as_posix()))]
         for path, match in found:
-            yield path.read_text(encoding="utf-8"), int(match[1] == "pos")
+            yield decoded(path.read_bytes(), path), int(match[1] == "pos")
     elif source.suffix == ".jsonl":
-        for row in iterate_jsonl(source, {"text": str, "label": int}):
-            yield row["text"], row["label"]
+        unlabelled = 0
+        for number, row in enumerate(iterate_jsonl(source, {"text": str, "label": int}), 1):
+            if row["label"] not in (-1, 0, 1):
+                raise InputError(
+                    f'{source}: row {number}: "label" is {row["label"]}; give 1 for positive, 0 for negative'
+                )
+            if row["label"] == -1:
+                unlabelled += 1
+            else:
+                yield row["text"], row["label"]
+        if unlabelled:
+            print(f"{source}: {unlabelled:,} reviews without a label (-1) were left out")
     else:
         try:
             with tarfile.open(source) as archive:
                 for member in archive:
                     if member.isfile() and (match := wanted.search(member.name)):
-                        yield archive.extractfile(member).read().decode("utf-8"), int(match[1] == "pos")
+                        yield decoded(archive.extractfile(member).read(), member.name), int(match[1] == "pos")
         except (OSError, tarfile.TarError, EOFError, zlib.error) as error:
             raise InputError(
                 f"{source}: cannot be read as a tar.gz ({type(error).__name__}); give the archive, its folder or JSONL"
             ) from None
+
+
+def decoded(content: bytes, name: object) -> str:
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError:
+        raise InputError(f"{name}: not UTF-8; save the file as UTF-8") from None
 
 
 def features(text: str) -> list[int]:

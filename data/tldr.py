@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from data.files import InputError, download, iterate_jsonl, write_jsonl
-from data.tokenizer import gpt2_encoding
+from data.tokenizer import encode_text, gpt2_encoding
 
 URL = "https://openaipublic.blob.core.windows.net/summarize-from-feedback"
 FOLDER = Path(__file__).resolve().parent.parent / "out/data/tldr"
@@ -112,7 +112,7 @@ def main() -> None:
             for name, place in (POSTS | BATCHES).items():
                 if not (FOLDER / name).exists():
                     download(f"{URL}/{place}", FOLDER / name, None)
-        prepare(source, lambda text: len(encoding.encode_ordinary(text)), options.length)
+        prepare(source, lambda text: len(encode_text(encoding, text)), options.length)
     except InputError as error:
         print(f"data.tldr: {error}", file=sys.stderr)
         sys.exit(2)

@@ -11,6 +11,7 @@ from data.files import InputError
 
 SPLIT = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""  # GPT-2's words
 EOS_TEXT = "<|endoftext|>"
+PIECE = 2**17  # characters that are encoded at once
 
 
 def learn_bpe(texts: Iterable[str], vocab_size: int, limit: int = 50_000_000) -> tiktoken.Encoding:
@@ -86,19 +87,38 @@ def gpt2_encoding() -> tiktoken.Encoding:
 def encoding_state(encoding: tiktoken.Encoding) -> dict:
     """Return the encoding as a plain dict for a checkpoint. Bytes are written as Latin-1 text."""
     ranks = {token.decode("latin-1"): rank for token, rank in encoding._mergeable_ranks.items()}
-    return {
+    state = {
         "name": encoding.name,
         "pattern": encoding._pat_str,
         "ranks": ranks,
         "special": dict(encoding._special_tokens),
     }
+    return state | ({"plain": sorted(plain)} if (plain := plain_tokens(encoding)) else {})
 
 
 def encoding_from_state(state: dict) -> tiktoken.Encoding:
+    """Raises ValueError if the state is damaged. tiktoken would panic or never return."""
     ranks = {token.encode("latin-1"): rank for token, rank in state["ranks"].items()}
-    return tiktoken.Encoding(
-        state["name"], pat_str=state["pattern"], mergeable_ranks=ranks, special_tokens=state["special"]
-    )
+    special = state["special"]
+    ids = [*ranks.values(), *special.values()]
+    if not all(type(i) is int and 0 <= i < 2**31 for i in ids) or len(set(ids)) < len(ids):
+        raise ValueError("ids of tokens must be different whole numbers")
+    if "" in special or b"" in ranks or not special:
+        raise ValueError("a token is empty, or no token is special")
+    if not 200 < sum(len(token) == 1 for token in ranks) <= 256:
+        raise ValueError("a byte-level vocabulary has a token for each byte that occurs in text")
+    encoding = tiktoken.Encoding(state["name"], pat_str=state["pattern"], mergeable_ranks=ranks, special_tokens=special)
+    return with_plain_tokens(encoding, state.get("plain", ()))
+
+
+def with_plain_tokens(encoding: tiktoken.Encoding, names: Iterable[str]) -> tiktoken.Encoding:
+    """Mark some of the special tokens as text: `<think>` is one token wherever it occurs, in completions too."""
+    encoding.plain_tokens = frozenset(names)
+    return encoding
+
+
+def plain_tokens(encoding: tiktoken.Encoding) -> frozenset[str]:
+    return getattr(encoding, "plain_tokens", frozenset())
 
 
 def encode_prompt(encoding: tiktoken.Encoding, prompt: str) -> list[int]:
@@ -106,4 +126,21 @@ def encode_prompt(encoding: tiktoken.Encoding, prompt: str) -> list[int]:
 
     In completions and documents the same text is ordinary, so a model does not learn special tokens from quotations.
     """
-    return encoding.encode(prompt, allowed_special="all")
+    return _encode(encoding, prompt, encoding.special_tokens_set)
+
+
+def encode_text(encoding: tiktoken.Encoding, text: str) -> list[int]:
+    """Encode a completion or a document: the text of a special token is ordinary text."""
+    return _encode(encoding, text, plain_tokens(encoding))
+
+
+def _encode(encoding: tiktoken.Encoding, text: str, special: frozenset[str] | set[str]) -> list[int]:
+    """Encode in pieces, because tiktoken panics on a run of a million blanks. No word holds a single blank inside."""
+    ids: list[int] = []
+    start = 0
+    while len(text) - start > PIECE:
+        last = regex.search(r"(?r)(?<=\w) (?=\w)", text, pos=start + 1, endpos=start + PIECE)
+        end = last.start() if last else start + PIECE
+        ids += encoding.encode(text[start:end], allowed_special=special, disallowed_special=())
+        start = end
+    return ids + encoding.encode(text[start:], allowed_special=special, disallowed_special=())

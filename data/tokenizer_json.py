@@ -7,7 +7,7 @@ import regex  # tiktoken's own dependency
 import tiktoken
 
 from data.files import InputError, read_json
-from data.tokenizer import SPLIT
+from data.tokenizer import SPLIT, plain_tokens, with_plain_tokens
 
 # A byte-level vocabulary writes a printable byte as itself, and any other byte as the next character from U+0100 on.
 _PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -17,7 +17,8 @@ BYTE = {character: byte for byte, character in CHARACTER.items()}
 
 
 def read_tokenizer(path: Path) -> tiktoken.Encoding:
-    """Read a byte-level BPE from a tokenizer.json. Its added tokens become special tokens.
+    """Read a byte-level BPE from a tokenizer.json. Its added tokens become special tokens. Those that
+    the file does not call special are read in every text, others only in prompts.
 
     tiktoken merges in the order of the ids, so the file must list its merges in that order. Byte-level vocabularies
     do. Raises InputError with the name of a tokenizer, pre-tokenizer or added token that tiktoken cannot express.
@@ -49,7 +50,9 @@ def read_tokenizer(path: Path) -> tiktoken.Encoding:
     if '"SpecialToken"' in json.dumps(spec.get("post_processor")):
         print(f"{path}: transformers adds tokens to every text, this project does not; write them into your prompts")
     special = {name: token["id"] for name, token in added.items()}
-    return tiktoken.Encoding("bpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+    plain = [name for name, token in added.items() if not token.get("special", True)]
+    encoding = tiktoken.Encoding("bpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+    return with_plain_tokens(encoding, plain)
 
 
 def lacking(ranks: dict[bytes, int], path: Path) -> list[tuple[str, str]]:
@@ -113,13 +116,14 @@ def tokenizer_json(encoding: tiktoken.Encoding) -> dict:
     """Return a tokenizer.json for an encoding; the inverse of `read_tokenizer`."""
     ranks = encoding._mergeable_ranks
     text = lambda token: "".join(CHARACTER[b] for b in token)  # noqa: E731
-    flags = dict.fromkeys(["single_word", "lstrip", "rstrip", "normalized"], False) | {"special": True}
+    flags = dict.fromkeys(["single_word", "lstrip", "rstrip", "normalized"], False)
+    plain = plain_tokens(encoding)
     special = sorted(encoding._special_tokens.items(), key=lambda item: item[1])
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     split = {"type": "Split", "pattern": {"Regex": encoding._pat_str}, "behavior": "Isolated", "invert": False}
     return {
         "version": "1.0", "truncation": None, "padding": None,
-        "added_tokens": [{"id": i, "content": name} | flags for name, i in special],
+        "added_tokens": [{"id": i, "content": name, "special": name not in plain} | flags for name, i in special],
         "normalizer": None, "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, level]},
         "post_processor": None, "decoder": level | {"use_regex": True},
         "model": {
@@ -156,7 +160,8 @@ def fill_gaps(encoding: tiktoken.Encoding, vocab_size: int, folder: Path) -> tik
     if max(used) >= vocab_size:
         raise InputError(f"{folder}: the tokenizer has ids up to {max(used)}, but the model has only {vocab_size} rows")
     names = {f"<|unused_{i}|>": i for i in range(vocab_size) if i not in used}
-    return tiktoken.Encoding(
+    filled = tiktoken.Encoding(
         encoding.name, pat_str=encoding._pat_str, mergeable_ranks=encoding._mergeable_ranks,
         special_tokens=encoding._special_tokens | names,
     )  # fmt: skip
+    return with_plain_tokens(filled, plain_tokens(encoding))

@@ -24,12 +24,12 @@ import torch
 from torch import Tensor
 
 import common
-from data.files import InputError, download_from_hub, read_json
+from data.files import InputError, cannot_write, download_from_hub, read_json
 from data.tokenizer import gpt2_encoding
 from data.tokenizer_json import eos_id, fill_gaps, read_tokenizer, tokenizer_json
 from model import GPT, GPTConfig, ScalarModel
 
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "plainrlhf"
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path(os.path.expanduser("~/.cache"))) / "plainrlhf"
 PUBLISHED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 
 # If config.json has one of these keys, model.py needs one of these values to compute the same.
@@ -288,17 +288,19 @@ def write_model(model: GPT | ScalarModel, encoding: tiktoken.Encoding, folder: P
 
 def convert(source: str, target: Path) -> str:
     """Convert `source` to the other format: ours to Hugging Face or back. Returns a summary."""
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise InputError(f"{target}: exists already; name a new folder, so that no file is lost")
-    folder, temporary = Path(source), target.with_name(f"{target.name}.{os.getpid()}.tmp")
+    folder, target = Path(source), Path(target).absolute()
+    temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     try:
+        if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+            raise InputError(f"{target}: exists already; name a new folder, so that no file is lost")
+        if target == Path.cwd():
+            raise InputError(f"{target}: is the current folder; name a new one")
+        temporary.mkdir(parents=True)  # before any work: a folder that cannot be written is found at once
         if source in PUBLISHED and not folder.exists() or (folder / "config.json").exists():
             model, encoding = read_model(folder) if folder.exists() else published(source)
-            temporary.mkdir(parents=True)
             common.save_model(model, encoding, temporary / "model.pt")
         elif (folder / "model.pt").exists() or folder.suffix == ".pt":
             model, encoding = common.load(folder)
-            temporary.mkdir(parents=True)
             write_model(model, encoding, temporary)
         else:
             raise InputError(
@@ -307,6 +309,8 @@ def convert(source: str, target: Path) -> str:
         if target.exists():
             target.rmdir()
         temporary.rename(target)
+    except OSError as error:
+        raise cannot_write(target, error) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     n = sum(p.numel() for p in model.parameters())

@@ -16,7 +16,7 @@ WITHOUT = {  # what is taken out → its options
     "nothing": [],
     "value net first (--value_warmup 0)": ["--value_warmup", 0],
     "rising rate (--lr_warmup 0)": ["--lr_warmup", 0],
-    "rate of the value net (--value_lr 4e-4)": ["--value_lr", 4e-4],
+    "rate of the value net (--value_lr 3e-4)": ["--value_lr", 3e-4],
     "two epochs (--epochs 4)": ["--epochs", 4],
 }
 FOLDERS = dict(zip(WITHOUT, ("ppo", "no-value-warmup", "no-lr-warmup", "one-lr", "four-epochs")))

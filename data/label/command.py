@@ -7,7 +7,7 @@ from pathlib import Path
 
 import common
 from data.batches import fit
-from data.files import InputError, read_jsonl, write_jsonl
+from data.files import InputError, is_verdict, read_jsonl, write_jsonl
 from data.label.report import report
 from data.label.sampling import Answer, sample_responses, simulate
 from data.label.server import Server
@@ -31,6 +31,7 @@ class Config:
     device: str = "auto"  # auto, cpu, cuda or mps
     host: str = "127.0.0.1"  # address to serve on; 0.0.0.0: every network of this machine
     port: int = 8000  # 0: any free port
+    names: str = ""  # other names of this machine that a proxy or a browser uses, separated by commas
     terminal: bool = False  # ask in the terminal instead of on a page
     annotator: str = ""  # name for --terminal; empty: the login name
     judge: str = ""  # a simulated person, FILE.py:function
@@ -79,39 +80,54 @@ def label(cfg: Config) -> None:
         if not path.exists():
             raise InputError(f"--out {path}: no such file; name a file with answers")
         return print(report(read_answers(path)))
+    if cfg.judge and path.exists():
+        raise InputError(f"--out {path}: exists already; name a new file for the simulated person")
+    with alone(path):
+        label_alone(cfg, path)
+
+
+def label_alone(cfg: Config, path: Path) -> None:
+    answered = read_answers(path, repair=True)
+    kind = "chosen" if cfg.samples == 2 else "ranked"
+    if any(not is_verdict(row) and kind not in row for row in answered):
+        raise InputError(f"--samples {cfg.samples}: {path} compares another number of responses; use another file")
     prompts, make = prepare(cfg)
     if cfg.judge:
         judge = common.load_function(cfg.judge)
-        if path.exists():
-            raise InputError(f"--out {path}: exists already; name a new file for the simulated person")
         questions = [question for question in map(make, prompts) if question]
         answers = [question.answers for question in questions]
         rows = simulate([q.prompt for q in questions], answers, judge, cfg.label_temperature, cfg.seed)
         write_jsonl(path, rows)
         return print(f"{path}: {len(rows):,} comparisons of {len(questions):,} prompts")
-    with alone(path):
-        kind = "chosen" if cfg.samples == 2 else "ranked"
-        if any("verdict" not in row and kind not in row for row in read_answers(path)):
-            raise InputError(f"--samples {cfg.samples}: {path} compares another number of responses; use another file")
-        sitting = Sitting(prompts, make, path, cfg.people, cfg.seed)
-        try:
-            if cfg.terminal:
-                ask_in_terminal(sitting, cfg.annotator or getpass.getuser())
-            else:
-                serve(sitting, cfg)
-        except (EOFError, KeyboardInterrupt):
-            print(f"\n{path} holds {len(sitting.rows):,} answers; the same command continues")
-        finally:
-            sitting.stop()
+    sitting = Sitting(prompts, make, path, cfg.people, cfg.seed)
+    try:
+        if cfg.terminal:
+            ask_in_terminal(sitting, cfg.annotator or login_name())
+        else:
+            serve(sitting, cfg)
+    except (EOFError, KeyboardInterrupt):
+        print(f"\n{path} holds {len(sitting.rows):,} answers; the same command continues")
+    finally:
+        sitting.stop()
     if sitting.alike:
         print(f"{sitting.alike:,} prompts were omitted, because the model does not give enough different responses")
 
 
+def login_name() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        raise InputError("--annotator: this user has no login name; give a name") from None
+
+
 def serve(sitting: Sitting, cfg: Config) -> None:
     try:
-        server = Server(sitting, cfg.host, cfg.port)
-    except OSError as error:
-        raise InputError(f"--port {cfg.port}: {error.strerror}; give another port, or 0 for any free port") from None
+        server = Server(sitting, cfg.host, cfg.port, cfg.names)
+    except (OSError, OverflowError, UnicodeError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise InputError(
+            f"--host {cfg.host} --port {cfg.port}: {why}; give another, or port 0 for any free port"
+        ) from None
     print(f"Open {server.address}\nAnswers go to {cfg.out}. Ctrl-C stops.", flush=True)
     with server:
         server.serve_forever()

@@ -5,10 +5,12 @@ import math
 import statistics
 from collections import Counter, defaultdict
 
+from data.files import is_verdict
+
 
 def report(rows: list[dict]) -> str:
     """Report counts by annotator, position bias, wins by checkpoint, and agreement on questions that people share."""
-    preferred = [row for row in rows if "verdict" not in row]
+    preferred = [row for row in rows if not is_verdict(row)]
     lines = ["annotator             preferences   ties  skips   median seconds"]
     for who in sorted({row["annotator"] for row in rows}):
         mine = [row for row in rows if row["annotator"] == who]
@@ -33,7 +35,7 @@ def report(rows: list[dict]) -> str:
     for row in rows:
         if row.get("verdict") != "skip":
             texts = row.get("responses") or row.get("ranked") or [row["chosen"], row["rejected"]]
-            choices[row["prompt"], *sorted(texts)].append(None if "verdict" in row else texts[0])
+            choices[row["prompt"], *sorted(texts)].append(None if is_verdict(row) else texts[0])
     shared = [list(itertools.combinations(best, 2)) for best in choices.values() if len(best) > 1]
     if shared:
         same = [a == b for pair in shared for a, b in pair]

@@ -3,6 +3,10 @@
 import json
 import re
 import secrets
+import socket
+import sys
+import threading
+import urllib.parse
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -10,6 +14,8 @@ from data.label.sitting import Sitting
 
 PAGE = Path(__file__).with_name("page.html")
 LONGEST_BODY = 2**14  # bytes, of the largest request body
+REQUEST_SECONDS = 60  # from the connection to the whole request
+CONNECTIONS = 512  # at once
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -17,6 +23,23 @@ class Handler(BaseHTTPRequestHandler):
 
     timeout = 30  # seconds without data from a client before the connection closes
     server: "Server"
+
+    def setup(self) -> None:
+        super().setup()
+        self.deadline = threading.Timer(REQUEST_SECONDS, self._hang_up)
+        self.deadline.daemon = True
+        self.deadline.start()
+
+    def finish(self) -> None:
+        self.deadline.cancel()
+        super().finish()
+
+    def _hang_up(self) -> None:
+        """End a connection whose request has not arrived, however slowly its bytes come."""
+        try:
+            self.connection.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass  # it has ended meanwhile
 
     def _reply(self, code: int, content: bytes, kind: str = "text/plain; charset=utf-8") -> None:
         self.send_response(code)
@@ -35,21 +58,36 @@ class Handler(BaseHTTPRequestHandler):
     def _refused(self) -> bool:
         """Refuse a request with a wrong token, a foreign origin or a wrong host name. Returns True if it refused."""
         host, origin = self.headers.get("Host", ""), self.headers.get("Origin")
-        token = (self.path.split("/") + [""])[1]
+        token = (self._path().split("/") + [""])[1]
         if not secrets.compare_digest(token.encode("utf-8", "replace"), self.server.token.encode()):
-            self._reply(404, b"not found")
-        elif not self.server.known(host) or origin not in (None, f"http://{host}", f"https://{host}"):
-            self._reply(403, b"forbidden")
+            self._reply(404, b"not found; open the whole address that the terminal shows")
+        elif not self.server.known(host) or not self._same_origin(host, origin):
+            name = hostname(host if not self.server.known(host) else origin or "")
+            self._reply(403, f"forbidden under the name {name}; start the server with --names {name}".encode())
         else:
             return False
         return True
 
+    def _path(self) -> str:
+        return self.path.partition("?")[0]
+
+    def _same_origin(self, host: str, origin: str | None) -> bool:
+        """Return True if a page of this server sent the request, perhaps through a proxy that rewrites the host."""
+        return origin in (None, f"http://{host}", f"https://{host}") or hostname(origin) in self.server.names
+
     def do_GET(self) -> None:
+        self.deadline.cancel()
         if self._refused():
             return
-        if self.path != f"/{self.server.token}/":
-            return self._reply(404, b"not found")
-        self._reply(200, self.server.page, "text/html; charset=utf-8")
+        if self._path() == f"/{self.server.token}":
+            self.send_response(301)
+            self.send_header("Location", f"/{self.server.token}/")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+        elif self._path() != f"/{self.server.token}/":
+            self._reply(404, b"not found; open the whole address that the terminal shows")
+        else:
+            self._reply(200, self.server.page, "text/html; charset=utf-8")
 
     def do_POST(self) -> None:
         if self._refused():
@@ -63,7 +101,9 @@ class Handler(BaseHTTPRequestHandler):
         if len(size) > 9 or int(size) > LONGEST_BODY:
             return self._reply(413, b"too large")
         try:
-            asked = json.loads(self.rfile.read(int(size)))
+            body = self.rfile.read(int(size))
+            self.deadline.cancel()  # an answer may wait for a question
+            asked = json.loads(body)
             annotator = asked["annotator"]
             if not isinstance(annotator, str) or not 0 < len(annotator.strip()) <= 40:
                 raise ValueError("a name has 1 to 40 characters")
@@ -92,20 +132,50 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Server(ThreadingHTTPServer):
+    """`names` are further names of this machine, comma-separated, as a proxy or a browser gives them."""
+
     request_queue_size = 256
     daemon_threads = True
 
-    def __init__(self, sitting: Sitting, host: str, port: int):
+    def __init__(self, sitting: Sitting, host: str, port: int, names: str = ""):
         super().__init__((host, port), Handler)
         self.sitting, self.token, self.nonce = sitting, secrets.token_urlsafe(16), secrets.token_urlsafe(16)
-        self.host = host
+        self.names = {name.strip().lower() for name in names.split(",") if name.strip()}
+        self.own = {"localhost", host.lower(), socket.gethostname().lower(), socket.getfqdn().lower()}
         self.page = PAGE.read_bytes().replace(b"NONCE", self.nonce.encode())
-        self.address = f"http://{host}:{self.server_port}/{self.token}/"
+        shown = socket.gethostname() if host == "0.0.0.0" else host
+        self.address = f"http://{shown}:{self.server_port}/{self.token}/"
+        self.free = threading.Semaphore(CONNECTIONS)
 
     def known(self, host: str) -> bool:
         """Return True if a Host header names this server. Refuse other names that point here (DNS rebinding).
 
         Any port is accepted, because a tunnel may use another port.
         """
-        name = host.partition(":")[0]
-        return name in ("localhost", self.host) or re.fullmatch(r"[0-9]+(\.[0-9]+){3}", name) is not None
+        name = hostname(host)
+        return name in self.own | self.names or re.fullmatch(r"[0-9]+(\.[0-9]+){3}", name) is not None
+
+    def process_request(self, request: socket.socket, client_address: tuple) -> None:
+        if not self.free.acquire(blocking=False):
+            return self.shutdown_request(request)
+        super().process_request(request, client_address)
+
+    def process_request_thread(self, request: socket.socket, client_address: tuple) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self.free.release()
+
+    def handle_error(self, request: socket.socket, client_address: tuple) -> None:
+        """Say nothing if a client has left early, and one line if there is another fault."""
+        error = sys.exception()
+        if not isinstance(error, OSError):
+            print(f"a request failed: {error!r}", file=sys.stderr)
+
+
+def hostname(address: str) -> str:
+    """Return the name in a Host or Origin header, in lower case and without a port."""
+    try:
+        return urllib.parse.urlsplit(address if "//" in address else f"//{address}").hostname or ""
+    except ValueError:
+        return ""

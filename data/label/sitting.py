@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.files import InputError, read_jsonl, write_jsonl
+from data.files import InputError, is_verdict, read_jsonl, write_jsonl
 from data.label.sampling import Answer, preference
 
 AHEAD = 16  # questions that are prepared before an annotator needs them
@@ -198,23 +198,56 @@ class Sitting:
 
 
 def read_answers(path: Path, repair: bool = False) -> list[dict]:
-    """Return the rows of a label file. `repair` removes an incomplete last line, which a killed process leaves."""
+    """Return the rows of a label file. `repair` mends the last line that a kill has left without its line break.
+
+    It gets its line break if it is a whole row, and is removed if it is not.
+    """
     if not path.exists() or path.stat().st_size == 0:
         return []
     if repair:
         whole, _, rest = path.read_bytes().rpartition(b"\n")
         if rest:
             with open(path, "r+b") as file:
-                file.truncate(len(whole) + bool(whole))
-    columns = {"prompt": str, "annotator": str, "seconds": float}
-    return read_jsonl(path, columns, verdicts=True) if path.stat().st_size else []
+                if is_row(rest):
+                    file.seek(0, os.SEEK_END)
+                    file.write(b"\n")
+                else:
+                    file.truncate(len(whole) + bool(whole))
+    if not path.stat().st_size:
+        return []
+    rows = read_jsonl(path, {"prompt": str, "annotator": str, "seconds": float})
+    for number, row in enumerate(rows, 1):
+        texts = row.get("responses") if is_verdict(row) else row.get("ranked", [row.get("chosen"), row.get("rejected")])
+        places = isinstance(row.get("position"), int) or is_verdict(row)
+        if not (are_texts(texts) and are_texts(row.get("checkpoint")) and places):
+            raise InputError(
+                f"{path}: row {number}: not an answer of data.label (texts, checkpoint, position); remove the row"
+            )
+    return rows
+
+
+def are_texts(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(each, str) for each in value)
+
+
+def is_row(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 @contextmanager
 def alone(path: Path) -> Iterator[None]:
-    """Hold the lock of `path`. Raises InputError if another labelling process holds it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(f"{path}.lock", "w") as lock:
+    """Hold the lock of `path`. Raises InputError if another labelling process holds it, or nothing can be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and not (path.is_file() and os.access(path, os.W_OK)):
+            raise PermissionError(13, "not a file that can be written")
+        lock = open(f"{path}.lock", "w")
+    except OSError as error:
+        raise InputError(f"--out {path}: cannot be written ({error.strerror}); name another file") from None
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

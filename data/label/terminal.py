@@ -35,4 +35,4 @@ def ask_in_terminal(sitting: Sitting, annotator: str) -> None:
 
 def visible(text: str) -> str:
     """Replace the control characters that could move a terminal's cursor."""
-    return re.sub(r"[^\n\t\x20-\x7e\xa0-\U0010ffff]", "�", text)
+    return re.sub(r"[^\n\t\x20-\x7e\xa0-\ud7ff\ue000-\U0010ffff]", "�", text)
