@@ -161,7 +161,7 @@ def scorer(reward: ScalarModel | Judge, encoding: tiktoken.Encoding, eos: int) -
     def score(batch: Batch) -> Tensor:
         pairs = texts(batch, encoding, eos)
         scores = [reward(*pair) for pair in pairs]
-        return torch.tensor(scores, device=batch["tokens"].device)
+        return torch.tensor(scores, dtype=torch.float32, device=batch["tokens"].device)
 
     return score
 

@@ -63,6 +63,8 @@ def load(
             f"{option} {folder}: no model.pt there; run the stage that writes it, or name another run folder"
         )
     saved = read_checkpoint(path)
+    if not {"config", "tokenizer"} <= saved.keys():
+        raise InputError(f"{path}: not a checkpoint of this project (no config or tokenizer); name another run folder")
     try:
         scalar = "head.weight" in saved["model"]
         config = GPTConfig(**saved["config"])
@@ -256,7 +258,7 @@ class Run:
         for name, before in state.get("inputs", {}).items():
             if self.inputs[name] != before:
                 raise InputError(
-                    f"--resume: --{name} {getattr(self.cfg, name)} is not what {path} was made with, by its contents; "
+                    f"--resume: --{name} {getattr(self.cfg, name)} has changed since {path} was made, by its contents; "
                     "bring back what it was, or start anew without --resume"
                 )
         if "inputs" not in state:

@@ -105,7 +105,7 @@ def comparisons(
         say(f"{path}: {undecided:,} ties and skips were left out")
     groups = [group for group in groups if group.pairs]
     if not groups:
-        raise InputError(f"{path}: no two texts that differ are compared; give some preferences")
+        raise InputError(f"{path}: all pairs are of equal texts, or ties; give some preferences")
     return groups
 
 

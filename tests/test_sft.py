@@ -133,7 +133,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(folders, script, options, nam
     (tmp / "empty.txt").write_text("")
     (tmp / "broken.jsonl").write_text('{"text": "fine"}\n{"text": \n')
     (tmp / "notes.md").write_text("some text")
-    write(tmp / "null.jsonl", [{"prompt": "a", "completion": "b", "completion_ended": None}])
+    write(tmp / "null.jsonl", [{"prompt": "a", "completion": "b", "completion_ended": "yes"}])
     torch.save({"model": {}, "step": 3}, tmp / "sft" / "state.pt")
     (tmp / "garbage").mkdir()
     (tmp / "garbage" / "model.pt").write_bytes(b"\x00garbage" * 99)
