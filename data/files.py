@@ -24,6 +24,9 @@ HUB = "https://huggingface.co"
 class InputError(Exception):
     """Bad input. The message is one sentence. It names the file, line or option and says what to do."""
 
+    def __init__(self, message: str):
+        super().__init__(" ".join(message.splitlines()))  # what it quotes may have line breaks
+
 
 def _lines(path: str | Path) -> Iterator[tuple[int, str]]:
     try:

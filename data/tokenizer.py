@@ -100,13 +100,21 @@ def encoding_from_state(state: dict) -> tiktoken.Encoding:
     """Raises ValueError if the state is damaged. tiktoken would panic or never return."""
     ranks = {token.encode("latin-1"): rank for token, rank in state["ranks"].items()}
     special = state["special"]
+    check_tokens(ranks, special)
     ids = [*ranks.values(), *special.values()]
-    if not all(type(i) is int for i in ids) or sorted(ids) != list(range(len(ids))):
-        raise ValueError("the ids of the tokens are not 0, 1, 2 and so on")
-    if "" in special or b"" in ranks or not special:
-        raise ValueError("a token is empty, or no token is special")
+    if not special or max(ids) >= len(ids):
+        raise ValueError("no token is special, or ids are missing")
     encoding = tiktoken.Encoding(state["name"], pat_str=state["pattern"], mergeable_ranks=ranks, special_tokens=special)
     return with_plain_tokens(encoding, state.get("plain", ()))
+
+
+def check_tokens(ranks: dict[bytes, int], special: dict[str, int]) -> None:
+    """Raises ValueError if an id is no id, is that of two tokens, or a token is empty."""
+    ids = [*ranks.values(), *special.values()]
+    if not all(type(i) is int and 0 <= i < 2**31 for i in ids) or len(set(ids)) < len(ids):
+        raise ValueError("an id is not a whole number, or is that of two tokens")
+    if "" in special or b"" in ranks:
+        raise ValueError("a token is empty")
 
 
 def with_plain_tokens(encoding: tiktoken.Encoding, names: Iterable[str]) -> tiktoken.Encoding:

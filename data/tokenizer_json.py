@@ -7,7 +7,7 @@ import regex  # tiktoken's own dependency
 import tiktoken
 
 from data.files import InputError, read_json
-from data.tokenizer import SPLIT, plain_tokens, with_plain_tokens
+from data.tokenizer import SPLIT, check_tokens, plain_tokens, with_plain_tokens
 
 # A byte-level vocabulary writes a printable byte as itself, and any other byte as the next character from U+0100 on.
 _PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -50,6 +50,10 @@ def read_tokenizer(path: Path) -> tiktoken.Encoding:
     if '"SpecialToken"' in json.dumps(spec.get("post_processor")):
         print(f"{path}: transformers adds tokens to every text, this project does not; write them into your prompts")
     special = {name: token["id"] for name, token in added.items()}
+    try:
+        check_tokens(ranks, special)
+    except ValueError as error:
+        raise InputError(f"{path}: {error}; save the tokenizer again") from None
     plain = [name for name, token in added.items() if not token.get("special", True)]
     encoding = tiktoken.Encoding("bpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
     return with_plain_tokens(encoding, plain)

@@ -3,8 +3,9 @@
     python -m experiments.kl                      seeds 0 to 5: the three stages, PPO with β = 0.05 and with β = 0
     python -m experiments.kl --seeds 6,7          other seeds
 
-Without the KL term PPO runs for 160 iterations in place of 48, because it needs time to find what fools the reward model. It
-prints the tables and draws experiments/kl.svg. What has run is kept in out/experiments/kl; a stopped run goes on.
+Without the KL term PPO runs for 160 iterations in place of 48, because it needs time to find what fools the reward
+model. It prints the tables and draws experiments/kl.svg. What has run is kept in out/experiments/kl; a stopped run
+goes on.
 """
 
 import argparse
