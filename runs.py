@@ -317,12 +317,18 @@ class Run:
                     file.writelines(line for line in lines if line.endswith("\n") and sampled_at(line) <= self.step)
             for left in self.folder.glob("*.tmp"):
                 left.unlink()
+            self._move_in()
         elif self.folder.exists() and any(self.folder.iterdir()):
             old = next(name for n in count(1) if not (name := Path(f"{self.folder}.{n}")).exists())
             self.folder.rename(old)
             say(f"the run that was in {self.folder} is kept in {old}")
         with replacing(self.folder / "metrics.jsonl") as file:
             file.writelines(json.dumps(line) + "\n" for line in kept)
+
+    def _move_in(self) -> None:
+        """Move in what was made before the start: after a save, so that a run which is killed before one finds it."""
+        for name in list(self.files):
+            self.files.pop(name).replace(self.folder / name)
 
     def log(self, step: int, metrics: dict[str, float], show: Iterable[str] = ()) -> None:
         """Append the metrics of a step to metrics.jsonl. Print those that `show` names, and the time left."""
@@ -398,8 +404,7 @@ class Run:
             about["goodness"] = self.best
             about["tokenizer"] = encoding_state(encoding)
             save_file(about | values | saved, self.folder / "state.pt")
-            for name in list(self.files):  # only now, so that a run which is killed before its first save finds them
-                self.files.pop(name).replace(self.folder / name)
+            self._move_in()
         self.saved_at = time.time()
         self.save_took = self.saved_at - began
         if step == self.steps:

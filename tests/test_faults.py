@@ -1,0 +1,337 @@
+"""Runs that are killed, stopped, starved and fed nonsense: nothing is lost, and one sentence says what happened."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import common
+import ppo
+import reward
+import sft
+from data import InputError, label
+from tests.conftest import ROOT, TORCHRUN, run, write
+from tests.fuzz import sweep
+
+
+def options(folders, script, **more):
+    """The options of a small run of a script."""
+    given = {
+        "sft.py": dict(data="pairs.jsonl", init="sft", evals=3),
+        "reward.py": dict(data="prompts.jsonl", init="sft", judge="judge.py:judge", samples=2, response_len=8),
+        "ppo.py": dict(data="prompts.jsonl", init="sft", reward="reward", judge="judge.py:judge", iterations=4)
+        | dict(batch_size=16, minibatch_size=8, epochs=1, response_len=8, eval_prompts=8, save_every=1, kl_target=0.5),
+    }[script] | more
+    judge = folders["tmp"] / "judge.py"
+    judge.write_text("def judge(prompt, response):\n    return response.count('e') / (1 + len(response))\n")
+    return [str(word) for name, value in given.items() for word in (f"--{name}", value)]
+
+
+def contents(folder):
+    """What a run has left, without times: checkpoints, metrics, samples, comparisons."""
+    found = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix == ".pt":
+            found[path.name] = torch.load(path, weights_only=True)
+            found[path.name].get("options", {}).clear()
+        elif path.name == "metrics.jsonl":
+            lines = common.read_metrics(folder)
+            found[path.name] = [
+                {k: v for k, v in line.items() if "time/" not in k and "tokens" not in k} for line in lines
+            ]
+        elif path.suffix != ".png":
+            found[path.name] = path.read_bytes()
+    return found
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def killed_anywhere(folders, script, chosen):
+    tmp = folders["tmp"]
+    given = options(folders, script)
+    whole = run("tests/faulty.py", "count", ROOT / script, *given, "--out", "out/whole", cwd=tmp)
+    assert whole.returncode == 0, whole.stderr
+    n = int(re.search(r"changes: (\d+)", whole.stdout)[1])
+    assert n > 15
+    for event in chosen(n):
+        out = f"out/cut-{event}"
+        done = run("tests/faulty.py", f"kill={event}", ROOT / script, *given, "--out", out, cwd=tmp)
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        done = run("tests/faulty.py", "count", ROOT / script, *given, "--out", out, "--resume", cwd=tmp)
+        assert done.returncode == 0, (event, done.stderr)
+        assert same(contents(tmp / out), contents(tmp / "out/whole")), event
+
+
+@pytest.mark.parametrize("script", ["sft.py", "reward.py", "ppo.py"])
+def test_a_run_that_is_killed_and_resumed_is_the_run_that_was_not(folders, script):
+    killed_anywhere(folders, script, lambda n: sorted({3, 6, n // 3, n // 2, n - 2}))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["sft.py", "reward.py", "ppo.py"])
+def test_a_run_may_be_killed_before_any_change_of_a_file(folders, script):
+    killed_anywhere(folders, script, lambda n: range(1, n + 1))
+
+
+def started(folders, script, *more, processes=1):
+    """A long run in a process of its own, once it has taken three steps."""
+    tmp = folders["tmp"]
+    torchrun = TORCHRUN if processes > 1 else []
+    command = [sys.executable, *torchrun, str(ROOT / script), *options(folders, script), *more, "--out", "out/x"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, cwd=tmp, env=environment, stdout=pipe, stderr=pipe, text=True)
+    until = time.time() + 120
+    while len(common.read_metrics(tmp / "out/x")) < 3 and time.time() < until:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+    return process
+
+
+LONG = {"sft.py": ["--epochs", "90"], "reward.py": ["--batch_size", "1"], "ppo.py": ["--iterations", "400"]}
+
+
+@pytest.mark.parametrize(
+    "script, number", [("sft.py", signal.SIGINT), ("reward.py", signal.SIGTERM), ("ppo.py", signal.SIGINT)]
+)
+def test_a_signal_lets_the_step_end_saves_it_and_says_how_to_go_on(folders, script, number):
+    long = ["--save_every", "1000"] if script == "ppo.py" else []
+    process = started(folders, script, *LONG[script], *long)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    state = torch.load(folders["tmp"] / "out/x/state.pt", weights_only=True)
+    assert process.returncode == 128 + number
+    assert re.fullmatch(rf"{script}: stopped after step {state['step']} of .* --resume go on\n", said), said
+    assert state["step"] == len(common.read_metrics(folders["tmp"] / "out/x"))
+
+
+def test_a_second_signal_ends_a_run_at_once(folders, monkeypatch):
+    ends = []
+    monkeypatch.setattr(os, "_exit", ends.append)
+    held = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+    def main():
+        common.processes.finish_the_step(True)
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)
+
+    common.run_main(main)
+    assert ends == [143]
+    assert held == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+
+def test_a_signal_before_the_first_step_ends_a_run_with_a_sentence(capsys):
+    with pytest.raises(SystemExit) as end:
+        common.run_main(lambda: os.kill(os.getpid(), signal.SIGINT) or time.sleep(5))
+    assert end.value.code == 130 and capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_ends_the_others_and_the_run_can_go_on(folders):
+    process = started(folders, "ppo.py", *LONG["ppo.py"], processes=2)
+    listing = subprocess.run(["pgrep", "-f", "out/x"], capture_output=True, text=True).stdout.split()
+    ranks = {pid: open(f"/proc/{pid}/environ").read() for pid in listing if pid != str(process.pid)}
+    (second,) = [pid for pid, environment in ranks.items() if "\0RANK=1\0" in environment]
+    began = time.time()
+    os.kill(int(second), signal.SIGKILL)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode and time.time() - began < 60
+    assert "another process has ended; start all of them again with --resume" in said or "stopped" in said, said
+    step = torch.load(folders["tmp"] / "out/x/state.pt", weights_only=True)["step"]
+    given = options(folders, "ppo.py", iterations=400)
+    cfg = common.parse(ppo.Config, [*given, "--out", "out/x", "--resume"])
+    os.chdir(folders["tmp"])
+    with pytest.raises(InputError, match="made by 2 processes; start as many"):
+        ppo.train(cfg)
+    process = started(folders, "ppo.py", *LONG["ppo.py"], "--resume", processes=2)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert torch.load(folders["tmp"] / "out/x/state.pt", weights_only=True)["step"] > step
+
+
+# --- one folder, one run ----------------------------------------------------------------------------------------------
+
+
+def test_a_second_run_in_a_folder_is_refused_and_a_dead_run_is_no_obstacle(folders, monkeypatch):
+    monkeypatch.chdir(folders["tmp"])
+    process = started(folders, "sft.py", *LONG["sft.py"])
+    cfg = common.parse(sft.Config, [*options(folders, "sft.py"), "--out", "out/x"])
+    with pytest.raises(InputError, match="--out out/x: another run writes to it"):
+        sft.train(cfg)
+    process.kill()
+    process.communicate()
+    sft.train(cfg)
+    assert len(common.read_metrics("out/x")) == len({line["step"] for line in common.read_metrics("out/x")})
+
+
+def test_a_run_folder_may_be_moved_and_spelled_in_another_way(folders, monkeypatch):
+    monkeypatch.chdir(folders["tmp"])
+    given = options(folders, "sft.py", data=folders["tmp"] / "pairs.jsonl")
+    sft.train(common.parse(sft.Config, [*given, "--out", "out/x"]))
+    (folders["tmp"] / "out/x").rename(folders["tmp"] / "moved")
+    given = options(folders, "sft.py", data="./pairs.jsonl", init="sft/")
+    sft.train(common.parse(sft.Config, [*given, "--out", "moved/", "--resume"]))
+    with pytest.raises(InputError, match="--resume: .* made with --lr 0.002"):
+        sft.train(common.parse(sft.Config, [*given, "--out", "moved", "--resume", "--lr", "1e-3"]))
+
+
+def test_sampled_comparisons_are_not_sampled_again_by_a_restart(folders, monkeypatch):
+    monkeypatch.chdir(folders["tmp"])
+    cfg = common.parse(reward.Config, [*options(folders, "reward.py"), "--out", "out/x"])
+    save, calls = common.Run.save, []
+    sample_responses = label.sample_responses
+    monkeypatch.setattr(label, "sample_responses", lambda *given: calls.append(1) or sample_responses(*given))
+    monkeypatch.setattr(common.Run, "save", lambda *given, **parts: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        reward.train(cfg)
+    monkeypatch.setattr(common.Run, "save", save)
+    reward.train(cfg)
+    assert len(calls) == 1 and (folders["tmp"] / "out/x/comparisons.jsonl").exists()
+
+
+# --- disks ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", ["sft.py", "reward.py", "ppo.py"])
+def test_a_full_disk_is_one_sentence_and_leaves_the_last_checkpoint_whole(folders, script):
+    tmp = folders["tmp"]
+    warmup = {"value_warmup": 0} if script == "ppo.py" else {}  # the first checkpoint is as large as the last
+    given = [*options(folders, script, **warmup), "--out", "out/x"]
+    assert run("tests/faulty.py", "count", ROOT / script, *given, cwd=tmp).returncode == 0
+    before = contents(tmp / "out/x")
+    size = (tmp / "out/x/state.pt").stat().st_size
+    (tmp / "out/x").rename(tmp / "kept")
+    for limit, there in ((size - 2000, {"model.pt"}), (2000, set())):
+        done = run("tests/faulty.py", f"full={limit}", ROOT / script, *given, cwd=tmp)
+        assert done.returncode == 2 and re.fullmatch(rf"{script}: \S+: cannot be written \(.*\n", done.stderr), (
+            done.stderr
+        )
+        names = {path.name for path in (tmp / "out").rglob("*")}
+        assert there <= names and "state.pt" not in names and not [name for name in names if name.endswith(".tmp")]
+    assert same(contents(tmp / "kept"), before)
+
+
+def test_an_out_that_cannot_be_written_is_found_before_any_work(folders, monkeypatch):
+    monkeypatch.chdir(folders["tmp"])
+    (folders["tmp"] / "file").write_text("x")
+    monkeypatch.setattr(common, "load_gpt", lambda *given: pytest.fail("the model was read"))
+    for out in ("file/x", "file", "/proc/x", "x" * 300, ".", ""):
+        for script, stage in (("sft.py", sft), ("reward.py", reward), ("ppo.py", ppo)):
+            cfg = common.parse(stage.Config, options(folders, script, out=out))
+            with pytest.raises(InputError, match="--out"):
+                stage.train(cfg)
+
+
+# --- what comes from outside ------------------------------------------------------------------------------------------
+
+
+def test_thousands_of_bad_inputs_give_one_sentence_each_and_change_no_file():
+    counts, faults = sweep(seed=0, each=800)
+    assert not faults, faults
+    assert counts["at fault"] == 0 and counts["read"] > 300 and counts["refused"] > 2000
+
+
+FUNCTIONS = {
+    "return None": "returned None",
+    "return 'good'": "returned 'good'",
+    "return [1.0]": r"returned \[1.0\]",
+    "return float('inf')": "returned inf",
+    "return 1e39": "returned 1e\\+39",
+    "return 10**400": "returned 1000",
+    "raise ValueError('of the user')": r"ValueError: of the user",
+    "exit()": "SystemExit",
+    "return response[10**6]": "IndexError",
+}
+
+
+@pytest.mark.parametrize("body", FUNCTIONS)
+def test_a_function_that_gives_no_number_is_named_with_its_prompt(tmp_path, body, capsys):
+    file = tmp_path / "mine.py"
+    file.write_text(f"def f(prompt, response):\n    {body}\n")
+    function = common.load_function(f"{file}:f")
+    with pytest.raises(InputError, match=f"mine.py:f: .*{FUNCTIONS[body]}") as error:
+        function("a prompt", "a response")
+    assert "a prompt" in str(error.value)
+    assert ("line 2, in f" in capsys.readouterr().err) == ("raise" in body or "exit" in body or "10**6" in body)
+
+
+def test_the_file_of_a_function_is_a_module_with_neighbours(tmp_path):
+    (tmp_path / "neighbour_of_mine.py").write_text("def half(x):\n    return x / 2\n")
+    (tmp_path / "mine.py").write_text(
+        "from __future__ import annotations\nimport pickle\nfrom dataclasses import dataclass\n"
+        "from neighbour_of_mine import half\n\n@dataclass\nclass Weight:\n    x: float = 3.0\n\n"
+        "def f(prompt, response):\n    return half(pickle.loads(pickle.dumps(Weight())).x)\n"
+    )
+    assert common.load_function(f"{tmp_path}/mine.py:f")("", "") == 1.5
+    (tmp_path / "broken.py").write_text("import no_such_module\n")
+    with pytest.raises(InputError, match="broken.py cannot be imported .*no_such_module"):
+        common.load_function(f"{tmp_path}/broken.py:f")
+
+
+def test_a_column_that_is_null_is_absent(folders, encoding):
+    rows = [{"prompt": "a", "chosen": " yes", "rejected": " no", "verdict": None, "ranked": None, "p_chosen": None}] * 9
+    path = write(folders["tmp"] / "x.jsonl", rows)
+    said = []
+    (group,) = common_comparisons(path, encoding, said)
+    assert len(group.pairs) == 9 and not said
+    rows[3] = {"prompt": "a", "verdict": "tie", "responses": ["b", "c"]}
+    (group,) = common_comparisons(write(path, rows), encoding, said)
+    assert len(group.pairs) == 8 and "1 ties and skips were left out" in said[0]
+
+
+def common_comparisons(path, encoding, said):
+    from data import comparisons
+
+    return comparisons(path, encoding, encoding.eot_token, said.append)
+
+
+def test_rows_of_unknown_columns_are_not_taken_for_prompts(folders, monkeypatch):
+    monkeypatch.chdir(folders["tmp"])
+    write(folders["tmp"] / "x.jsonl", [{"prompt": "a", "winner": "b", "loser": "c"}] * 30)
+    with pytest.raises(InputError, match="has prompt, winner, loser, which are no comparisons"):
+        reward.train(reward.Config(data="x.jsonl", init="sft"))
+
+
+def test_a_run_that_left_the_language_is_ended_by_kl_stop(folders, monkeypatch):
+    monkeypatch.chdir(folders["tmp"])
+    cfg = common.parse(ppo.Config, options(folders, "ppo.py", kl_stop=1e-6, value_warmup=0, lr=0.01))
+    with pytest.raises(InputError, match="step 2: the KL to the reference is above --kl_stop 1e-06, so the run stops"):
+        ppo.train(cfg)
+    assert torch.load("out/ppo/state.pt", weights_only=True)["step"] == 1
+
+
+@pytest.mark.slow
+def test_memory_stays_flat_over_two_thousand_iterations(folders):
+    """Resident memory of a tiny run after its first fifty iterations, within 2%."""
+    tmp = folders["tmp"]
+    (tmp / "watched.py").write_text(
+        "import json, pathlib, re, common, ppo\n"
+        "begin, seen = common.Run.begin_step, []\n"
+        "def watched(self):\n"
+        "    text = pathlib.Path('/proc/self/status').read_text()\n"
+        "    seen.append(int(re.search(r'VmRSS:\\s+(\\d+)', text)[1]))\n"
+        "    begin(self)\n"
+        "common.Run.begin_step = watched\n"
+        "common.run_main(ppo.main)\n"
+        "pathlib.Path('seen.json').write_text(json.dumps(seen))\n"
+    )
+    given = options(folders, "ppo.py", iterations=2000, save_every=200, lr=1e-5)
+    done = run(tmp / "watched.py", *given, cwd=tmp)
+    assert done.returncode == 0, done.stderr
+    seen = json.loads((tmp / "seen.json").read_text())
+    assert len(seen) == 2000 and max(seen[50:]) < 1.02 * seen[50]
