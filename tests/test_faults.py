@@ -87,7 +87,7 @@ def test_a_run_may_be_killed_before_any_change_of_a_file(folders, script):
     killed_anywhere(folders, script, lambda n: range(1, n + 1))
 
 
-def started(folders, script, *more, processes=1):
+def started(folders, script, *more, processes=1, steps=3):
     """A long run in a process of its own, once it has taken three steps."""
     tmp = folders["tmp"]
     torchrun = TORCHRUN if processes > 1 else []
@@ -96,7 +96,7 @@ def started(folders, script, *more, processes=1):
     pipe = subprocess.PIPE
     process = subprocess.Popen(command, cwd=tmp, env=environment, stdout=pipe, stderr=pipe, text=True)
     until = time.time() + 120
-    while len(common.read_metrics(tmp / "out/x")) < 3 and time.time() < until:
+    while len(common.read_metrics(tmp / "out/x")) < steps and time.time() < until:
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.02)
     return process
@@ -158,7 +158,7 @@ def test_a_process_that_dies_ends_the_others_and_the_run_can_go_on(folders):
     os.chdir(folders["tmp"])
     with pytest.raises(InputError, match="made by 2 processes; start as many"):
         ppo.train(cfg)
-    process = started(folders, "ppo.py", *LONG["ppo.py"], "--resume", processes=2)
+    process = started(folders, "ppo.py", *LONG["ppo.py"], "--resume", processes=2, steps=step + 5)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     assert torch.load(folders["tmp"] / "out/x/state.pt", weights_only=True)["step"] > step
