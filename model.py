@@ -48,6 +48,20 @@ class GPTConfig:
     norm_eps: float = 1e-5
     rope_theta: float = 0.0  # base of rotary positions (Su et al. 2021); 0: learned position embeddings
     tied: bool = True  # the output layer is the token embedding
+    head_dim: int = 0  # channels of a head; 0: n_embd / n_head
+    qk_norm: bool = False  # RMSNorm of each head's queries and keys (Qwen 3)
+    rope_llama3: tuple[float, ...] = ()  # factor, low and high frequency factor, first context (Llama 3.1)
+    no_rope: tuple[int, ...] = ()  # layers without rotary positions (SmolLM 3)
+    stops: tuple[int, ...] = ()  # ids beside eos that end a generation too
+    bos: tuple[int, ...] = ()  # the id that other software puts before a text; only kept for them
+
+    @property
+    def head_size(self) -> int:
+        return self.head_dim or self.n_embd // self.n_head
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        return (self.eos, *self.stops)
 
 
 class Cache(NamedTuple):
@@ -64,16 +78,19 @@ class Attention(nn.Module):
         super().__init__()
         self.n_head = config.n_head
         self.n_kv_head = config.n_kv_head or config.n_head
-        self.head_size = config.n_embd // config.n_head
+        self.head_size = config.head_size
         self.dropout = config.dropout
         n_qkv = (self.n_head + 2 * self.n_kv_head) * self.head_size
         self.c_attn = Linear(config.n_embd, n_qkv, bias=config.qkv_bias)
-        self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.c_proj = Linear(self.n_head * self.head_size, config.n_embd, bias=config.bias)
+        self.q_norm = nn.RMSNorm(self.head_size, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(self.head_size, eps=config.norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, cache: Cache | None) -> Tensor:
-        B, T, C = x.shape
+        B, T, _ = x.shape
         heads = self.c_attn(x).view(B, T, -1, self.head_size).transpose(1, 2)  # (B, H + 2 K, T, D)
         q, k, v = heads.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=1)
+        q, k = self.q_norm(q), self.k_norm(k)
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
         mask = None
@@ -83,7 +100,7 @@ class Attention(nn.Module):
             values[:, :, cache.place] = v
             k, v, mask = keys, values, cache.mask
         y = fast.attend(q, k, v, mask, self.dropout if self.training else 0.0)  # (B, H, T, D)
-        y = y.transpose(1, 2).reshape(B, T, C)
+        y = y.transpose(1, 2).reshape(B, T, -1)
         return F.dropout(self.c_proj(y), self.dropout, self.training)
 
 
@@ -124,9 +141,19 @@ def norm(config: GPTConfig) -> nn.Module:
     return kind(config.n_embd, eps=config.norm_eps)
 
 
-def rotary_angles(position: Tensor, head_size: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin of position · theta^(−2i / D) in float32: (1, T, D/2) of position (T,), (B, 1, T, D/2) of (B, T)."""
-    frequency = theta ** (-torch.arange(0, head_size, 2, device=position.device) / head_size)  # (D/2,)
+def rotary_angles(position: Tensor, config: GPTConfig) -> tuple[Tensor, Tensor]:
+    """cos and sin of position · theta^(−2i / D) in float32: (1, T, D/2) of position (T,), (B, 1, T, D/2) of (B, T).
+
+    Llama 3.1 to 3.3 slow the waves that are longer than the context in which they were first trained (Llama team 2024,
+    section 3.4.2; the numbers and the blend between are those of their code).
+    """
+    D = config.head_size
+    frequency = config.rope_theta ** (-torch.arange(0, D, 2, device=position.device) / D)  # (D/2,)
+    if config.rope_llama3:
+        factor, low, high, context = config.rope_llama3
+        turns = context * frequency / (2 * math.pi)  # within that context
+        fast_part = ((turns - low) / (high - low)).clamp(0, 1)
+        frequency = frequency * (fast_part + (1 - fast_part) / factor)
     angle = (position[..., None] * frequency).unsqueeze(-3)
     return angle.cos(), angle.sin()
 
@@ -140,7 +167,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
-        if config.n_embd % config.n_head:
+        if not config.head_dim and config.n_embd % config.n_head:
             raise ValueError(f"n_embd {config.n_embd} is not a multiple of n_head {config.n_head}")
         if config.n_kv_head and config.n_head % config.n_kv_head:
             raise ValueError(f"n_head {config.n_head} is not a multiple of n_kv_head {config.n_kv_head}")
@@ -178,14 +205,13 @@ class GPT(nn.Module):
         x = self.wte(tokens)  # (B, T, C)
         rotary = None
         if self.config.rope_theta:
-            head_size = self.config.n_embd // self.config.n_head
-            rotary = rotary_angles(position, head_size, self.config.rope_theta)
+            rotary = rotary_angles(position, self.config)
         else:
             x = x + self.wpe(position)
         x = F.dropout(x, self.config.dropout, self.training)
         for i, block in enumerate(self.h):
             layer_cache = None if cache is None else cache._replace(kv=cache.kv[i])
-            x = block(x, rotary, layer_cache)
+            x = block(x, None if i in self.config.no_rope else rotary, layer_cache)
         return self.ln_f(x)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -243,6 +269,7 @@ class GPT(nn.Module):
         `max_new_tokens` exceed the context.
         """
         eos, device = self.config.eos, self.wte.weight.device
+        ends = torch.tensor(self.config.ends, device=device)
         prompts = [prompt or [eos] for prompt in prompts]
         B, P, N = len(prompts), max(map(len, prompts)), max_new_tokens
         if N < 1:
@@ -258,8 +285,8 @@ class GPT(nn.Module):
         output_weight = fast.pack(self.output_weight)
 
         # 1 Prefill. Prompts take places 0…P−1 of the cache, new token t takes place P + t. A short prompt leaves a gap.
-        n_kv_head, head_size = self.h[0].attn.n_kv_head, self.h[0].attn.head_size
-        shape = (len(self.h), 2, B, n_kv_head, P + N, head_size)
+        n_kv_head = self.h[0].attn.n_kv_head
+        shape = (len(self.h), 2, B, n_kv_head, P + N, self.config.head_size)
         kv = torch.zeros(shape, device=device, dtype=fast.compute_dtype(output_weight))
         place = torch.arange(P + N, device=device)
         in_gap = (place >= prompt_len[:, None]) & (place < P)  # (B, P + N)
@@ -276,7 +303,7 @@ class GPT(nn.Module):
             # 3 Append: a row that has ended stays as it is.
             new[t] = torch.where(done, eos, token)
             n_new.add_(~done)
-            done.logical_or_(token == eos)
+            done.logical_or_(torch.isin(token, ends))
 
         def step(t: int | Tensor) -> None:
             """Read token t − 1 of every row, then add token t."""
@@ -405,7 +432,7 @@ def main() -> None:
         )  # fmt: skip
         print(f"\n{name}")
         for row, start, end in zip(tokens.tolist(), prompt_len.tolist(), length.tolist()):
-            ended = row[end - 1] == model.config.eos
+            ended = row[end - 1] in model.config.ends
             text = encoding.decode(row[start : end - 1] if ended else row[start:end])
             print(f"  ·{text}{'' if ended else ' …'}")
 

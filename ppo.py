@@ -104,7 +104,8 @@ def rollout(policy: GPT, prompts: list[list[int]], cfg: Config, generator: torch
         prompts, cfg.response_len, temperature=cfg.temperature, generator=generator
     )
     last = fast.pick(tokens, torch.arange(len(tokens)), length - 1)  # (B,)
-    return {"tokens": tokens, "prompt_len": prompt_len, "length": length, "ended": last == policy.config.eos}
+    ended = torch.isin(last, torch.tensor(policy.config.ends, device=last.device))
+    return {"tokens": tokens, "prompt_len": prompt_len, "length": length, "ended": ended}
 
 
 def texts(batch: Batch, encoding: tiktoken.Encoding, eos: int) -> Texts:

@@ -103,7 +103,8 @@ def check_weights(config: GPTConfig, weights: dict[str, Tensor], scalar: bool) -
         value = getattr(config, field.name)
         if type(value) is not type(field.default) and not (type(field.default) is float and type(value) is int):
             raise ValueError(f"{field.name} is {value!r}")
-        if not 0 <= value < (1 if field.name == "dropout" else math.inf):
+        numbers = value if isinstance(value, tuple) else (value,)
+        if not all(0 <= number < (1 if field.name == "dropout" else math.inf) for number in numbers):
             raise ValueError(f"{field.name} is {value}")
     if config.n_layer != len(layers):  # before a model of a million layers is built
         raise ValueError(f"n_layer is {config.n_layer}, but there are weights of {len(layers)} layers")

@@ -1,5 +1,6 @@
 """The tokenizer is always a tiktoken.Encoding: GPT-2's, or a byte-level BPE that this file learns."""
 
+import functools
 import heapq
 from collections import Counter, defaultdict
 from collections.abc import Iterable
@@ -132,7 +133,7 @@ def encode_prompt(encoding: tiktoken.Encoding, prompt: str) -> list[int]:
 
     In completions and documents the same text is ordinary, so a model does not learn special tokens from quotations.
     """
-    return _encode(encoding, prompt, encoding.special_tokens_set)
+    return _encode(encoding, prompt, frozenset(encoding._special_tokens))
 
 
 def encode_text(encoding: tiktoken.Encoding, text: str) -> list[int]:
@@ -140,13 +141,29 @@ def encode_text(encoding: tiktoken.Encoding, text: str) -> list[int]:
     return _encode(encoding, text, plain_tokens(encoding))
 
 
-def _encode(encoding: tiktoken.Encoding, text: str, special: frozenset[str] | set[str]) -> list[int]:
+def _encode(encoding: tiktoken.Encoding, text: str, special: frozenset[str]) -> list[int]:
+    """Encode text in which the names of some special tokens are those tokens; of two that begin alike, the longer."""
+    if not special:
+        return _ordinary(encoding, text)
+    ids: list[int] = []
+    for part in _names(special).split(text):
+        ids += [encoding._special_tokens[part]] if part in special else _ordinary(encoding, part)
+    return ids
+
+
+@functools.lru_cache(maxsize=64)
+def _names(special: frozenset[str]) -> regex.Pattern:
+    longest_first = sorted(special, key=len, reverse=True)
+    return regex.compile("(" + "|".join(map(regex.escape, longest_first)) + ")")
+
+
+def _ordinary(encoding: tiktoken.Encoding, text: str) -> list[int]:
     """Encode in pieces, because tiktoken panics on a run of a million blanks. No word holds a single blank inside."""
     ids: list[int] = []
     start = 0
     while len(text) - start > PIECE:
         last = regex.search(r"(?r)(?<=\w) (?=\w)", text, pos=start + 1, endpos=start + PIECE)
         end = last.start() if last else start + PIECE
-        ids += encoding.encode(text[start:end], allowed_special=special, disallowed_special=())
+        ids += encoding.encode_ordinary(text[start:end])
         start = end
-    return ids + encoding.encode(text[start:], allowed_special=special, disallowed_special=())
+    return ids + encoding.encode_ordinary(text[start:])

@@ -31,6 +31,9 @@ def read_tokenizer(path: Path) -> tiktoken.Encoding:
     vocab = {token: i for token, i in model["vocab"].items() if token not in added} if model["type"] == "BPE" else {}
     if not vocab or model.get("byte_fallback") or not BYTE.keys() >= set("".join(vocab)):
         raise InputError(f"{path}: a tokenizer of type {model['type']} is not supported unless it is a byte-level BPE")
+    for field in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "unk_token"):
+        if model.get(field):
+            raise InputError(f"{path}: {field} {model[field]!r} of the BPE is not supported, only none is")
     ranks = {bytes(BYTE[character] for character in token): i for token, i in vocab.items()}
     merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
     order = [vocab.get(a + b, -1) for a, b in merges]
@@ -139,23 +142,29 @@ def tokenizer_json(encoding: tiktoken.Encoding) -> dict:
     }  # fmt: skip
 
 
-def eos_id(folder: Path, encoding: tiktoken.Encoding) -> int:
-    """Return the id of EOS: eos_token in tokenizer_config.json, else eos_token_id in config.json."""
-    name = None
+def eos_ids(folder: Path, encoding: tiktoken.Encoding) -> tuple[int, tuple[int, ...]]:
+    """Return the id of EOS, and the other ids that end a generation.
+
+    EOS is eos_token in tokenizer_config.json, else the first eos_token_id of generation_config.json or config.json.
+    The others are the rest of these lists.
+    """
+    name, ids = None, []
     if (path := folder / "tokenizer_config.json").exists():
         name = read_json(path).get("eos_token")
         name = name.get("content") if isinstance(name, dict) else name
+    for file in ("generation_config.json", "config.json"):
+        if (folder / file).exists() and (found := read_json(folder / file).get("eos_token_id")) is not None:
+            ids += found if isinstance(found, list) else [found]
     if name in encoding._special_tokens:
-        return encoding._special_tokens[name]
-    eos = read_json(folder / "config.json").get("eos_token_id")
-    if eos is None:
+        ids = [encoding._special_tokens[name], *ids]
+    if not ids:
         raise InputError(
             f"{folder}: neither tokenizer_config.json nor config.json names an EOS token; add eos_token_id"
         )
-    eos = eos[0] if isinstance(eos, list) else eos
-    if eos not in encoding._special_tokens.values():
-        raise InputError(f"{folder}: eos_token_id {eos} is no special token of tokenizer.json; fix one of the two")
-    return eos
+    for i in ids:
+        if i not in encoding._special_tokens.values():
+            raise InputError(f"{folder}: eos_token_id {i} is no special token of tokenizer.json; fix one of the two")
+    return ids[0], tuple(dict.fromkeys(i for i in ids if i != ids[0]))
 
 
 def fill_gaps(encoding: tiktoken.Encoding, vocab_size: int, folder: Path) -> tiktoken.Encoding:

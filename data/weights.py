@@ -4,9 +4,10 @@
     python -m data.weights FOLDER out/NAME       a Hugging Face folder → a run folder that every stage's --init takes
     python -m data.weights out/ppo FOLDER        a run folder → a Hugging Face folder for AutoModel and AutoTokenizer
 
-The supported models are GPT-2, Llama and Qwen 2, as language models or as sequence classifiers with one label (reward
-models). The supported tokenizers are byte-level BPE. An error names anything else. Weights become float32. The
-conversion does not copy a chat template: write its turns into your prompts, which may contain special tokens.
+The supported models are GPT-2, Llama (2 to 3.3, SmolLM 2), Qwen 2 and 3, Mistral without sliding windows, and SmolLM 3,
+as language models or as sequence classifiers with one label (reward models). The supported tokenizers are byte-level
+BPE. An error names anything else. Weights become float32. The conversion does not copy a chat template: write its turns
+into your prompts, which may contain special tokens.
 """
 
 import argparse
@@ -26,25 +27,32 @@ from torch import Tensor
 import common
 from data.files import InputError, cannot_write, download_from_hub, read_json
 from data.tokenizer import gpt2_encoding
-from data.tokenizer_json import eos_id, fill_gaps, read_tokenizer, tokenizer_json
+from data.tokenizer_json import eos_ids, fill_gaps, read_tokenizer, tokenizer_json
 from model import GPT, GPTConfig, ScalarModel
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path(os.path.expanduser("~/.cache"))) / "plainrlhf"
 PUBLISHED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 
-# If config.json has one of these keys, model.py needs one of these values to compute the same.
+# What model.py computes. If config.json has one of these keys, it needs one of these values; if it lacks the key, the
+# first of them has to be what transformers takes then.
 REQUIRED = {
     "gpt2": {
         "activation_function": ["gelu_new", "gelu_pytorch_tanh"], "scale_attn_weights": [True],
         "scale_attn_by_inverse_layer_idx": [False], "add_cross_attention": [False],
     },
     "llama": {"hidden_act": ["silu"], "attention_bias": [False], "mlp_bias": [False]},
+    "mistral": {"hidden_act": ["silu"], "sliding_window": [None]},
     "qwen2": {"hidden_act": ["silu"], "use_sliding_window": [False]},
+    "qwen3": {"hidden_act": ["silu"], "use_sliding_window": [False], "attention_bias": [False]},
+    "smollm3": {
+        "hidden_act": ["silu"], "use_sliding_window": [False], "attention_bias": [False], "mlp_bias": [False],
+    },
 }  # fmt: skip
+NAMES = {"gpt2": "GPT2", "llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+NAMES |= {"smollm3": "SmolLM3"}
 CLASSES = {  # the class of a language model and of a reward model
-    "gpt2": ("GPT2LMHeadModel", "GPT2ForSequenceClassification"),
-    "llama": ("LlamaForCausalLM", "LlamaForSequenceClassification"),
-    "qwen2": ("Qwen2ForCausalLM", "Qwen2ForSequenceClassification"),
+    kind: (f"{name}{'LMHeadModel' if kind == 'gpt2' else 'ForCausalLM'}", f"{name}ForSequenceClassification")
+    for kind, name in NAMES.items()
 }
 
 
@@ -71,11 +79,16 @@ def tensors(config: GPTConfig, scalar: bool) -> Iterator[tuple[str, list[str], b
         yield "wpe.weight", [f"{base}wpe.weight"], False
     names = {
         "ln_1": ["input_layernorm"], "attn.c_attn": [f"self_attn.{x}_proj" for x in "qkv"],
-        "attn.c_proj": ["self_attn.o_proj"], "ln_2": ["post_attention_layernorm"],
+        "attn.c_proj": ["self_attn.o_proj"], "attn.q_norm": ["self_attn.q_norm"], "attn.k_norm": ["self_attn.k_norm"],
+        "ln_2": ["post_attention_layernorm"],
         "mlp.c_fc": ["mlp.gate_proj", "mlp.up_proj"], "mlp.c_proj": ["mlp.down_proj"],
     }  # fmt: skip
     for i in range(config.n_layer):
         for ours, theirs in names.items():
+            if "k_norm" in ours or "q_norm" in ours:
+                if config.qk_norm:
+                    yield f"h.{i}.{ours}.weight", [f"{layers}.{i}.{theirs[0]}.weight"], False
+                continue
             biased = not config.rms_norm if "ln" in ours else config.qkv_bias if "c_attn" in ours else config.bias
             for kind in ["weight", "bias"] if biased else ["weight"]:
                 full = [f"{layers}.{i}.{name}.{kind}" for name in (theirs if llama else [ours])]
@@ -93,15 +106,22 @@ def tensors(config: GPTConfig, scalar: bool) -> Iterator[tuple[str, list[str], b
 
 def read_config(path: Path) -> tuple[GPTConfig, bool]:
     """Return our config for a config.json, and whether the model is a sequence classifier. `eos` stays 0."""
-    c = read_json(path)
+    return our_config(read_json(path), path)
+
+
+def our_config(c: dict, path: Path) -> tuple[GPTConfig, bool]:
     kind, architecture = c.get("model_type"), (c.get("architectures") or ["an unnamed architecture"])[0]
     if architecture not in CLASSES.get(kind, ()):
         known = ", ".join(name for names in CLASSES.values() for name in names)
         raise InputError(f"{path}: {architecture} ({kind}) is not supported; supported are {known}")
     scalar = architecture == CLASSES[kind][1]
+    if kind == "mistral":
+        c = {"sliding_window": 4096} | c  # what transformers takes
     for name, allowed in REQUIRED[kind].items():
         if c.get(name, allowed[0]) not in allowed:
             raise InputError(f"{path}: {name} {json.dumps(c[name])} is not supported, only {json.dumps(allowed[0])} is")
+    if any(each != "full_attention" for each in c.get("layer_types") or []):
+        raise InputError(f"{path}: layer_types other than full_attention are not supported")
     if scalar and (len(c["id2label"]) if "id2label" in c else c.get("num_labels", 2)) != 1:
         raise InputError(f"{path}: a classifier with several labels is not a reward model; give one with one label")
     if kind == "gpt2":
@@ -110,47 +130,92 @@ def read_config(path: Path) -> tuple[GPTConfig, bool]:
             n_inner=c.get("n_inner") or 0, norm_eps=c["layer_norm_epsilon"], tied=c.get("tie_word_embeddings", True),
         ), scalar  # fmt: skip
     rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
-    form = rope.get("rope_type", rope.get("type", "default"))
-    if form != "default":
-        raise InputError(f'{path}: rotary positions of type "{form}" are not supported, only "default" ones are')
-    heads, width = c["num_attention_heads"], c["hidden_size"]
-    if (c.get("head_dim") or width // heads) * heads != width:
-        raise InputError(
-            f"{path}: head_dim {c['head_dim']} is not supported, only hidden_size / num_attention_heads is"
-        )
+    heads, width, layers = c["num_attention_heads"], c["hidden_size"], c["num_hidden_layers"]
+    default = 128 if kind == "qwen3" else width // heads
+    head_dim = c.get("head_dim") or default
     return GPTConfig(
-        c["vocab_size"], c["max_position_embeddings"], c["num_hidden_layers"], heads, width, eos=0,
+        c["vocab_size"], c["max_position_embeddings"], layers, heads, width, eos=0,
         n_kv_head=c.get("num_key_value_heads") or heads, n_inner=c["intermediate_size"], swiglu=True, bias=False,
         qkv_bias=kind == "qwen2", rms_norm=True, norm_eps=c["rms_norm_eps"],
         rope_theta=float(rope.get("rope_theta") or c.get("rope_theta") or 10000.0),
-        tied=c.get("tie_word_embeddings", False),
+        tied=c.get("tie_word_embeddings", False), head_dim=head_dim if head_dim * heads != width else 0,
+        qk_norm=kind == "qwen3", rope_llama3=rope_llama3(rope, path),
+        no_rope=layers_without_rope(c, layers) if kind == "smollm3" else (),
     ), scalar  # fmt: skip
 
 
+ROPE_LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
+def rope_llama3(rope: dict, path: Path) -> tuple[float, ...]:
+    form = rope.get("rope_type", rope.get("type", "default"))
+    if form not in ("default", "llama3"):
+        raise InputError(
+            f'{path}: rotary positions of type "{form}" are not supported, only "default" and "llama3" ones are'
+        )
+    return tuple(float(rope[name]) for name in ROPE_LLAMA3) if form == "llama3" else ()
+
+
+def layers_without_rope(c: dict, layers: int) -> tuple[int, ...]:
+    """Return the layers that SmolLM 3's config names: a 0 for each, or every `no_rope_layer_interval`-th."""
+    every = c.get("no_rope_layer_interval", 4)
+    uses = c.get("no_rope_layers") or [int((i + 1) % every != 0) for i in range(layers)]
+    return tuple(i for i in range(layers) if not uses[i])
+
+
 def config_json(config: GPTConfig, scalar: bool) -> dict:
-    """Return a config.json for our config; the inverse of `read_config`."""
-    kind = "gpt2" if not config.rope_theta else "qwen2" if config.qkv_bias else "llama"
+    """Return a config.json for our config; the inverse of `read_config`.
+
+    Raises InputError if a field of the config has no place in their format, such as the activation of a fork.
+    """
+    kind = "llama" if config.rope_theta else "gpt2"
+    kind = "qwen2" if config.qkv_bias and kind == "llama" else kind
+    kind = "smollm3" if config.no_rope else "qwen3" if config.qk_norm else kind
+    stops = list(config.ends) if config.stops else config.eos
     c = {
         "architectures": [CLASSES[kind][scalar]], "model_type": kind, "dtype": "float32",
-        "vocab_size": config.vocab_size, "bos_token_id": config.eos, "eos_token_id": config.eos,
+        "vocab_size": config.vocab_size, "bos_token_id": (*config.bos, config.eos)[0], "eos_token_id": stops,
         "tie_word_embeddings": config.tied,
     }  # fmt: skip
     if scalar:
         c |= {"id2label": {"0": "score"}, "label2id": {"score": 0}}
     if kind == "gpt2":
-        return c | {
+        c |= {
             "n_positions": config.block_size, "n_layer": config.n_layer, "n_head": config.n_head,
             "n_embd": config.n_embd, "n_inner": config.n_inner or None, "activation_function": "gelu_new",
             "layer_norm_epsilon": config.norm_eps,
             "resid_pdrop": config.dropout, "embd_pdrop": config.dropout, "attn_pdrop": config.dropout,
         }  # fmt: skip
-    return c | {
-        "max_position_embeddings": config.block_size, "num_hidden_layers": config.n_layer,
-        "num_attention_heads": config.n_head, "num_key_value_heads": config.n_kv_head or config.n_head,
-        "hidden_size": config.n_embd, "intermediate_size": config.n_inner or 4 * config.n_embd, "hidden_act": "silu",
-        "rms_norm_eps": config.norm_eps, "rope_theta": config.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-    }  # fmt: skip
+    else:
+        rope = {"rope_type": "llama3" if config.rope_llama3 else "default", "rope_theta": config.rope_theta}
+        rope |= dict(zip(ROPE_LLAMA3, config.rope_llama3))
+        if config.rope_llama3:
+            rope[ROPE_LLAMA3[3]] = int(config.rope_llama3[3])
+        c |= {
+            "max_position_embeddings": config.block_size, "num_hidden_layers": config.n_layer,
+            "num_attention_heads": config.n_head, "num_key_value_heads": config.n_kv_head or config.n_head,
+            "hidden_size": config.n_embd, "intermediate_size": config.n_inner or 4 * config.n_embd,
+            "hidden_act": "silu", "rms_norm_eps": config.norm_eps, "rope_theta": config.rope_theta,
+            "rope_parameters": rope, "head_dim": config.head_size,
+        }  # fmt: skip
+    if kind == "smollm3":
+        c["no_rope_layers"] = [int(i not in config.no_rope) for i in range(config.n_layer)]
+        c["pad_token_id"] = None
+    read, _ = our_config(c, Path("config.json"))
+    same = replace(
+        config,
+        eos=0,
+        stops=(),
+        bos=(),
+        dropout=0.0,
+        n_kv_head=read.n_kv_head,
+        n_inner=read.n_inner,
+        head_dim=read.head_dim,
+    )
+    for name, value in vars(same).items():
+        if value != getattr(read, name):
+            raise InputError(f"{name} {value!r} has no place in {kind}'s config.json; nothing was written")
+    return c
 
 
 # --- read -------------------------------------------------------------------------------------------------------------
@@ -184,7 +249,9 @@ def read_model(folder: Path) -> tuple[GPT | ScalarModel, tiktoken.Encoding]:
     try:
         encoding = read_tokenizer(folder / "tokenizer.json")
         config, scalar = read_config(folder / "config.json")
-        config.eos = eos_id(folder, encoding)
+        config.eos, config.stops = eos_ids(folder, encoding)
+        bos = read_json(folder / "config.json").get("bos_token_id")
+        config.bos = (bos,) if isinstance(bos, int) and bos != config.eos else ()
         model = load(config, scalar, read_tensors(folder), str(folder))
         if scalar:
             model.bias.fill_(read_json(folder / "config.json").get("score_bias", 0.0))
@@ -264,22 +331,27 @@ def write_model(model: GPT | ScalarModel, encoding: tiktoken.Encoding, folder: P
         else:
             state["ln_f.bias"] = state["ln_f.bias"] + weight[0] * constant / weight.square().sum()
     result = {}
-    head_size, n_kv_head = config.n_embd // config.n_head, config.n_kv_head or config.n_head
+    n_q, n_kv = (heads * config.head_size for heads in (config.n_head, config.n_kv_head or config.n_head))
     for ours, theirs, transposed in tensors(config, scalar):
         x = state[ours]
         sizes = [len(x)] if len(theirs) == 1 else [len(x) // 2] * 2
         if len(theirs) == 3:
-            sizes = [config.n_embd, n_kv_head * head_size, n_kv_head * head_size]
+            sizes = [n_q, n_kv, n_kv]
         for name, part in zip(theirs, x.split(sizes)):
             result[name] = (part.T if transposed else part).detach().cpu().clone(memory_format=torch.contiguous_format)
     names = {i: name for name, i in encoding._special_tokens.items()}
     about = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.block_size}
     about |= {"clean_up_tokenization_spaces": False, "eos_token": names[config.eos]}
+    if config.bos and config.bos[0] in names:
+        about["bos_token"] = names[config.bos[0]]
     pad = next((i for i in sorted(names, reverse=True) if i != config.eos), None)
     if scalar and pad is not None:  # a language model needs none; transformers would not train the pad's embedding
         c["pad_token_id"], about["pad_token"] = pad, names[pad]
     tokenizer = tokenizer_json(encoding)
-    for name, content in (("config", c), ("tokenizer", tokenizer), ("tokenizer_config", about)):
+    files = {"config": c, "tokenizer": tokenizer, "tokenizer_config": about}
+    if not scalar:
+        files["generation_config"] = {"eos_token_id": c["eos_token_id"], "do_sample": True, "top_k": 0}
+    for name, content in files.items():
         (folder / f"{name}.json").write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
     save_file(result, folder / "model.safetensors", metadata={"format": "pt"})
     if scalar and config.rms_norm:

@@ -36,6 +36,12 @@ def gpt(encoding) -> GPT:
 LLAMA = dict(n_head=4, n_kv_head=2, n_inner=48, swiglu=True, bias=False, qkv_bias=False, rms_norm=True)
 LLAMA |= dict(norm_eps=1e-6, rope_theta=5e3, tied=False)
 FAMILIES = {"gpt2": {}, "llama": LLAMA, "llama, tied": LLAMA | {"tied": True}, "qwen2": LLAMA | {"qkv_bias": True}}
+FAMILIES |= {
+    "qwen3": LLAMA | {"qk_norm": True, "head_dim": 12},
+    "llama3.1": LLAMA | {"rope_llama3": (8.0, 1.0, 4.0, 16.0)},
+    "smollm3": LLAMA | {"no_rope": (1,)},
+    "mistral": LLAMA | {"head_dim": 12},
+}
 
 
 def make_gpt(seed: int = 0, vocab_size: int = 61, eos: int = 60, **shape) -> GPT:

@@ -224,6 +224,11 @@ def with_tensors(folder, change):
     save_file(found, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def edit_model(folder, **changes):
+    path = folder / "tokenizer.json"
+    edit(path, model=json.loads(path.read_text())["model"] | changes)
+
+
 BAD = {
     "another architecture": (lambda f: edit(f / "config.json", model_type="bert"), ".bert. is not supported"),
     "another activation": (lambda f: edit(f / "config.json", activation_function="relu"), 'activation_function "relu"'),
@@ -258,6 +263,8 @@ BAD = {
     "another output layer": (
         lambda f: with_tensors(f, lambda t: t.update({"lm_head.weight": torch.ones(1000, 32)})), "ties lm_head.weight",
     ),
+    "a BPE that drops merges": (lambda f: edit_model(f, dropout=0.1), "dropout 0.1 of the BPE"),
+    "a BPE with ends of words": (lambda f: edit_model(f, end_of_word_suffix="</w>"), "end_of_word_suffix '</w>'"),
     "a token without a merge": (lambda f: without_merges(f, 20), "that no merge makes"),
     "a letter without a byte": (lambda f: without_byte(f, "Q"), "without byte 0x51"),
     "more tokens than rows": (
@@ -323,10 +330,12 @@ def test_what_cannot_be_read_is_refused_by_name_and_nothing_is_written(tmp_path,
 
 
 @pytest.mark.parametrize("changes, words", [
-    ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5}}, 'type "llama3"'),
+    ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 5e5}}, 'type "yarn"'),
+    ({"model_type": "mistral", "architectures": ["MistralForCausalLM"]}, "sliding_window 4096"),
+    ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
     ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2}}, 'type "linear"'),
     ({"attention_bias": True}, "attention_bias true"), ({"hidden_act": "gelu"}, 'hidden_act "gelu"'),
-    ({"head_dim": 16}, "head_dim 16"),
+    ({"head_dim": 16}, "c_attn.weight is of shape"),
 ])  # fmt: skip
 def test_a_llama_that_computes_otherwise_is_refused_by_name(tmp_path, changes, words):
     hugging_face_folder(tmp_path / "hf", "llama")
@@ -389,3 +398,64 @@ def test_all_three_stages_run_on_a_llama_and_its_policy_and_reward_model_go_out(
             )
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)
     shutil.rmtree(tmp_path)
+
+
+def with_added_tokens(folder, *names, special=False):
+    spec = json.loads((folder / "tokenizer.json").read_text())
+    flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=special)
+    spec["added_tokens"] += [{"id": 900 + i, "content": name} | flags for i, name in enumerate(names)]
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+
+
+def test_added_tokens_that_are_not_special_are_read_in_every_text_both_ways(tmp_path):
+    hugging_face_folder(tmp_path / "hf", "llama")
+    names = ["<think>", "</think>", "  ", "    ", "<thin"]  # some begin others
+    theirs = with_added_tokens(tmp_path / "hf", *names)
+    weights.convert(str(tmp_path / "hf"), tmp_path / "run")
+    _, ours = common.load_gpt(tmp_path / "run")
+    weights.convert(str(tmp_path / "run"), tmp_path / "out")
+    exported = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "out" / "tokenizer.json"))
+    rng = random.Random(0)
+    for text in strings(300):
+        text = "".join(part for piece in text.split(" ") for part in (piece, rng.choice([*names, " ", "     "])))
+        ids = theirs.encode(text).ids
+        assert data.encode_text(ours, text) == data.encode_prompt(ours, text) == ids, repr(text)
+        assert exported.encode(text, add_special_tokens=False) == ids
+        assert exported.decode(ids, skip_special_tokens=True) == theirs.decode(ids)
+    assert data.encode_text(ours, "<|user|>") != data.encode_prompt(ours, "<|user|>") == [1]
+
+
+def test_every_end_of_text_stops_a_generation_and_is_exported(tmp_path):
+    made = hugging_face_folder(tmp_path / "hf", "llama")
+    edit(tmp_path / "hf" / "config.json", bos_token_id=1, eos_token_id=[0, 7])
+    edit(tmp_path / "hf" / "generation_config.json", eos_token_id=[0, 1, 905])
+    with_added_tokens(tmp_path / "hf", *[f"<|{i}|>" for i in range(9)], special=True)
+    edit(tmp_path / "hf" / "config.json", eos_token_id=0)
+    weights.convert(str(tmp_path / "hf"), tmp_path / "run")
+    ours, _ = common.load_gpt(tmp_path / "run")
+    assert (ours.config.eos, ours.config.stops, ours.config.bos) == (0, (1, 905), (1,))
+    with torch.no_grad():
+        usual = [ours.generate([[start, 3, 5]], 9, temperature=0)[0][0, 6].item() for start in range(20)]
+        ours.lm_head.weight[905] = 1.1 * ours.lm_head.weight[max(usual, key=usual.count)]
+        made.lm_head.weight.copy_(ours.lm_head.weight)
+    made.generation_config.eos_token_id = [0, 1, 905]
+    ended = 0
+    for start in range(20):
+        tokens, _, length = ours.generate([[start, 3, 5]], 30, temperature=0)
+        expected = made.generate(torch.tensor([[start, 3, 5]]), max_new_tokens=30, do_sample=False, pad_token_id=0)
+        assert tokens[0, : int(length)].tolist() == expected[0].tolist()
+        ended += tokens[0, int(length) - 1].item() in ours.config.stops
+    assert ended > 2
+    weights.convert(str(tmp_path / "run"), tmp_path / "out")
+    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert back.generation_config.eos_token_id == [0, 1, 905] and back.config.bos_token_id == 1
+
+
+def test_a_field_that_their_format_cannot_say_is_refused(tmp_path):
+    encoding = data.learn_bpe(["ask me. yes no."] * 9, 300)
+    for fields in ({"bias": False}, {"qk_norm": True}, {"rms_norm": True}, {"no_rope": (1,)}):
+        model = make_gpt(vocab_size=encoding.n_vocab, eos=encoding.eot_token, **fields)
+        with pytest.raises(InputError, match=".* has no place in .*config.json; nothing was written"):
+            weights.write_model(model, encoding, tmp_path)
+    assert not list(tmp_path.iterdir())

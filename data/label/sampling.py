@@ -38,7 +38,7 @@ def sample_responses(
         part = repeated[start : start + rows]
         tokens, prompt_len, length = model.generate(part, response_len, temperature=temperature, generator=chance)
         for row, first, end in zip(tokens.tolist(), prompt_len.tolist(), length.tolist()):
-            ended = row[end - 1] == model.config.eos
+            ended = row[end - 1] in model.config.ends
             ids = row[first : end - ended]
             answers.append(Answer(encoding.decode(ids), ended, ids))
     return [answers[i : i + samples] for i in range(0, len(answers), samples)]
