@@ -1,11 +1,11 @@
 """What every stage needs and no reader needs first: command line, functions of the user, optimizer steps.
 
-Its rooms are processes.py (device, torchrun) and runs.py (checkpoints, run folders); every name is reached by `common`.
+Its rooms are processes.py (device, torchrun), runs.py (checkpoints, run folders) and functions.py (judges and rewards
+of the user); every name is reached by `common`.
 """
 
 import argparse
 import dataclasses
-import importlib.util
 import inspect
 import math
 import os
@@ -28,6 +28,7 @@ import processes
 from data.chance import generator, seed_of
 from data.files import InputError
 from fast import Linear, keep_memory
+from functions import ask, load_function, load_functions
 from model import GPT
 from processes import (
     RANK,
@@ -166,60 +167,6 @@ def run_main(main: Callable[[], None]) -> None:
 
 
 OUT_OF_MEMORY = "out of memory; give a smaller --micro_batch_size, --batch_size, --response_len or model"
-
-
-def load_function(name: str) -> Callable[[str, str], float]:
-    """The function (prompt, response) -> float that is named "path/to/file.py:function", with its numbers checked.
-
-    The file is a module: it may import its neighbours. Raises InputError, after the user's own traceback, if it fails.
-    """
-    file, _, function = name.rpartition(":")
-    if not Path(file).is_file() and (Path(__file__).parent / file).is_file():
-        file = str(Path(__file__).parent / file)  # a function of this project, while another folder is the current one
-    if not Path(file).is_file():
-        raise InputError(f"{name}: no such file; a function is named path/to/file.py:function")
-    path = Path(file).resolve()
-    module_name = path.stem if path.stem not in sys.modules else f"{path.stem}_{seed_of(str(path)):x}"
-    spec = importlib.util.spec_from_file_location(module_name, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[module_name] = module  # dataclasses and pickle look it up
-    if str(path.parent) not in sys.path:
-        sys.path.append(str(path.parent))
-    users(name, f"{file} cannot be imported", lambda: spec.loader.exec_module(module))
-    called = getattr(module, function, None)
-    if not callable(called):
-        raise InputError(f"{name}: {file} has no function {function}; a function is named path/to/file.py:function")
-
-    def checked(prompt: str, response: str) -> float:
-        about = f"the prompt {prompt[-60:]!r} and the response {response[:60]!r}"
-        given = users(name, f"failed for {about}", lambda: called(prompt, response))
-        try:
-            number = math.nan if isinstance(given, (str, bytes)) else float(given)
-        except (TypeError, ValueError, OverflowError):
-            number = math.nan
-        if not abs(number) < 3e38:  # of float32
-            raise InputError(f"{name}: returned {given!r:.60} for {about}; return a finite number")
-        return number
-
-    return checked
-
-
-def users(name: str, what: str, call: Callable[[], Any]) -> Any:
-    """The result of code of the user. If it raises, its traceback is printed, without our frames, and one sentence."""
-    try:
-        return call()
-    except InputError:
-        raise
-    except (Exception, SystemExit) as error:
-        frames = error.__traceback__.tb_next.tb_next if error.__traceback__.tb_next else None
-        if frames:
-            traceback.print_exception(error.with_traceback(frames))
-        raise InputError(f"{name}: {what} ({type(error).__name__}: {error}); mend the function") from None
-
-
-def load_functions(names: str) -> dict[str, Callable[[str, str], float]]:
-    """The functions of a comma-separated list, by name."""
-    return {name: load_function(name) for name in names.split(",") if name}
 
 
 # --- training --------------------------------------------------------------------------------------------------------

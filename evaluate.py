@@ -11,8 +11,8 @@ from torch import Tensor
 
 import common
 from data import InputError
+from functions import Judge, ask
 
-Judge = Callable[[str, str], float]  # (prompt, response) -> how good
 Texts = list[tuple[str, str]]  # (prompt, response)
 Answer = Callable[[list[list[int]], int], tuple[dict[str, Tensor], Texts]]  # see `evaluate`
 
@@ -81,7 +81,7 @@ def evaluate(answer: Answer, prompts: list[list[int]], judges: dict[str, Judge])
     columns: dict[str, list] = {}
     for start in range(0, len(prompts), 128):
         batch, pairs = answer(prompts[start : start + 128], start)
-        new = {name: [float(judge(*pair)) for pair in pairs] for name, judge in judges.items()}
+        new = {name: ask(judge, pairs) for name, judge in judges.items()}
         new["score"] = batch["score"].tolist()
         new["KL to the start (nats)"] = ((batch["logp"] - batch["ref_logp"]) * batch["mask"]).sum(1).tolist()
         new["length (tokens)"] = batch["mask"].sum(1).tolist()

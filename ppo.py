@@ -160,9 +160,9 @@ def scorer(reward: ScalarModel | Judge, encoding: tiktoken.Encoding, eos: int) -
         return lambda batch: reward.scores(batch["tokens"], batch["length"])
 
     def score(batch: Batch) -> Tensor:
-        pairs = texts(batch, encoding, eos)
-        scores = [reward(*pair) for pair in pairs]
-        return torch.tensor(scores, dtype=torch.float32, device=batch["tokens"].device)
+        return torch.tensor(
+            common.ask(reward, texts(batch, encoding, eos)), dtype=torch.float32, device=batch["tokens"].device
+        )
 
     return score
 
@@ -425,7 +425,7 @@ def train(cfg: Config) -> None:
             losses = update(policy, value, learning, value_optimizer, batch, lr, cfg, autocast, seed, value_lr)
         # 5 β moves; metrics, a sample and a checkpoint are written.
         pairs = texts(batch, encoding, policy.config.eos)
-        judged = [first_judge(*pair) for pair in pairs] if first_judge else []
+        judged = common.ask(first_judge, pairs) if first_judge else []
         metrics = rollout_metrics(batch, judged, kl_coef) | losses | run.times
         metrics |= {"lr": lr, "value_lr": value_lr, "episode": (step + 1) * cfg.batch_size}
         metrics |= run.speed(int(common.total(batch["mask"].sum())))

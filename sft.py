@@ -41,6 +41,7 @@ class Config:
     drop_long: bool = False  # leave out rows longer than that
     evals: int = 5  # times that held-out loss and a sample are shown and the run is saved
     vocab_size: int = 1024  # of the byte-level BPE learned from --data; 0: GPT-2's vocabulary (without --init)
+    arch: str = "gpt2"  # gpt2, or llama: rotary positions, RMSNorm, SwiGLU, no biases (without --init)
     n_layer: int = 2  # (without --init)
     n_head: int = 4  # (without --init)
     n_embd: int = 192  # (without --init)
@@ -55,6 +56,8 @@ def build(
     cfg: Config, run: common.Run, device: torch.device
 ) -> tuple[GPT, tiktoken.Encoding, list[data.Row], Callable[[int], list[data.Row]], float]:
     """The model, its tokenizer, held-out rows, a function step → rows of that batch, and the batches in one epoch."""
+    if cfg.arch not in ("gpt2", "llama"):
+        raise InputError(f"--arch {cfg.arch}: give gpt2 or llama")
     if cfg.n_embd % cfg.n_head:
         raise InputError(f"--n_embd {cfg.n_embd}: not a multiple of --n_head {cfg.n_head}; change one of the two")
     if cfg.init:
@@ -67,7 +70,14 @@ def build(
         else:
             encoding = data.learn_bpe(data.documents(cfg.data), cfg.vocab_size)
         shape = (cfg.block_size or 128, cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.dropout)
-        model = GPT(GPTConfig(encoding.n_vocab, *shape, encoding.eot_token)).to(device)
+        config = GPTConfig(encoding.n_vocab, *shape, encoding.eot_token)
+        if cfg.arch == "llama":  # Touvron et al. 2023, section 2.2
+            n_inner = 64 * round(cfg.n_embd * 8 / 3 / 64)
+            config = replace(
+                config, n_inner=n_inner, swiglu=True, bias=False, qkv_bias=False, rms_norm=True, tied=False
+            )
+            config.rope_theta = 10000.0
+        model = GPT(config).to(device)
     width = common.context(cfg, model)
     rows_of = text_rows if plain_text(cfg.data) else completion_rows
     return model, encoding, *rows_of(cfg, run, encoding, model.config.eos, width)

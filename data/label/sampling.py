@@ -9,6 +9,7 @@ import tiktoken
 
 from data.chance import generator, shuffler
 from data.tokenizer import encode_prompt
+from functions import ask
 from model import GPT
 
 
@@ -58,9 +59,12 @@ def simulate(
     """
     rng = shuffler("choices", seed)
     rows = []
+    judged = iter(
+        ask(judge, [(prompt, answer[0]) for prompt, compared in zip(prompts, responses) for answer in compared])
+    )
     for prompt, compared in zip(prompts, responses):
         answers = [Answer(*answer) for answer in compared]
-        scores = [judge(prompt, answer.text) for answer in answers]
+        scores = list(itertools.islice(judged, len(answers)))
         for a, b in itertools.combinations(range(len(answers)), 2):
             if answers[a].text == answers[b].text:
                 continue
