@@ -21,6 +21,7 @@ from data.files import InputError
 
 Judge = Callable[[str, str], float]  # (prompt, response) -> how good
 AT_ONCE = 256  # pairs that a function of lists gets in one call
+IMPORTED: dict[tuple, Any] = {}  # (path, time, size) → module
 QUIET = 10  # seconds until a slow function shows its progress
 
 
@@ -83,6 +84,11 @@ def ask(function: Judge, pairs: list[tuple[str, str]]) -> list[float]:
 
 
 def import_file(name: str, path: Path) -> Any:
+    """The module of a file. Functions of one file share one module, and so what it has loaded."""
+    state = path.stat()
+    key = path, state.st_mtime_ns, state.st_size
+    if key in IMPORTED:
+        return IMPORTED[key]
     module_name = path.stem if path.stem not in sys.modules else f"{path.stem}_{seed_of(str(path)):x}"
     spec = importlib.util.spec_from_file_location(module_name, path)
     module = importlib.util.module_from_spec(spec)
@@ -90,6 +96,7 @@ def import_file(name: str, path: Path) -> Any:
     if str(path.parent) not in sys.path:
         sys.path.append(str(path.parent))
     users(name, f"{path} cannot be imported", lambda: spec.loader.exec_module(module))
+    IMPORTED[key] = module
     return module
 
 

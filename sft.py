@@ -72,11 +72,8 @@ def build(
         shape = (cfg.block_size or 128, cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.dropout)
         config = GPTConfig(encoding.n_vocab, *shape, encoding.eot_token)
         if cfg.arch == "llama":  # Touvron et al. 2023, section 2.2
-            n_inner = 64 * round(cfg.n_embd * 8 / 3 / 64)
-            config = replace(
-                config, n_inner=n_inner, swiglu=True, bias=False, qkv_bias=False, rms_norm=True, tied=False
-            )
-            config.rope_theta = 10000.0
+            config = replace(config, rope_theta=10000.0, rms_norm=True, bias=False, qkv_bias=False, tied=False)
+            config = replace(config, swiglu=True, n_inner=64 * max(1, round(cfg.n_embd * 8 / 3 / 64)))
         model = GPT(config).to(device)
     width = common.context(cfg, model)
     rows_of = text_rows if plain_text(cfg.data) else completion_rows

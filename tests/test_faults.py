@@ -270,6 +270,31 @@ def test_a_function_that_gives_no_number_is_named_with_its_prompt(tmp_path, body
     assert ("line 2, in f" in capsys.readouterr().err) == ("raise" in body or "exit" in body or "10**6" in body)
 
 
+def test_a_function_of_lists_is_asked_once_a_batch_and_gives_what_one_of_pairs_gives(tmp_path):
+    (tmp_path / "lists.py").write_text(
+        "calls = []\n"
+        "def pair(prompt, response):\n    return len(response) - len(prompt)\n"
+        "def lists(prompts, responses):\n    calls.append(len(prompts))\n"
+        "    return [len(r) - len(p) for p, r in zip(prompts, responses)]\n"
+        "def short(prompts, responses):\n    return [1.0]\n"
+        "def nan(prompts, responses):\n    return [float('nan')] * len(prompts)\n"
+    )
+    functions = {
+        name: common.load_function(f"{tmp_path}/lists.py:{name}") for name in ("pair", "lists", "short", "nan")
+    }
+    pairs = [("p" * (i % 7), "r" * (i % 5)) for i in range(600)]
+    assert (
+        common.ask(functions["lists"], pairs)
+        == common.ask(functions["pair"], pairs)
+        == [len(r) - len(p) for p, r in pairs]
+    )
+    assert sum(sys.modules["lists"].calls) == 600 and len(sys.modules["lists"].calls) == 3
+    with pytest.raises(InputError, match="returned .* for 256 pairs; return as many numbers"):
+        common.ask(functions["short"], pairs)
+    with pytest.raises(InputError, match="returned nan for the prompt"):
+        common.ask(functions["nan"], pairs)
+
+
 def test_the_file_of_a_function_is_a_module_with_neighbours(tmp_path):
     (tmp_path / "neighbour_of_mine.py").write_text("def half(x):\n    return x / 2\n")
     (tmp_path / "mine.py").write_text(

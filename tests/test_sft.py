@@ -196,3 +196,26 @@ def test_every_torch_load_takes_weights_only():
     for path in [*ROOT.glob("*.py"), *ROOT.glob("data/*.py")]:
         text = path.read_text()
         assert text.count("torch.load(") == text.count("weights_only=True"), path
+
+
+def test_llamas_shape_is_trained_from_nothing(folders):
+    tmp = folders["tmp"]
+    given = [
+        "--data",
+        tmp / "text.jsonl",
+        "--arch",
+        "llama",
+        "--n_layer",
+        1,
+        "--n_embd",
+        32,
+        "--n_head",
+        2,
+        "--evals",
+        2,
+    ]
+    done = run("sft.py", *given, "--vocab_size", 300, "--block_size", 32, "--epochs", 20, "--out", tmp / "x")
+    assert done.returncode == 0, done.stderr
+    losses = [line["loss/held_out"] for line in metrics(tmp / "x") if "loss/held_out" in line]
+    config = common.load_gpt(tmp / "x")[0].config
+    assert losses[-1] < losses[0] and config.rope_theta and config.swiglu and config.rms_norm and not config.tied

@@ -59,9 +59,8 @@ def simulate(
     """
     rng = shuffler("choices", seed)
     rows = []
-    judged = iter(
-        ask(judge, [(prompt, answer[0]) for prompt, compared in zip(prompts, responses) for answer in compared])
-    )
+    pairs = [(prompt, answer[0]) for prompt, compared in zip(prompts, responses) for answer in compared]
+    judged = iter(ask(judge, pairs))
     for prompt, compared in zip(prompts, responses):
         answers = [Answer(*answer) for answer in compared]
         scores = list(itertools.islice(judged, len(answers)))
