@@ -3,6 +3,7 @@
     python reward.py                                     sample stories, let the tales' judge compare them, train
     python reward.py --data COMPARISONS.jsonl            train on comparisons that people made
     python reward.py --data PROMPTS.jsonl --judge FILE.py:function      sample, and let your function compare
+    python reward.py --evaluate out/reward --data COMPARISONS.jsonl     only measure a reward model
 
 What --data holds decides which it is: JSONL with "chosen" and "rejected", or with "ranked", or with "prompt" alone.
 The loss is −log σ(s_winner − s_loser) on the scores at the last token (Christiano et al. 2017; Stiennon et al. 2020);
@@ -34,6 +35,7 @@ class Config:
     data: str = ""  # JSONL comparisons, or JSONL prompts to sample and judge; empty: the tales' prompts
     init: str = "out/sft"  # run folder of the policy: it is sampled from, and its trunk becomes the reward model
     out: str = "out/reward"  # run folder to write
+    evaluate: str = ""  # run folder of a reward model to measure on all of --data, in place of training one
     judge: str = ""  # the simulated person, FILE.py:function, where --data holds prompts alone; the tales have theirs
     label_temperature: float = 0.1  # of the simulated person's choices: 0.1 judges 0.1 better right in 73%
     samples: int = 8  # responses sampled for each prompt, where --data holds prompts alone
@@ -131,23 +133,32 @@ def pairwise_loss(margin: Tensor, groups: list[data.Group]) -> Tensor:
 
 
 @torch.no_grad()
-def evaluate(
+def read_scores(
     model: ScalarModel, groups: list[data.Group], cfg: Config, device: torch.device, autocast: torch.autocast
-) -> tuple[dict[str, float], list[tuple]]:
-    """Held-out metrics, and ten rows (from, to, pairs, mean predicted, observed win rate) of a calibration table."""
+) -> list[Tensor]:
+    """The scores (n,) of the n responses of each group, on the CPU."""
     model.eval()
-    margins, certain = [], []
-    size = cfg.micro_batch_size or cfg.batch_size
+    size, found = cfg.micro_batch_size or cfg.batch_size, []
     for start in range(0, len(groups), size):
         part = groups[start : start + size]
         with autocast:
-            scores, winner, loser = score_groups(model, part, device)
-        margins.append((scores[winner] - scores[loser]).cpu())
-        certain += [p for group in part for p in group.certainty]
-    margin = torch.cat(margins)  # (P,)
+            scores, _, _ = score_groups(model, part, device)
+        found += scores.cpu().split([len(group.rows) for group in part])
+    return found
+
+
+def evaluate(
+    model: ScalarModel, groups: list[data.Group], cfg: Config, device: torch.device, autocast: torch.autocast
+) -> tuple[dict[str, float], list[tuple]]:
+    return measure(groups, read_scores(model, groups, cfg, device, autocast))
+
+
+def measure(groups: list[data.Group], scores: list[Tensor]) -> tuple[dict[str, float], list[tuple]]:
+    """Held-out metrics, and ten rows (from, to, pairs, mean predicted, observed win rate) of a calibration table."""
+    margin = torch.cat([margins(group, each) for group, each in zip(groups, scores)])  # (P,)
+    certain = [p for group in groups for p in group.certainty]
     right = (margin > 0).double() + 0.5 * (margin == 0).double()
-    accuracy = right.mean().item()
-    metrics = {"eval/loss": pairwise_loss(margin, groups).item() / len(groups), "eval/accuracy": accuracy}
+    metrics = {"eval/loss": pairwise_loss(margin, groups).item() / len(groups), "eval/accuracy": right.mean().item()}
     metrics["eval/accuracy_se"] = clustered_error(right, [len(group.pairs) for group in groups])
     if not any(map(math.isnan, certain)):
         metrics["eval/accuracy_ceiling"] = sum(certain) / len(certain)
@@ -165,6 +176,12 @@ def evaluate(
             table.append((i / 10, i / 10 + 0.1, n, predicted[inside].mean().item(), observed))
     metrics["eval/calibration_error"] = sum(n * abs(p - seen) for _, _, n, p, seen in table) / len(margin)
     return metrics, table
+
+
+def margins(group: data.Group, scores: Tensor) -> Tensor:
+    """score of the winner − score of the loser for each pair of a group."""
+    winner, loser = torch.tensor(group.pairs).T
+    return scores[winner] - scores[loser]
 
 
 def clustered_error(x: Tensor, sizes: list[int]) -> float:
@@ -188,6 +205,41 @@ def report(metrics: dict[str, float], table: list[tuple]) -> str:
     for low, high, n, predicted, observed in table:
         lines.append(f"{low:.1f} – {high:.1f}   {n:>8,}       {predicted:.3f}      {observed:.3f}")
     return "\n".join(lines)
+
+
+def by_source_and_length(groups: list[data.Group], scores: list[Tensor]) -> str:
+    """Accuracy for each source that the rows name, and whether the model likes length more than people do."""
+    lines = []
+    sources = sorted({group.source for group in groups})
+    for source in sources if len(sources) > 1 else []:
+        chosen = [i for i, group in enumerate(groups) if group.source == source]
+        found, _ = measure([groups[i] for i in chosen], [scores[i] for i in chosen])
+        pairs = sum(len(groups[i].pairs) for i in chosen)
+        accuracy = f"{found['eval/accuracy']:.3f} ± {found['eval/accuracy_se']:.3f}"
+        lines.append(f"{source or 'no source':<32} {pairs:>7,} pairs  {accuracy}")
+    people, model = [], []
+    for group, each in zip(groups, scores):
+        length = torch.tensor([float(len(row.tokens) - row.prompt_len) for row in group.rows])
+        differs = margins(group, length)
+        people.append((differs[differs != 0] > 0).double())
+        model.append((margins(group, each) * differs.sign() > 0)[differs != 0].double())
+    longer = [f"{100 * torch.cat(each).mean():.1f}%" for each in (people, model)]
+    lines.append(f"the longer response wins {longer[0]} of the pairs by the labels, {longer[1]} by the scores")
+    return "\n".join(lines)
+
+
+def inspect(cfg: Config) -> None:
+    """Print how well the reward model of --evaluate agrees with the comparisons of --data."""
+    device, autocast = common.setup(cfg)
+    if not cfg.data:
+        raise InputError("--evaluate: name the comparisons to measure on with --data")
+    model, encoding = common.load_scalar(cfg.evaluate, device, "--evaluate")
+    groups = data.comparisons(cfg.data, encoding, model.config.eos, common.say)
+    lengths = [max(len(row.tokens) for row in group.rows) for group in groups]
+    groups = data.fit(groups, lengths, common.context(cfg, model), cfg.drop_long, f"comparisons of {cfg.data}")
+    scores = read_scores(model, groups, cfg, device, autocast)
+    common.say(f"{cfg.evaluate} on {cfg.data}: {len(groups):,} prompts")
+    common.say(report(*measure(groups, scores)) + "\n\n" + by_source_and_length(groups, scores))
 
 
 # --- 4 normalisation --------------------------------------------------------------------------------------------------
@@ -298,7 +350,8 @@ def train(cfg: Config) -> None:
 
 
 def main() -> None:
-    train(common.parse(Config))
+    cfg = common.parse(Config)
+    inspect(cfg) if cfg.evaluate else train(cfg)
 
 
 if __name__ == "__main__":

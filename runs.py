@@ -138,7 +138,8 @@ def load_scalar(
 
 def check_vocabulary(what: str, encoding: tiktoken.Encoding, wanted: tiktoken.Encoding, init: str) -> None:
     """Raises InputError if `what` has another vocabulary than the policy of --init."""
-    if encoding_state(encoding) != encoding_state(wanted):
+    ours, theirs = ({k: v for k, v in encoding_state(each).items() if k != "chat"} for each in (encoding, wanted))
+    if ours != theirs:
         raise InputError(f"{what}: was trained with another vocabulary than {init}; train it from that policy")
 
 

@@ -30,6 +30,7 @@ class Group(NamedTuple):
     rows: list[Row]
     pairs: list[tuple[int, int]]
     certainty: list[float]  # for each pair: the likelier outcome's probability if a judge simulated it, else nan
+    source: str = ""  # where the comparison is from, if the row says: its "subset" or "source"
 
 
 def encode_row(
@@ -85,7 +86,7 @@ def comparisons(
             continue
         texts, ends, ids = _responses(path, number, row)
         if "ranked" in row or row["prompt"] != previous:
-            groups.append(Group([], [], []))
+            groups.append(Group([], [], [], str(row.get("subset", row.get("source", "")))))
             index = {}
         previous = None if "ranked" in row else row["prompt"]
         group, places = groups[-1], []

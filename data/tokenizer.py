@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import regex  # tiktoken's own dependency
 import tiktoken
 
+from data import chat
 from data.files import InputError
 
 SPLIT = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""  # GPT-2's words
@@ -94,7 +95,8 @@ def encoding_state(encoding: tiktoken.Encoding) -> dict:
         "ranks": ranks,
         "special": dict(encoding._special_tokens),
     }
-    return state | ({"plain": sorted(plain)} if (plain := plain_tokens(encoding)) else {})
+    more = {"plain": sorted(plain_tokens(encoding)), "chat": chat.template_of(encoding)}
+    return state | {name: value for name, value in more.items() if value}
 
 
 def encoding_from_state(state: dict) -> tiktoken.Encoding:
@@ -106,7 +108,7 @@ def encoding_from_state(state: dict) -> tiktoken.Encoding:
     if not special or max(ids) >= len(ids):
         raise ValueError("no token is special, or ids are missing")
     encoding = tiktoken.Encoding(state["name"], pat_str=state["pattern"], mergeable_ranks=ranks, special_tokens=special)
-    return with_plain_tokens(encoding, state.get("plain", ()))
+    return chat.with_template(with_plain_tokens(encoding, state.get("plain", ())), state.get("chat", {}))
 
 
 def check_tokens(ranks: dict[bytes, int], special: dict[str, int]) -> None:
@@ -128,12 +130,29 @@ def plain_tokens(encoding: tiktoken.Encoding) -> frozenset[str]:
     return getattr(encoding, "plain_tokens", frozenset())
 
 
-def encode_prompt(encoding: tiktoken.Encoding, prompt: str) -> list[int]:
+def encode_prompt(encoding: tiktoken.Encoding, prompt: str | chat.Messages) -> list[int]:
     """Encode a prompt. The text of a special token becomes that token, because chat templates need this.
 
     In completions and documents the same text is ordinary, so a model does not learn special tokens from quotations.
+    So it is in the messages of a conversation, where only the template writes special tokens.
     """
-    return _encode(encoding, prompt, frozenset(encoding._special_tokens))
+    special = frozenset(encoding._special_tokens)
+    if isinstance(prompt, str):
+        return _encode(encoding, prompt, special)
+    messages, marks = chat.escaped(encoding, prompt)
+    text = chat.render(encoding, messages)
+    if not marks:
+        return _encode(encoding, text, special)
+    plain = plain_tokens(encoding)
+    ids: list[int] = []
+    for part in _names(special).split(text):
+        if part in special:
+            ids.append(encoding._special_tokens[part])
+            continue
+        for mark, name in marks.items():
+            part = part.replace(mark, name)
+        ids += _encode(encoding, part, plain)
+    return ids
 
 
 def encode_text(encoding: tiktoken.Encoding, text: str) -> list[int]:

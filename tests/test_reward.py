@@ -1,8 +1,10 @@
 """reward.py: the loss, what it learns, how it is reported and normalised."""
 
 import copy
+import itertools
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -112,3 +114,37 @@ def test_calibration_sets_predicted_against_observed_win_rates(gpt, encoding, tm
     assert metrics["eval/accuracy_ceiling"] == pytest.approx(0.75) and metrics["eval/loss"] == pytest.approx(
         math.log(2)
     )
+
+
+def test_a_reward_model_is_measured_on_a_file_with_subsets(folders):
+    """A file in RewardBench's form; every number is counted again from scores that are read one by one."""
+    tmp, words = folders["tmp"], ["yes", "no", "fox", "tale", "a tale of a fox"]
+    rows = [
+        {"prompt": f"ask {a} {c}.", "chosen": f" {a}.", "rejected": f" {b}.", "id": 1}
+        | {"subset": "safety" if len(a) > 2 else "chat"}
+        for a, b, c in itertools.product(words, words, ("me", "you"))
+        if a != b
+    ]
+    write(tmp / "bench.jsonl", rows)
+    done = run("reward.py", "--evaluate", folders["reward"], "--data", tmp / "bench.jsonl")
+    assert done.returncode == 0, done.stderr
+    model, encoding = common.load_scalar(folders["reward"])
+    eos = model.config.eos
+
+    def score(prompt, response):
+        tokens = data.encode_prompt(encoding, prompt) + encoding.encode_ordinary(response) + [eos]
+        return model.scores(torch.tensor([tokens]), torch.tensor([len(tokens)])).item(), len(tokens)
+
+    right, longer, longer_wins, longer_scores = {"chat": [], "safety": []}, 0, 0, 0
+    for row in rows:
+        (good, long), (bad, short) = (score(row["prompt"], row[name]) for name in ("chosen", "rejected"))
+        right[row["subset"]].append(good > bad)
+        longer += long != short
+        longer_wins += long > short
+        longer_scores += (good > bad) == (long > short) and long != short
+    for name, each in right.items():
+        assert re.search(rf"^{name} +{len(each)} pairs  {sum(each) / len(each):.3f} ± ", done.stdout, re.MULTILINE)
+    assert f"held-out accuracy {sum(map(sum, right.values())) / len(rows):.3f}" in done.stdout
+    assert f"wins {100 * longer_wins / longer:.1f}% of the pairs by the labels" in done.stdout
+    assert f"{100 * longer_scores / longer:.1f}% by the scores" in done.stdout
+    assert sorted(path.name for path in folders["reward"].iterdir()) == ["model.pt"]
