@@ -13,6 +13,7 @@ Letters in shapes: B batch, T positions, R response positions, V vocabulary, C c
 D channels of a head, L layers. The docstring of each function in fast.py starts with the plain PyTorch that it equals.
 
     python model.py out/ppo --prompt "Tell me about a shy owl who lost a red key near the lake." --compare out/sft
+    python model.py out/ppo --chat
 """
 
 import math
@@ -399,45 +400,8 @@ def sample(logits: Tensor, uniform: Tensor, temperature: float = 1.0, top_k: int
     return fast.draw(probs, uniform).to(logits.device)
 
 
-@dataclass
-class Config:
-    prompt: str = ""  # the text to continue
-    compare: str = ""  # a second run folder, answering beside the first
-    samples: int = 4  # answers from each model
-    response_len: int = 128  # longest answer, in tokens
-    temperature: float = 1.0  # 0 is greedy
-    top_k: int = 0  # keep the k likeliest tokens; 0 keeps all
-    top_p: float = 1.0  # keep the fewest likeliest tokens with this mass; 1 keeps all
-    seed: int = 0  # of the sampler
-    device: str = "auto"  # auto, cpu, cuda or mps
-
-
-def main() -> None:
-    import common  # here, since common imports this file
-    from data import encode_prompt
-
-    cfg, folder = common.parse(Config, positional="DIR")
-    device = common.pick_device(cfg.device)
-    for name in filter(None, [folder, cfg.compare]):
-        model, encoding = common.load_gpt(name, device)
-        prompt = encode_prompt(encoding, cfg.prompt)
-        room = model.config.block_size - max(1, len(prompt))
-        if room < 1:
-            raise common.InputError(
-                f"--prompt: {len(prompt)} tokens leave no room in {name}'s context of {model.config.block_size}"
-            )
-        tokens, prompt_len, length = model.generate(
-            [prompt] * cfg.samples, min(cfg.response_len, room), temperature=cfg.temperature, top_k=cfg.top_k,
-            top_p=cfg.top_p, generator=torch.Generator().manual_seed(cfg.seed),
-        )  # fmt: skip
-        print(f"\n{name}")
-        for row, start, end in zip(tokens.tolist(), prompt_len.tolist(), length.tolist()):
-            ended = row[end - 1] in model.config.ends
-            text = encoding.decode(row[start : end - 1] if ended else row[start:end])
-            print(f"  ·{text}{'' if ended else ' …'}")
-
-
 if __name__ == "__main__":
-    import common
+    import common  # here, since common imports this file
+    import talk
 
-    common.run_main(main)
+    common.run_main(talk.main)

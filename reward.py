@@ -66,7 +66,7 @@ def sample_and_compare(
     """Sample the policy on the prompts of `source`, let the judge compare, write the comparisons to `target`."""
     name = cfg.judge or tales.MEASURES.split(",")[0]
     judge = common.load_function(name)
-    texts = [row["prompt"] for row in data.read_jsonl(source, {"prompt": str})][: cfg.n_prompts or None]
+    texts = data.prompt_texts(source)[: cfg.n_prompts or None]
     lengths = [len(data.encode_prompt(encoding, text)) + cfg.response_len for text in texts]
     what = f"prompts of {source} (with --response_len {cfg.response_len})"
     texts = data.fit(texts, lengths, common.context(cfg, policy), cfg.drop_long, what)
@@ -76,7 +76,8 @@ def sample_and_compare(
         answers = label.sample_responses(
             policy, encoding, texts, cfg.samples, cfg.response_len, cfg.temperature, seeds[0]
         )
-    rows = label.simulate(texts, answers, judge, cfg.label_temperature, seeds[1])
+    shown = [data.prompt_text(encoding, text) for text in texts]
+    rows = label.simulate(texts, answers, judge, cfg.label_temperature, seeds[1], shown)
     if not rows:
         raise InputError(
             f"--init {cfg.init}: its samples are all alike, so there is nothing to compare; raise --temperature"

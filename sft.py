@@ -81,7 +81,7 @@ def build(
 
 
 def plain_text(path: str) -> bool:
-    return data.suffix(path) != ".jsonl" or "text" in data.first_row(path)
+    return not data.has_rows(path) or "text" in data.first_row(path)
 
 
 def completion_rows(

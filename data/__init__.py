@@ -23,6 +23,7 @@ from data.batches import (
     hold_out_prompts,
     micro_batches,
     pad,
+    prompt_texts,
     prompts,
     prompts_and_held_out,
     random_windows,
@@ -31,6 +32,7 @@ from data.batches import (
     token_stream,
     windows,
 )
+from data.chat import prompt_text
 from data.files import (
     InputError,
     cannot_write,
@@ -38,6 +40,7 @@ from data.files import (
     download,
     download_from_hub,
     first_row,
+    has_rows,
     is_verdict,
     iterate_jsonl,
     read_jsonl,

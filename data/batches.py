@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -12,9 +13,13 @@ import torch
 from torch import Tensor
 
 from data.chance import shuffler
-from data.files import InputError, documents, is_verdict, iterate_jsonl, replacing, suffix
+from data.chat import Messages, check, reply
+from data.files import TEXT, InputError, documents, first_row, has_rows, is_verdict, iterate_jsonl, replacing
+from data.hh import comparison as split_dialogue
 from data.tokenizer import encode_prompt, encode_text
 from fast import to_device
+
+Prompt = str | Messages
 
 
 class Row(NamedTuple):
@@ -34,7 +39,12 @@ class Group(NamedTuple):
 
 
 def encode_row(
-    encoding: tiktoken.Encoding, eos: int, prompt: str, response: str, ended: bool = True, ids: list[int] | None = None
+    encoding: tiktoken.Encoding,
+    eos: int,
+    prompt: Prompt,
+    response: str,
+    ended: bool = True,
+    ids: list[int] | None = None,
 ) -> Row:
     """Encode prompt and response separately, because generation also continues the ids of the prompt.
 
@@ -61,13 +71,41 @@ def _ended(path: str | Path, number: int, row: dict, column: str) -> bool:
 
 
 def completions(path: str | Path, encoding: tiktoken.Encoding, eos: int) -> list[Row]:
+    """A row has "prompt" and "completion", or "messages", of which the last is the assistant's and is learned."""
     rows = []
-    for number, row in enumerate(iterate_jsonl(path, {"prompt": str, "completion": str}), 1):
+    whole = prompt_column(path) == "messages"
+    columns = {"messages": list} if whole else {"prompt": TEXT, "completion": TEXT}
+    for number, row in enumerate(iterate_jsonl(path, columns), 1):
+        where = f"{path}: row {number}"
+        if whole:
+            prompt, answer = _last_said(check(row["messages"], where), where)
+        else:
+            prompt, answer = _prompt(row["prompt"], where), row["completion"]
+        if isinstance(answer, list):
+            _, answer = _last_said(check(answer, where), where)
+        if not isinstance(prompt, str):
+            answer = reply(encoding, answer)
         ended = _ended(path, number, row, "completion")
-        if not row["completion"] and not ended:
-            raise InputError(f'{path}: row {number}: "completion" is empty and has no end to learn; remove the row')
-        rows.append(encode_row(encoding, eos, row["prompt"], row["completion"], ended))
+        if not answer and not ended:
+            raise InputError(f'{where}: "completion" is empty and has no end to learn; remove the row')
+        rows.append(encode_row(encoding, eos, prompt, answer, ended))
     return rows
+
+
+def prompt_column(path: str | Path) -> str:
+    row = first_row(path)
+    return "messages" if "messages" in row and "prompt" not in row else "prompt"
+
+
+def _prompt(value: str | list, where: str) -> Prompt:
+    return value if isinstance(value, str) else check(value, where)
+
+
+def _last_said(messages: Messages, where: str) -> tuple[Messages, str]:
+    """Return the conversation before its last message, and what the assistant says there."""
+    if messages[-1]["role"] != "assistant":
+        raise InputError(f"{where}: the last message is not the assistant's; fix the row")
+    return messages[:-1], messages[-1]["content"]
 
 
 def comparisons(
@@ -75,14 +113,23 @@ def comparisons(
 ) -> list[Group]:
     """A row with "ranked" becomes one group. Consecutive pair rows of one prompt share a group and its rows.
 
-    No response is compared with an equal one, and ties and skips of people are left out. `say` is told how many.
+    "chosen" and "rejected" are texts, or conversations that end with the assistant and may begin with the prompt.
+    No response is compared with an equal one, and ties and skips of people are left out. `say` is told how many, and
+    what the file was taken for.
     """
     groups: list[Group] = []
     index: dict[tuple[str, bool], int] = {}  # (text, ended) → its row in the group
     previous, equal, undecided = None, 0, 0
-    for number, row in enumerate(iterate_jsonl(path, {"prompt": str}, verdicts=True), 1):
+    kinds: Counter[str] = Counter()
+    omitted: Counter[str] = Counter()
+    for number, row in enumerate(iterate_jsonl(path, {}, verdicts=True), 1):
         if is_verdict(row):
             undecided += 1
+            continue
+        kind, row = _told_apart(path, number, row, encoding)
+        kinds[kind] += 1
+        if isinstance(row, str):
+            omitted[row] += 1
             continue
         texts, ends, ids = _responses(path, number, row)
         if "ranked" in row or row["prompt"] != previous:
@@ -100,6 +147,11 @@ def comparisons(
         equal += len(compared) - len(pairs)
         group.pairs.extend(pairs)
         group.certainty.extend([_certainty(path, number, row)] * len(pairs))
+    what = f"{path}: {' and '.join(kinds)}, {sum(kinds.values()):,} rows"
+    if omitted:
+        reasons = ", ".join(f"{n:,} {reason}" for reason, n in omitted.most_common())
+        what += f", {omitted.total():,} left out: {reasons}"
+    say(what)
     if equal:
         say(f"{path}: {equal:,} pairs of equal texts were left out")
     if undecided:
@@ -108,6 +160,35 @@ def comparisons(
     if not groups:
         raise InputError(f"{path}: all pairs are of equal texts, or ties; give some preferences")
     return groups
+
+
+def _told_apart(path: str | Path, number: int, row: dict, encoding: tiktoken.Encoding) -> tuple[str, dict | str]:
+    """Return the kind of a row, and the row with a prompt and texts, or why it is left out. Raises InputError."""
+    where = f"{path}: row {number}"
+    if isinstance(row.get("chosen"), list):
+        good, bad = (check(row.get(name), where) for name in ("chosen", "rejected"))
+        before, good_text = _last_said(good, where)
+        before_too, bad_text = _last_said(bad, where)
+        given = row.get("prompt", [])
+        if isinstance(given, str):  # beside whole conversations the prompt is only said again
+            given = [] if before else [{"role": "user", "content": given}]
+        given = check(given, where) if given else []
+        kind = "conversational preferences"
+        if before != before_too:
+            return kind, "part before the last answer"
+        if not given + before:
+            raise InputError(f'{where}: no "prompt", and the conversations hold none; fix the row')
+        if not good_text.strip() or not bad_text.strip():
+            return kind, "empty"
+        texts = {name: reply(encoding, text) for name, text in (("chosen", good_text), ("rejected", bad_text))}
+        return kind, row | {"prompt": given + before} | texts
+    if "prompt" not in row and all(isinstance(row.get(name), str) for name in ("chosen", "rejected")):
+        pair = split_dialogue(row, chatml=False)
+        return "dialogues as in HH", pair if isinstance(pair, str) else row | pair
+    if not isinstance(row.get("prompt"), TEXT):
+        raise InputError(f'{where}: no column "prompt"; a comparison has "prompt", "chosen" and "rejected"')
+    kind = "ranked lists" if "ranked" in row else "preferences"
+    return kind, row | {"prompt": _prompt(row["prompt"], where)}
 
 
 def _responses(path: str | Path, number: int, row: dict) -> tuple[list[str], list[bool], list[list[int] | None]]:
@@ -147,7 +228,20 @@ def _certainty(path: str | Path, number: int, row: dict) -> float:
 
 
 def prompts(path: str | Path, encoding: tiktoken.Encoding) -> list[list[int]]:
-    return [encode_prompt(encoding, row["prompt"]) for row in iterate_jsonl(path, {"prompt": str})]
+    return [encode_prompt(encoding, prompt) for prompt in prompt_texts(path)]
+
+
+def prompt_texts(path: str | Path) -> list[Prompt]:
+    """The prompts of a file: texts, or conversations, from which a last answer of the assistant is left out."""
+    column, found = prompt_column(path), []
+    for number, row in enumerate(iterate_jsonl(path, {column: TEXT}), 1):
+        prompt = _prompt(row[column], f"{path}: row {number}")
+        if not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":
+            prompt = prompt[:-1]
+            if not prompt:
+                raise InputError(f"{path}: row {number}: a conversation without a question; remove the row")
+        found.append(prompt)
+    return found
 
 
 def fit(items: list, lengths: list[int], room: int, drop_long: bool, what: str) -> list:
@@ -263,7 +357,7 @@ def token_stream(path: str | Path, encoding: tiktoken.Encoding, eos: int, target
     dtype = np.uint16 if encoding.n_vocab <= 2**16 else np.uint32
     target = Path(target)
     if not target.exists():
-        whole = suffix(path) != ".jsonl"  # the file is one document, read in pieces
+        whole = not has_rows(path)  # the file is one document, read in pieces
         with replacing(target, "wb") as file:
             for text in documents(path):
                 np.array(encode_text(encoding, text) + [eos] * (not whole), dtype=dtype).tofile(file)

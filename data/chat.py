@@ -82,3 +82,8 @@ def escaped(encoding: tiktoken.Encoding, messages: Messages) -> tuple[Messages, 
 def reply(encoding: tiktoken.Encoding, content: str) -> str:
     """Return the assistant's text as a response: the plain form needs the space after its colon."""
     return content if template_of(encoding) else f" {content.strip()}"
+
+
+def prompt_text(encoding: tiktoken.Encoding, prompt: str | Messages) -> str:
+    """Return a prompt as the text that people and judges see."""
+    return prompt if isinstance(prompt, str) else render(encoding, prompt)

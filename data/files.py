@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO
 
 HUB = "https://huggingface.co"
+TEXT = (str, list)  # a text, or a conversation: a list of messages
 
 
 class InputError(Exception):
@@ -96,27 +97,52 @@ def download_from_hub(repository: str, file: str, target: Path) -> None:
 
 
 def iterate_jsonl(path: str | Path, columns: dict[str, type], verdicts: bool = False) -> Iterator[dict]:
-    """Yield the rows of a JSONL file. Raises InputError with the line if a row lacks a column or has a wrong type.
+    """Yield the rows of a JSONL or parquet file. Raises InputError if a row lacks a column or has a wrong type.
 
     A column that is null is absent: a file that went through a table has every column in every row. With `verdicts`,
     the ties and skips of a label file need not have the columns.
     """
     empty = True
-    for number, line in _lines(path):
-        if not line.strip():
-            continue
-        row = _object(path, number, line)
+    for number, row in _rows(path):
         if not (verdicts and is_verdict(row)):
             for column, kind in columns.items():
                 if column not in row:
                     raise InputError(f'{path}:{number}: no column "{column}"; a row needs {", ".join(columns)}')
                 if not _is(row[column], kind):
-                    name = {str: "text", list: "list", dict: "JSON object", int: "whole number"}.get(kind, "number")
+                    names = {str: "text", list: "list", dict: "JSON object", int: "whole number", TEXT: "text"}
+                    name = names.get(kind, "number")
                     raise InputError(f'{path}:{number}: "{column}" is not a {name}; fix the line')
         empty = False
         yield row
     if empty:
         raise InputError(f"{path}: no rows; give a file with at least one")
+
+
+def _rows(path: str | Path) -> Iterator[tuple[int, dict]]:
+    """Yield (line or row number, row) without the columns that are null."""
+    if suffix(path) == ".parquet":
+        yield from _parquet(path)
+        return
+    for number, line in _lines(path):
+        if line.strip():
+            yield number, _object(path, number, line)
+
+
+def _parquet(path: str | Path) -> Iterator[tuple[int, dict]]:
+    try:
+        from pyarrow import parquet
+    except ImportError:
+        raise InputError(f"{path}: parquet files need pyarrow: pip install pyarrow") from None
+    number = 0
+    try:
+        for batch in parquet.ParquetFile(path).iter_batches(1024):
+            for row in batch.to_pylist():
+                number += 1
+                yield number, {column: value for column, value in row.items() if value is not None}
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error}); give a readable file") from None
+    except ValueError as error:  # pyarrow's own errors are kinds of it
+        raise InputError(f"{path}: not a parquet file ({error}); fetch it again") from None
 
 
 def _object(path: str | Path, number: int, line: str) -> dict:
@@ -136,8 +162,10 @@ def _object(path: str | Path, number: int, line: str) -> dict:
     return {column: value for column, value in row.items() if value is not None}
 
 
-def _is(value: object, kind: type) -> bool:
+def _is(value: object, kind: type | tuple[type, ...]) -> bool:
     """Return True if a JSON value is of `kind`. A whole number is a float too; true and false are no numbers."""
+    if isinstance(kind, tuple):
+        return any(_is(value, each) for each in kind)
     if isinstance(value, bool):
         return kind is bool
     if kind is float:
@@ -206,18 +234,30 @@ def first_row(path: str | Path) -> dict:
 
 
 def suffix(path: str | Path) -> str:
-    """Return the suffix of the path without .gz: .txt, .jsonl or another."""
+    """Return the suffix of the path without .gz: .txt, .jsonl, .parquet or another."""
     return Path(str(path).removesuffix(".gz")).suffix
+
+
+def has_rows(path: str | Path) -> bool:
+    """Return True for a table, JSONL or parquet, and False for a .txt. Raises InputError for another suffix."""
+    if suffix(path) not in (".txt", ".jsonl", ".parquet"):
+        raise InputError(f"{path}: neither .txt nor .jsonl nor .parquet; give it the right suffix")
+    return suffix(path) != ".txt"
+
+
+def _spelled(text: str | list) -> str:
+    """Return a text, or the contents of a conversation, for a vocabulary to be learned from."""
+    if isinstance(text, str):
+        return text
+    return "\n\n".join(str(message.get("content", "")) for message in text if isinstance(message, dict))
 
 
 def documents(path: str | Path) -> Iterator[str]:
     """Yield the texts of a file. A .txt file is one document, which is yielded in pieces of whole lines."""
-    if suffix(path) not in (".txt", ".jsonl"):
-        raise InputError(f"{path}: neither .txt nor .jsonl; give it the right suffix")
-    if suffix(path) == ".jsonl":
-        columns = ["text"] if "text" in first_row(path) else ["prompt", "completion"]
-        for row in iterate_jsonl(path, dict.fromkeys(columns, str)):
-            yield "".join(row[column] for column in columns)
+    if has_rows(path):
+        columns = next((c for c in (["text"], ["messages"]) if c[0] in first_row(path)), ["prompt", "completion"])
+        for row in iterate_jsonl(path, dict.fromkeys(columns, str if columns == ["text"] else TEXT)):
+            yield "".join(_spelled(row[column]) for column in columns)
         return
     piece: list[str] = []
     size = 0

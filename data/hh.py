@@ -4,6 +4,7 @@
     python -m data.hh --sets harmless-base,…         other sets: helpful-online, helpful-rejection-sampled
     python -m data.hh --source FILE …                read your own .jsonl or .jsonl.gz files
     python -m data.hh --chatml                       write turns as <|im_start|>user … <|im_end|>, for chat models
+    python -m data.hh --messages                     write conversations, for the model's own chat template
 
 The prompt is the dialogue up to its last "Assistant:". Each of the two answers is a complete text and gets EOS. The
 train files give fine-tuning pairs (the chosen answers), comparisons, and prompts for PPO. The test files give the
@@ -12,6 +13,7 @@ evaluation prompts; with --source, every tenth opening question does. The texts 
 
 import argparse
 import itertools
+import json
 import re
 import sys
 import zlib
@@ -35,7 +37,7 @@ def turns(text: str) -> list[tuple[str, str]]:
     return [("System", parts[0].strip()), *found] if parts[0].strip() else found
 
 
-def comparison(row: dict, chatml: bool) -> dict | str:
+def comparison(row: dict, chatml: bool, messages: bool = False) -> dict | str:
     """Return a row with "prompt", "chosen", "rejected" and "opening", or the reason to omit it."""
     chosen, rejected = turns(row["chosen"]), turns(row["rejected"])
     if chosen[:-1] != rejected[:-1]:
@@ -50,8 +52,12 @@ def comparison(row: dict, chatml: bool) -> dict | str:
         return "an empty answer"
     if good == bad:
         return "two answers that are the same"
+    roles = {"System": "system", "Human": "user", "Assistant": "assistant"}
+    if messages:
+        prompt = [{"role": roles[who], "content": text} for who, text in history]
+        answers = ([{"role": "assistant", "content": text}] for text in (good, bad))
+        return {"prompt": prompt, "chosen": next(answers), "rejected": next(answers), "opening": opening}
     if chatml:
-        roles = {"System": "system", "Human": "user", "Assistant": "assistant"}
         said = [f"<|im_start|>{roles[who]}\n{text}<|im_end|>\n" for who, text in history]
         prompt, space = "".join(said) + "<|im_start|>assistant\n", ""
     else:
@@ -60,13 +66,13 @@ def comparison(row: dict, chatml: bool) -> dict | str:
     return {"prompt": prompt, "chosen": space + good, "rejected": space + bad, "opening": opening}
 
 
-def prepare(sources: list[tuple[Path, str]], chatml: bool) -> None:
+def prepare(sources: list[tuple[Path, str]], chatml: bool, messages: bool = False) -> None:
     """Read the (file, split) of `sources`. The split "" sends every tenth opening to "eval", the rest to "train"."""
     reasons: Counter[str] = Counter()
     kept: dict[str, list[dict]] = {"train": [], "eval": []}
     for source, split in sources:
         for row in iterate_jsonl(source, {"chosen": str, "rejected": str}):
-            pair = comparison(row, chatml)
+            pair = comparison(row, chatml, messages)
             if isinstance(pair, str):
                 reasons[pair] += 1
             else:
@@ -84,7 +90,8 @@ def prepare(sources: list[tuple[Path, str]], chatml: bool) -> None:
 
 def prompts(pairs: list[dict]) -> list[dict]:
     """Return one row for each different prompt."""
-    return [{"prompt": prompt} for prompt in dict.fromkeys(pair["prompt"] for pair in pairs)]
+    known = {json.dumps(pair["prompt"]): pair["prompt"] for pair in pairs}
+    return [{"prompt": prompt} for prompt in known.values()]
 
 
 def main() -> None:
@@ -92,6 +99,7 @@ def main() -> None:
     parser.add_argument("--source", type=Path, nargs="+", help=".jsonl or .jsonl.gz files with chosen and rejected")
     parser.add_argument("--sets", default=SETS[0], help=f"comma-separated, of {', '.join(SETS)}")
     parser.add_argument("--chatml", action="store_true", help="write turns as <|im_start|>user … <|im_end|>")
+    parser.add_argument("--messages", action="store_true", help="write conversations, lists of role and content")
     options = parser.parse_args()
     try:
         sources = [(source, "") for source in options.source or []]
@@ -107,7 +115,7 @@ def main() -> None:
                     FOLDER.mkdir(parents=True, exist_ok=True)
                     download_from_hub("datasets/Anthropic/hh-rlhf", f"{name}/{part}.jsonl.gz", target)
                 sources.append((target, "eval" if part == "test" else "train"))
-        prepare(sources, options.chatml)
+        prepare(sources, options.chatml, options.messages)
     except InputError as error:
         print(f"data.hh: {error}", file=sys.stderr)
         sys.exit(2)

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import regex  # tiktoken's own dependency
 import tiktoken
 
-from data import chat
+from data.chat import Messages, escaped, render, template_of, with_template
 from data.files import InputError
 
 SPLIT = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""  # GPT-2's words
@@ -95,7 +95,7 @@ def encoding_state(encoding: tiktoken.Encoding) -> dict:
         "ranks": ranks,
         "special": dict(encoding._special_tokens),
     }
-    more = {"plain": sorted(plain_tokens(encoding)), "chat": chat.template_of(encoding)}
+    more = {"plain": sorted(plain_tokens(encoding)), "chat": template_of(encoding)}
     return state | {name: value for name, value in more.items() if value}
 
 
@@ -108,7 +108,7 @@ def encoding_from_state(state: dict) -> tiktoken.Encoding:
     if not special or max(ids) >= len(ids):
         raise ValueError("no token is special, or ids are missing")
     encoding = tiktoken.Encoding(state["name"], pat_str=state["pattern"], mergeable_ranks=ranks, special_tokens=special)
-    return chat.with_template(with_plain_tokens(encoding, state.get("plain", ())), state.get("chat", {}))
+    return with_template(with_plain_tokens(encoding, state.get("plain", ())), state.get("chat", {}))
 
 
 def check_tokens(ranks: dict[bytes, int], special: dict[str, int]) -> None:
@@ -130,7 +130,7 @@ def plain_tokens(encoding: tiktoken.Encoding) -> frozenset[str]:
     return getattr(encoding, "plain_tokens", frozenset())
 
 
-def encode_prompt(encoding: tiktoken.Encoding, prompt: str | chat.Messages) -> list[int]:
+def encode_prompt(encoding: tiktoken.Encoding, prompt: str | Messages) -> list[int]:
     """Encode a prompt. The text of a special token becomes that token, because chat templates need this.
 
     In completions and documents the same text is ordinary, so a model does not learn special tokens from quotations.
@@ -139,8 +139,8 @@ def encode_prompt(encoding: tiktoken.Encoding, prompt: str | chat.Messages) -> l
     special = frozenset(encoding._special_tokens)
     if isinstance(prompt, str):
         return _encode(encoding, prompt, special)
-    messages, marks = chat.escaped(encoding, prompt)
-    text = chat.render(encoding, messages)
+    messages, marks = escaped(encoding, prompt)
+    text = render(encoding, messages)
     if not marks:
         return _encode(encoding, text, special)
     plain = plain_tokens(encoding)

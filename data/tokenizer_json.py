@@ -142,6 +142,25 @@ def tokenizer_json(encoding: tiktoken.Encoding) -> dict:
     }  # fmt: skip
 
 
+def read_template(folder: Path) -> dict[str, str]:
+    """Return the chat template of a folder and the names of its special tokens for `data.chat`, or {}."""
+    config = read_json(path) if (path := folder / "tokenizer_config.json").exists() else {}
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several, by name
+        template = next((each.get("template") for each in template if each.get("name") == "default"), None)
+    if (path := folder / "chat_template.jinja").exists():
+        template = path.read_text(encoding="utf-8")
+    if not isinstance(template, str):
+        return {}
+    found = {"template": template}
+    for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
+        token = config.get(name)
+        token = token.get("content") if isinstance(token, dict) else token
+        if isinstance(token, str):
+            found[name] = token
+    return found
+
+
 def eos_ids(folder: Path, encoding: tiktoken.Encoding) -> tuple[int, tuple[int, ...]]:
     """Return the id of EOS, and the other ids that end a generation.
 

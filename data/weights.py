@@ -6,8 +6,7 @@
 
 The supported models are GPT-2, Llama (2 to 3.3, SmolLM 2), Qwen 2 and 3, Mistral without sliding windows, and SmolLM 3,
 as language models or as sequence classifiers with one label (reward models). The supported tokenizers are byte-level
-BPE. An error names anything else. Weights become float32. The conversion does not copy a chat template: write its turns
-into your prompts, which may contain special tokens.
+BPE. An error names anything else. Weights become float32. The chat template comes along.
 """
 
 import argparse
@@ -25,9 +24,10 @@ import torch
 from torch import Tensor
 
 import common
+from data.chat import template_of, with_template
 from data.files import InputError, cannot_write, download_from_hub, read_json
 from data.tokenizer import gpt2_encoding
-from data.tokenizer_json import eos_ids, fill_gaps, read_tokenizer, tokenizer_json
+from data.tokenizer_json import eos_ids, fill_gaps, read_template, read_tokenizer, tokenizer_json
 from model import GPT, GPTConfig, ScalarModel
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path(os.path.expanduser("~/.cache"))) / "plainrlhf"
@@ -255,7 +255,7 @@ def read_model(folder: Path) -> tuple[GPT | ScalarModel, tiktoken.Encoding]:
         model = load(config, scalar, read_tensors(folder), str(folder))
         if scalar:
             model.bias.fill_(read_json(folder / "config.json").get("score_bias", 0.0))
-        return model, fill_gaps(encoding, config.vocab_size, folder)
+        return model, with_template(fill_gaps(encoding, config.vocab_size, folder), read_template(folder))
     except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
         what = f"{type(error).__name__}: {error}"
         raise InputError(
@@ -347,6 +347,10 @@ def write_model(model: GPT | ScalarModel, encoding: tiktoken.Encoding, folder: P
     pad = next((i for i in sorted(names, reverse=True) if i != config.eos), None)
     if scalar and pad is not None:  # a language model needs none; transformers would not train the pad's embedding
         c["pad_token_id"], about["pad_token"] = pad, names[pad]
+    chat = template_of(encoding)
+    if chat:
+        (folder / "chat_template.jinja").write_text(chat["template"], encoding="utf-8")
+    about |= {name: token for name, token in chat.items() if name not in ("template", "eos_token", "pad_token")}
     tokenizer = tokenizer_json(encoding)
     files = {"config": c, "tokenizer": tokenizer, "tokenizer_config": about}
     if not scalar:

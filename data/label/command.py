@@ -5,9 +5,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import tiktoken
+
 import common
-from data.batches import fit
-from data.files import InputError, is_verdict, read_jsonl, write_jsonl
+from data.batches import Prompt, fit, prompt_texts
+from data.chat import escaped, render
+from data.files import InputError, is_verdict, write_jsonl
 from data.label.report import report
 from data.label.sampling import Answer, sample_responses, simulate
 from data.label.server import Server
@@ -43,13 +46,13 @@ def prepare(cfg: Config) -> tuple[list[str], Callable[[str], Question | None]]:
     """Return the different prompts and a function prompt → question. Its questions depend only on seed and prompt."""
     if not cfg.prompts:
         raise InputError("--prompts: name a JSONL file with prompts")
-    rows = read_jsonl(cfg.prompts, {"prompt": str})
-    prompts = list(dict.fromkeys(row["prompt"] for row in rows))[: cfg.n_prompts or None]
     device = common.pick_device(cfg.device)
     names = cfg.init.split(",")
     if len(set(names)) < len(names):
         raise InputError(f"--init {cfg.init}: names a model twice; name each once")
     models = [(name, *common.load_gpt(name, device, "--init")) for name in names]
+    prompts = list(dict.fromkeys(as_text(models[0][2], prompt) for prompt in prompt_texts(cfg.prompts)))
+    prompts = prompts[: cfg.n_prompts or None]
     if cfg.samples < max(2, len(models)):
         raise InputError(f"--samples {cfg.samples}: give at least 2, and one for each model of --init")
 
@@ -72,6 +75,16 @@ def prepare(cfg: Config) -> tuple[list[str], Callable[[str], Question | None]]:
         what = f"prompts of {cfg.prompts} (with --response_len {cfg.response_len})"
         prompts = fit(prompts, lengths, model.config.block_size, cfg.drop_long, what)
     return prompts, make
+
+
+def as_text(encoding: tiktoken.Encoding, prompt: Prompt) -> str:
+    """Return a prompt as text. Raises InputError if a message spells a special token, which text would make one."""
+    if isinstance(prompt, str):
+        return prompt
+    _, marks = escaped(encoding, prompt)
+    if marks:
+        raise InputError(f"--prompts: a message spells {next(iter(marks.values()))}, a special token; leave it out")
+    return render(encoding, prompt)
 
 
 def label(cfg: Config) -> None:

@@ -51,15 +51,16 @@ def simulate(
     judge: Callable[[str, str], float],
     temperature: float,
     seed: int,
+    shown: list[str] | None = None,
 ) -> list[dict]:
     """Decide every pair of responses to a prompt: choose a with probability σ((judge a − judge b) / temperature).
 
     This is the model of Bradley and Terry (1952). "p_chosen" is the probability of the choice; it shows the amount of
-    noise in the labels. Pairs of identical texts are omitted.
+    noise in the labels. Pairs of identical texts are omitted. The judge sees `shown` in place of the prompts.
     """
     rng = shuffler("choices", seed)
     rows = []
-    pairs = [(prompt, answer[0]) for prompt, compared in zip(prompts, responses) for answer in compared]
+    pairs = [(prompt, answer[0]) for prompt, compared in zip(shown or prompts, responses) for answer in compared]
     judged = iter(ask(judge, pairs))
     for prompt, compared in zip(prompts, responses):
         answers = [Answer(*answer) for answer in compared]

@@ -1,0 +1,86 @@
+"""What `python model.py` does: answers to a prompt, from one model or two, or a conversation in turns."""
+
+from dataclasses import dataclass
+
+import tiktoken
+import torch
+
+import common
+from data import InputError, encode_prompt
+from data.chat import Messages
+from model import GPT
+
+
+@dataclass
+class Config:
+    prompt: str = ""  # the text to continue
+    chat: bool = False  # talk in turns, through the model's chat template; an empty line ends it
+    compare: str = ""  # a second run folder, answering beside the first
+    samples: int = 4  # answers from each model
+    response_len: int = 128  # longest answer, in tokens
+    temperature: float = 1.0  # 0 is greedy
+    top_k: int = 0  # keep the k likeliest tokens; 0 keeps all
+    top_p: float = 1.0  # keep the fewest likeliest tokens with this mass; 1 keeps all
+    seed: int = 0  # of the sampler
+    device: str = "auto"  # auto, cpu, cuda or mps
+
+
+def answers(
+    model: GPT,
+    encoding: tiktoken.Encoding,
+    name: str,
+    prompt: str | Messages,
+    n: int,
+    cfg: Config,
+    generator: torch.Generator,
+) -> list[tuple[str, bool]]:
+    """n answers to a prompt, each with whether it ended. Raises InputError if the prompt fills the context."""
+    ids = encode_prompt(encoding, prompt)
+    room = model.config.block_size - max(1, len(ids))
+    if room < 1:
+        raise InputError(f"--prompt: {len(ids)} tokens leave no room in {name}'s context of {model.config.block_size}")
+    tokens, prompt_len, length = model.generate(
+        [ids] * n,
+        min(cfg.response_len, room),
+        temperature=cfg.temperature,
+        top_k=cfg.top_k,
+        top_p=cfg.top_p,
+        generator=generator,
+    )
+    found = []
+    for row, start, end in zip(tokens.tolist(), prompt_len.tolist(), length.tolist()):
+        ended = row[end - 1] in model.config.ends
+        found.append((encoding.decode(row[start : end - 1] if ended else row[start:end]), ended))
+    return found
+
+
+def talk(model: GPT, encoding: tiktoken.Encoding, name: str, cfg: Config) -> None:
+    """Read a line, answer it, and so on. The model sees the whole conversation each time."""
+    messages: Messages = []
+    generator = torch.Generator().manual_seed(cfg.seed)
+    while True:
+        try:
+            said = input("> ").strip()
+        except EOFError:
+            return
+        if not said:
+            return
+        messages.append({"role": "user", "content": said})
+        (text, ended), *_ = answers(model, encoding, name, messages, 1, cfg, generator)
+        messages.append({"role": "assistant", "content": text.strip()})
+        print(f"{text.strip()}{'' if ended else ' …'}\n", flush=True)
+
+
+def main() -> None:
+    cfg, folder = common.parse(Config, positional="DIR")
+    device = common.pick_device(cfg.device)
+    if cfg.chat and (cfg.prompt or cfg.compare):
+        raise InputError("--chat: takes neither --prompt nor --compare; leave them out")
+    for name in filter(None, [folder, cfg.compare]):
+        model, encoding = common.load_gpt(name, device)
+        if cfg.chat:
+            return talk(model, encoding, name, cfg)
+        generator = torch.Generator().manual_seed(cfg.seed)
+        print(f"\n{name}")
+        for text, ended in answers(model, encoding, name, cfg.prompt, cfg.samples, cfg, generator):
+            print(f"  ·{text}{'' if ended else ' …'}")
