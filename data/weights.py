@@ -350,7 +350,7 @@ def write_model(model: GPT | ScalarModel, encoding: tiktoken.Encoding, folder: P
     chat = template_of(encoding)
     if chat:
         (folder / "chat_template.jinja").write_text(chat["template"], encoding="utf-8")
-    about |= {name: token for name, token in chat.items() if name not in ("template", "eos_token", "pad_token")}
+    about |= {name: token for name, token in chat.items() if name not in ("template", "eos_token")}
     tokenizer = tokenizer_json(encoding)
     files = {"config": c, "tokenizer": tokenizer, "tokenizer_config": about}
     if not scalar:
