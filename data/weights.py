@@ -4,7 +4,7 @@
     python -m data.weights FOLDER out/NAME       a Hugging Face folder → a run folder that every stage's --init takes
     python -m data.weights out/ppo FOLDER        a run folder → a Hugging Face folder for AutoModel and AutoTokenizer
 
-The supported models are GPT-2, Llama (2 to 3.3, SmolLM 2), Qwen 2 and 3, Mistral without sliding windows, and SmolLM 3,
+The supported models are GPT-2, Llama 3 to 3.3, SmolLM 2, Qwen 2 and 3, Mistral without sliding windows, and SmolLM 3,
 as language models or as sequence classifiers with one label (reward models). The supported tokenizers are byte-level
 BPE. An error names anything else. Weights become float32. The chat template comes along.
 """

@@ -44,7 +44,7 @@ def draw(folders: list[Path], target: Path) -> None:
                 axis.plot(*zip(*points), color=colour, alpha=0.7, linewidth=1.2, label="" if i else title)
         axis.set(xlabel="iteration", title=label)
         axis.grid(alpha=0.25)
-    axes[2].legend(frameon=False, loc="upper left")
+    axes[0].legend(frameon=False, loc="lower right")
     save(figure, target)
 
 

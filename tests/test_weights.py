@@ -14,7 +14,7 @@ import common
 import data
 from data import InputError, tokenizer_json, weights
 from model import ScalarModel
-from tests.conftest import FAMILIES, make_gpt, run, uneven, write
+from tests.conftest import FAMILIES, ROOT, make_gpt, run, uneven, write
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
@@ -549,3 +549,26 @@ def test_the_exported_policy_stops_in_a_pipeline_where_ours_stops(tmp_path):
     said = found["generated_text"][-1]
     assert said["role"] == "assistant"
     assert said["content"] == ours.decode(tokens[0, len(prompt) : int(length) - 1].tolist())
+
+
+def test_the_classifier_of_data_readme_scores_lists_of_answers(tmp_path):
+    """The example as it stands, with a tiny classifier of random weights in the place of the published one."""
+    page = (ROOT / "data" / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(# sentiment.py\n.*?)```", page, re.DOTALL)
+    (name,) = re.findall(r'model="(\S+)"', code)
+    make_tokenizer(tmp_path / "tiny", special=["<|end|>", "<|pad|>"])
+    labels = {0: "NEGATIVE", 1: "POSITIVE"}
+    config = transformers.GPT2Config(
+        vocab_size=900, n_positions=64, n_embd=32, n_layer=1, n_head=2, id2label=labels, pad_token_id=1
+    )
+    tiny = transformers.GPT2ForSequenceClassification(config).eval()
+    tiny.save_pretrained(tmp_path / "tiny")
+    about = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<|pad|>", "model_max_length": 64}
+    (tmp_path / "tiny" / "tokenizer_config.json").write_text(json.dumps(about))
+    (tmp_path / "sentiment.py").write_text(code.replace(name, str(tmp_path / "tiny")))
+    pairs = [("say", f" {'yes ' * i}no") for i in range(1, 40)]
+    numbers = common.ask(common.load_function(f"{tmp_path}/sentiment.py:positive"), pairs)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "tiny")
+    for (prompt, response), number in zip(pairs, numbers):
+        ids = torch.tensor([tokenizer.encode(prompt + response, add_special_tokens=False)[:64]])
+        assert number == pytest.approx(tiny(ids).logits.softmax(-1)[0, 1].item(), abs=1e-4)
