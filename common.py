@@ -1,7 +1,7 @@
 """What every stage needs and no reader needs first: command line, functions of the user, optimizer steps.
 
-Its rooms are processes.py (device, torchrun), runs.py (checkpoints, run folders) and functions.py (judges and rewards
-of the user); every name is reached by `common`.
+Its rooms are processes.py (device, torchrun, signals), checkpoints.py, runs.py (run folders) and functions.py (judges
+and rewards of the user); every name is reached by `common`.
 """
 
 import argparse
@@ -25,6 +25,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import processes
+from checkpoints import (
+    check_vocabulary,
+    known_prompts,
+    load,
+    load_gpt,
+    load_scalar,
+    prompt_key,
+    save_file,
+    save_model,
+)
 from data.chance import generator, seed_of
 from data.files import InputError
 from fast import Linear, keep_memory
@@ -42,20 +52,7 @@ from processes import (
     sum_gradients,
     total,
 )
-from runs import (
-    Run,
-    check_vocabulary,
-    fingerprint,
-    known_prompts,
-    load,
-    load_gpt,
-    load_scalar,
-    peak_memory,
-    prompt_key,
-    read_metrics,
-    save_file,
-    save_model,
-)
+from runs import Run, fingerprint, peak_memory, read_metrics
 
 # --- command line -----------------------------------------------------------------------------------------------------
 

@@ -12,7 +12,6 @@ all pairs of one prompt are one batch element, and each of its responses goes th
 """
 
 import copy
-import math
 from dataclasses import dataclass
 from functools import partial
 from itertools import cycle, islice
@@ -27,6 +26,7 @@ import common
 import data
 import fast
 from data import InputError, label, tales
+from evaluate import agreement, agreement_report, by_source_and_length, clustered_error, margins  # noqa: F401
 from model import GPT, ScalarModel
 
 
@@ -151,82 +151,10 @@ def read_scores(
 def evaluate(
     model: ScalarModel, groups: list[data.Group], cfg: Config, device: torch.device, autocast: torch.autocast
 ) -> tuple[dict[str, float], list[tuple]]:
-    return measure(groups, read_scores(model, groups, cfg, device, autocast))
-
-
-def measure(groups: list[data.Group], scores: list[Tensor]) -> tuple[dict[str, float], list[tuple]]:
-    """Held-out metrics, and ten rows (from, to, pairs, mean predicted, observed win rate) of a calibration table."""
-    margin = torch.cat([margins(group, each) for group, each in zip(groups, scores)])  # (P,)
-    certain = [p for group in groups for p in group.certainty]
-    right = (margin > 0).double() + 0.5 * (margin == 0).double()
-    metrics = {"eval/loss": pairwise_loss(margin, groups).item() / len(groups), "eval/accuracy": right.mean().item()}
-    metrics["eval/accuracy_se"] = clustered_error(right, [len(group.pairs) for group in groups])
-    if not any(map(math.isnan, certain)):
-        metrics["eval/accuracy_ceiling"] = sum(certain) / len(certain)
-
-    # A file lists the winner first. Half of the pairs are turned round, or every observed win rate would be 1.
-    turned = torch.arange(len(margin)) % 2 == 1
-    predicted = torch.where(turned, -margin, margin).sigmoid()
-    tenth = (predicted * 10).long().clamp(max=9)
-    table = []
-    for i in range(10):
-        inside = tenth == i
-        n = int(inside.sum())
-        if n:
-            observed = (~turned[inside]).float().mean().item()
-            table.append((i / 10, i / 10 + 0.1, n, predicted[inside].mean().item(), observed))
-    metrics["eval/calibration_error"] = sum(n * abs(p - seen) for _, _, n, p, seen in table) / len(margin)
-    return metrics, table
-
-
-def margins(group: data.Group, scores: Tensor) -> Tensor:
-    """score of the winner − score of the loser for each pair of a group."""
-    winner, loser = torch.tensor(group.pairs).T
-    return scores[winner] - scores[loser]
-
-
-def clustered_error(x: Tensor, sizes: list[int]) -> float:
-    """The standard error of the mean of x (P,). Values of one group depend on each other; groups are independent.
-
-    The pairs of one prompt share responses. Liang and Zeger 1986: the deviations of a group are summed, then squared.
-    """
-    if len(sizes) < 2:
-        return 0.0
-    deviations = torch.stack([part.sum() for part in (x - x.mean()).split(sizes)])
-    n = len(sizes)
-    return math.sqrt(deviations.square().sum().item() * n / (n - 1)) / len(x)
-
-
-def report(metrics: dict[str, float], table: list[tuple]) -> str:
-    """Held-out accuracy, its ± by prompt, beside what the noise allows; and the calibration table."""
-    first = f"\nheld-out accuracy {metrics['eval/accuracy']:.3f} ± {metrics['eval/accuracy_se']:.3f}"
-    if "eval/accuracy_ceiling" in metrics:
-        first += f" (the noise in these labels allows {metrics['eval/accuracy_ceiling']:.3f})"
-    lines = [first, "\nwin rate        pairs   predicted   observed"]
-    for low, high, n, predicted, observed in table:
-        lines.append(f"{low:.1f} – {high:.1f}   {n:>8,}       {predicted:.3f}      {observed:.3f}")
-    return "\n".join(lines)
-
-
-def by_source_and_length(groups: list[data.Group], scores: list[Tensor]) -> str:
-    """Accuracy for each source that the rows name, and whether the model likes length more than people do."""
-    lines = []
-    sources = sorted({group.source for group in groups})
-    for source in sources if len(sources) > 1 else []:
-        chosen = [i for i, group in enumerate(groups) if group.source == source]
-        found, _ = measure([groups[i] for i in chosen], [scores[i] for i in chosen])
-        pairs = sum(len(groups[i].pairs) for i in chosen)
-        accuracy = f"{found['eval/accuracy']:.3f} ± {found['eval/accuracy_se']:.3f}"
-        lines.append(f"{source or 'no source':<32} {pairs:>7,} pairs  {accuracy}")
-    people, model = [], []
-    for group, each in zip(groups, scores):
-        length = torch.tensor([float(len(row.tokens) - row.prompt_len) for row in group.rows])
-        differs = margins(group, length)
-        people.append((differs[differs != 0] > 0).double())
-        model.append((margins(group, each) * differs.sign() > 0)[differs != 0].double())
-    longer = [f"{100 * torch.cat(each).mean():.1f}%" for each in (people, model)]
-    lines.append(f"the longer response wins {longer[0]} of the pairs by the labels, {longer[1]} by the scores")
-    return "\n".join(lines)
+    scores = read_scores(model, groups, cfg, device, autocast)
+    metrics, table = agreement(groups, scores)
+    margin = torch.cat([margins(group, each) for group, each in zip(groups, scores)])
+    return {"eval/loss": pairwise_loss(margin, groups).item() / len(groups)} | metrics, table
 
 
 def inspect(cfg: Config) -> None:
@@ -240,7 +168,7 @@ def inspect(cfg: Config) -> None:
     groups = data.fit(groups, lengths, common.context(cfg, model), cfg.drop_long, f"comparisons of {cfg.data}")
     scores = read_scores(model, groups, cfg, device, autocast)
     common.say(f"{cfg.evaluate} on {cfg.data}: {len(groups):,} prompts")
-    common.say(report(*measure(groups, scores)) + "\n\n" + by_source_and_length(groups, scores))
+    common.say(agreement_report(*agreement(groups, scores)) + "\n\n" + by_source_and_length(groups, scores))
 
 
 # --- 4 normalisation --------------------------------------------------------------------------------------------------
@@ -339,7 +267,7 @@ def train(cfg: Config) -> None:
         last = step + 1 == steps
         if last:
             found, table = evaluate(model, held_out, cfg, device, autocast)
-            common.say(report(found, table))
+            common.say(agreement_report(found, table))
             metrics |= found
             normalize(model, sample_policy(policy, prompts, cfg, autocast), device, autocast)
             how = f"(gain {model.gain:.3f}, bias {model.bias:.3f})"
