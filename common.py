@@ -44,6 +44,7 @@ from processes import (
     RANK,
     WORLD,
     gather,
+    gather_objects,
     masked_mean,
     pick_device,
     say,

@@ -76,10 +76,10 @@ def evaluate(answer: Answer, prompts: list[list[int]], judges: dict[str, Judge])
     """One answer to each prompt: a column for each measure, one number a prompt; and "texts", (prompt, response) pairs.
 
     `answer(prompts, start)` gives a batch that has been read (see ppo.py) and its texts; `start` is the number of the
-    first prompt, for the random numbers.
+    first prompt, for the random numbers. The processes of torchrun share the work; each returns all of it.
     """
-    columns: dict[str, list] = {}
-    for start in range(0, len(prompts), 128):
+    found: dict[int, dict[str, list]] = {}  # by the number of the first prompt
+    for start in common.share(list(range(0, len(prompts), 128))):
         batch, pairs = answer(prompts[start : start + 128], start)
         new = {name: ask(judge, pairs) for name, judge in judges.items()}
         new["score"] = batch["score"].tolist()
@@ -87,9 +87,10 @@ def evaluate(answer: Answer, prompts: list[list[int]], judges: dict[str, Judge])
         new["length (tokens)"] = batch["mask"].sum(1).tolist()
         new["ended by EOS"] = batch["ended"].float().tolist()
         new["texts"] = pairs
-        for name, column in new.items():
-            columns.setdefault(name, []).extend(column)
-    return columns
+        found[start] = new
+    parts = {start: part for each in common.gather_objects(found) for start, part in each.items()}
+    in_order = [parts[start] for start in sorted(parts)]
+    return {name: [x for part in in_order for x in part[name]] for name in in_order[0]}
 
 
 def summary(columns: dict[str, list], judges: dict[str, Judge], kl_coef: float) -> tuple[dict[str, float], float]:

@@ -19,7 +19,8 @@ from torch import Tensor
 
 PRIVATE = ("_linear_pointwise", "_reorder_linear_weight")  # operators of oneDNN; another torch may lack them
 ONEDNN = torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in PRIVATE)
-CHUNK = 2**23  # logits that exist at a time; glibc still takes 32 MiB from memory that it has
+CHUNK = 2**23  # logits that exist at a time on a CPU: glibc still takes 32 MiB from memory that it has
+GPU_CHUNK = 2**27  # 512 MiB, for a GPU wants products of many rows
 KEPT = 4  # chunks of logits that the backward need not compute again
 SHORT = 128  # a CPU attends to up to this many keys by plain products
 
@@ -116,6 +117,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float 
     short = q.device.type == "cpu" and k.shape[2] <= SHORT
     if dropout or not (short or T == 1):
         grouped = k.shape[1] < H
+        if grouped and q.device.type == "cuda" and q.dtype == torch.float32:  # for which CUDA has no fused kernel
+            k, v = (x.repeat_interleave(H // x.shape[1], dim=1) for x in (k, v))
+            grouped = False
         return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=T > 1, enable_gqa=grouped)
     q = (q * D**-0.5).reshape(B * k.shape[1], -1, D)  # (B K, H / K · T, D)
     scores = q.bmm(k.flatten(0, 1).transpose(1, 2))  # (B K, H / K · T, t)
@@ -127,6 +131,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float 
 
 
 # --- log-probabilities ------------------------------------------------------------------------------------------------
+
+
+def chunk_rows(weight: Tensor) -> int:
+    """How many rows of logits (V,) exist at a time."""
+    return max(1, (CHUNK if weight.device.type == "cpu" else GPU_CHUNK) // len(weight))
 
 
 def chosen_logprobs(hidden: Tensor, weight: Tensor, target: Tensor, temperature: float) -> Tensor:
@@ -147,7 +156,7 @@ def chosen_logprobs_and_entropy(
 ) -> tuple[Tensor, Tensor]:
     """`chosen_logprobs`, and `torch.distributions.Categorical(logits=hidden @ weight.T / temperature).entropy()`."""
     dtype = compute_dtype(hidden)
-    weight, rows = weight.to(dtype), max(1, CHUNK // len(weight))
+    weight, rows = weight.to(dtype), chunk_rows(weight)
     logp, entropy = [], []
     for h, y in zip(hidden.to(dtype).split(rows), target.split(rows)):
         logits = shifted_logits(h, weight, temperature)
@@ -164,7 +173,7 @@ class ChosenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, target: Tensor, temperature: float, n_kept: int) -> Tensor:
         ctx.save_for_backward(hidden, weight, target)
-        ctx.temperature, ctx.rows, ctx.kept = temperature, max(1, CHUNK // len(weight)), []
+        ctx.temperature, ctx.rows, ctx.kept = temperature, chunk_rows(weight), []
         chunks = list(zip(hidden.split(ctx.rows), target.split(ctx.rows)))
         chosen = []
         for i, (h, y) in enumerate(chunks):

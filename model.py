@@ -25,6 +25,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import fast
 from fast import Linear  # nn.Linear
@@ -174,6 +175,7 @@ class GPT(nn.Module):
             raise ValueError(f"n_head {config.n_head} is not a multiple of n_kv_head {config.n_kv_head}")
         self.config = config
         self.static_decode = False  # generate in shapes that do not change (see fast.static)
+        self.checkpoint_activations = False  # keep the inputs of blocks alone, and compute the rest again
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         if not config.rope_theta:
             self.wpe = nn.Embedding(config.block_size, config.n_embd)
@@ -212,7 +214,11 @@ class GPT(nn.Module):
         x = F.dropout(x, self.config.dropout, self.training)
         for i, block in enumerate(self.h):
             layer_cache = None if cache is None else cache._replace(kv=cache.kv[i])
-            x = block(x, None if i in self.config.no_rope else rotary, layer_cache)
+            angles = None if i in self.config.no_rope else rotary
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                x = checkpoint(block, x, angles, layer_cache, use_reentrant=False)
+            else:
+                x = block(x, angles, layer_cache)
         return self.ln_f(x)
 
     def forward(self, tokens: Tensor) -> Tensor:

@@ -63,6 +63,7 @@ class Config:
     device: str = "auto"  # auto, cpu, cuda or mps
     dtype: str = "auto"  # auto, float32 or bfloat16 (autocast)
     compile: bool = False  # torch.compile of the blocks, after a minute of compiling
+    checkpoint_activations: bool = False  # in training keep less and compute more
     iterations: int = 48  # rounds of answer → score → update; 0: only evaluate
     batch_size: int = 128  # prompts an iteration, over all processes
     epochs: int = 2  # passes over an iteration's answers
@@ -348,6 +349,7 @@ def build(
         reward = common.freeze(reward, autocast)
     for net in (policy, value):
         net.eval().requires_grad_(True)  # eval: no dropout, or the ratio would not be 1
+    policy.checkpoint_activations = value.trunk.checkpoint_activations = cfg.checkpoint_activations
     if cfg.compile:
         trunks = [reward.trunk] if isinstance(reward, ScalarModel) else []
         fast.compile_blocks(policy, ref, value.trunk, *trunks)
@@ -434,7 +436,7 @@ def train(cfg: Config) -> None:
         last = step + 1 == cfg.iterations
         run.check(step, metrics)
         due = cfg.eval_every and (last or (step + 1) % cfg.eval_every == 0)
-        if due and common.RANK == 0:
+        if due:
             found, goodness = summary(
                 evaluate(partial(answer, "evaluate", policy), held_out, judges), judges, cfg.kl_coef
             )
@@ -448,15 +450,14 @@ def train(cfg: Config) -> None:
         if run.must_save(step, (step + 1) % cfg.save_every == 0):
             run.save(step + 1, policy, encoding, {"kl_coef": kl_coef}, **saved)
 
-    if common.RANK == 0:
-        if not cfg.iterations:
-            policy, out_encoding = common.load_gpt(cfg.out, device, "--out")
-            common.check_vocabulary(f"--out {cfg.out}", out_encoding, encoding, cfg.init)
-        before = evaluate(partial(answer, "before", start), held_out, judges)
-        after = evaluate(partial(answer, "after", policy), held_out, judges)
-        common.say(report(before, after, judges))
-        if sizes:
-            common.say(best_of(partial(answer, "best of", ref), held_out, judges, sizes))
+    if not cfg.iterations:
+        policy, out_encoding = common.load_gpt(cfg.out, device, "--out")
+        common.check_vocabulary(f"--out {cfg.out}", out_encoding, encoding, cfg.init)
+    before = evaluate(partial(answer, "before", start), held_out, judges)
+    after = evaluate(partial(answer, "after", policy), held_out, judges)
+    common.say(report(before, after, judges))
+    if sizes:
+        common.say(best_of(partial(answer, "best of", ref), held_out, judges, sizes))
     if cfg.iterations:
         run.finish(device)
 

@@ -68,10 +68,15 @@ def agree(yes: bool) -> bool:
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` takes CUDA, then MPS, then the CPU. Under torchrun every process gets the GPU of its local rank."""
+    """`auto` takes CUDA, then MPS, then the CPU. Under torchrun every process gets the GPU of its local rank.
+
+    Processes on a Mac take the CPU: gloo, which carries their numbers, does not reach MPS.
+    """
+    if WORLD > 1 and name == "mps":
+        raise InputError("--device mps: several processes cannot share it; give cpu, or start one process")
     available = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available, "cpu": lambda: True}
     if name == "auto":
-        name = next(kind for kind, is_available in available.items() if is_available())
+        name = next(k for k, is_available in available.items() if is_available() and not (k == "mps" and WORLD > 1))
     kind = name.partition(":")[0]
     if kind not in available:
         raise InputError(f"--device {name}: give auto, cpu, cuda or mps")
@@ -110,6 +115,30 @@ def total(x: Tensor) -> Tensor:
         x = x.clone()
         dist.all_reduce(x)
     return x
+
+
+def synchronize() -> None:
+    """Wait until the accelerator has done its work, so that a clock can be read."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    elif torch.backends.mps.is_available():
+        torch.mps.synchronize()
+
+
+def broadcast(module: nn.Module) -> None:
+    """Give every process the weights of the first."""
+    if WORLD > 1:
+        for x in module.state_dict().values():
+            dist.broadcast(x, 0)
+
+
+def gather_objects(x: Any) -> list:
+    """x of every process, in order. For text and lists; tensors go through `gather`."""
+    if WORLD == 1:
+        return [x]
+    found: list = [None] * WORLD
+    dist.all_gather_object(found, x)
+    return found
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:

@@ -44,6 +44,7 @@ class Config:
     device: str = "auto"  # auto, cpu, cuda or mps
     dtype: str = "auto"  # auto, float32 or bfloat16 (autocast)
     compile: bool = False  # torch.compile of the blocks, after a minute of compiling
+    checkpoint_activations: bool = False  # in training keep less and compute more
     response_len: int = 64  # longest sampled response, in tokens
     temperature: float = 1.0  # of the samples
     batch_size: int = 4  # prompts a step, each with all its responses, over all processes
@@ -229,6 +230,7 @@ def train(cfg: Config) -> None:
     model = ScalarModel(copy.deepcopy(policy)).to(device)
     if cfg.compile:
         fast.compile_blocks(model.trunk)
+    model.trunk.checkpoint_activations = cfg.checkpoint_activations
     optimizer = common.adamw(model, cfg.lr, cfg.weight_decay)
     steps = max(1, len(groups) // cfg.batch_size)  # one epoch: a second one overfits (Stiennon et al. 2020, C.1)
     run.start(steps, model=model, optimizer=optimizer)

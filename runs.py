@@ -168,6 +168,9 @@ class Run:
                 raise InputError(
                     f"--resume: {self.folder / 'state.pt'} is damaged ({why}); start anew without --resume"
                 ) from None
+        for part in parts.values():
+            if isinstance(part, torch.nn.Module):
+                processes.broadcast(part)
         if RANK == 0:
             try:
                 self._open()
@@ -233,8 +236,7 @@ class Run:
         """Measure the seconds of the block; they stand in `times` as time/phase."""
         began = time.time()
         yield
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()
+        processes.synchronize()
         self.times[f"time/{phase}"] = time.time() - began
 
     def begin_step(self) -> None:

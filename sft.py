@@ -30,6 +30,7 @@ class Config:
     device: str = "auto"  # auto, cpu, cuda or mps
     dtype: str = "auto"  # auto, float32 or bfloat16 (autocast)
     compile: bool = False  # torch.compile of the blocks, after a minute of compiling
+    checkpoint_activations: bool = False  # in training keep less and compute more
     epochs: float = 1.0  # passes over the data
     batch_size: int = 16  # rows a step, over all processes; a row of plain text is block_size tokens
     micro_batch_size: int = 0  # rows in one forward; 0: the whole batch
@@ -159,6 +160,7 @@ def train(cfg: Config) -> None:
     model, encoding, held_out, batch, batches = build(cfg, run, device)
     if cfg.compile:
         fast.compile_blocks(model)
+    model.checkpoint_activations = cfg.checkpoint_activations
     optimizer = common.adamw(model, cfg.lr, cfg.weight_decay)
     steps = max(1, round(cfg.epochs * batches))
     run.start(steps, model=model, optimizer=optimizer)

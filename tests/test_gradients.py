@@ -9,7 +9,7 @@ import torch
 import common
 import ppo
 from model import ScalarModel
-from tests.conftest import flat, make_gpt, run
+from tests.conftest import FAMILIES, flat, make_gpt, run
 
 OFF = torch.autocast("cpu", enabled=False)
 PROMPTS = [[1], [2, 3, 4, 5], [6, 7], [8, 9, 10], [11], [12, 13], [14, 15, 16], [17]]
@@ -143,3 +143,15 @@ def test_an_update_never_waits_for_the_device_to_tell_a_number(monkeypatch):
     with pytest.raises(RuntimeError, match="meta"):  # the metrics, once all is done
         ppo.update(policy, value, *optimizers, meta, 1.0, cfg, OFF, seed=0)
     assert len(steps) == 2 * 2 * 2  # nets, minibatches, epochs
+
+
+@pytest.mark.parametrize("family", ["gpt2", "smollm3"])
+def test_checkpointed_activations_give_the_same_gradients(family):
+    grads = []
+    for on in (False, True):
+        model = make_gpt(n_layer=3, **FAMILIES[family])
+        model.checkpoint_activations = on
+        tokens = torch.randint(0, 61, (4, 20), generator=torch.Generator().manual_seed(0))
+        model.logprobs(tokens, torch.full((4,), 5), torch.tensor([20, 17, 9, 12])).sum().backward()
+        grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert torch.equal(*grads) and grads[0].norm() > 0

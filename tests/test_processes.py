@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from tests.conftest import run
+from tests.conftest import run, write
 
 
 def losses(folder):
@@ -65,3 +65,30 @@ def test_a_process_that_fails_says_why_and_ends_the_others(tmp_path):
     )
     done = run(script, processes=2)
     assert done.returncode == 1 and "ArithmeticError: of one process" in done.stderr
+
+
+def test_two_processes_share_an_evaluation_and_report_what_one_reports(folders):
+    tmp = folders["tmp"]
+    rows = [{"prompt": f"ask {a} {b} {c} {d}."} for a in "yn" for b in "yno" for c in "yesno" for d in "tale of a fox"]
+    options = ["--data", tmp / "prompts.jsonl", "--eval_data", write(tmp / "eval.jsonl", rows), "--response_len", 8]
+    options += ["--init", folders["sft"], "--reward", folders["reward"], "--out", folders["sft"], "--iterations", 0]
+    options += ["--best_of", "1,2"]
+    one, two = (run("ppo.py", *options, processes=n) for n in (1, 2))
+    assert one.returncode == two.returncode == 0, one.stderr + two.stderr
+    assert len(rows) > 256 and "390 held-out prompts" in one.stdout and two.stdout == one.stdout
+
+
+def test_every_process_starts_from_the_weights_of_the_first(tmp_path):
+    script = tmp_path / "starts.py"
+    script.write_text(
+        "import ppo, common, torch\n"
+        "def main():\n"
+        "    common.setup(ppo.Config(device='cpu'))\n"
+        "    net = torch.nn.Linear(3, 2)\n"
+        "    torch.nn.init.constant_(net.weight, 1.0 + common.RANK)\n"
+        "    common.processes.broadcast(net)\n"
+        "    assert (net.weight == 1).all(), net.weight\n"
+        "common.run_main(main)\n"
+    )
+    done = run(script, processes=2)
+    assert done.returncode == 0, done.stderr
