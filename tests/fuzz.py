@@ -162,6 +162,11 @@ def parse_options(rng: random.Random) -> None:
     common.parse(config, words)
 
 
+def states(folder: Path) -> dict[Path, tuple[int, int]]:
+    """When each file was last written, and its size."""
+    return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in folder.rglob("*") if path.is_file()}
+
+
 def sweep(seed: int, each: int, say: Callable[[str], None] = lambda text: None) -> tuple[Counter, list[str]]:
     """How many inputs were read, refused, at fault; and what the faults are."""
     rng, counts, faults = random.Random(seed), Counter(), []
@@ -193,7 +198,7 @@ def sweep(seed: int, each: int, say: Callable[[str], None] = lambda text: None) 
             for number in range(each):
                 use = one(kind)
                 (here / "stream").unlink(missing_ok=True)
-                before = {path: path.read_bytes() for path in here.rglob("*") if path.is_file()}
+                before = states(here)
                 printed = io.TextIOWrapper(io.BytesIO(), "utf-8")
                 outcome = "read"
                 try:
@@ -214,7 +219,7 @@ def sweep(seed: int, each: int, say: Callable[[str], None] = lambda text: None) 
                     where = f"{Path(at.tb_frame.f_code.co_filename).name}:{at.tb_lineno}"
                     faults.append(f"{kind} {number}: {type(error).__name__} in {where}: {str(error)[:150]}")
                 (here / "stream").unlink(missing_ok=True)
-                if before != {path: path.read_bytes() for path in here.rglob("*") if path.is_file()}:
+                if before != states(here):
                     outcome = "at fault"
                     faults.append(f"{kind} {number}: a file has changed")
                 tally[outcome] += 1

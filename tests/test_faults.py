@@ -78,7 +78,7 @@ def killed_anywhere(folders, script, chosen):
 
 @pytest.mark.parametrize("script", ["sft.py", "reward.py", "ppo.py"])
 def test_a_run_that_is_killed_and_resumed_is_the_run_that_was_not(folders, script):
-    killed_anywhere(folders, script, lambda n: sorted({3, 6, n // 3, n // 2, n - 2}))
+    killed_anywhere(folders, script, lambda n: (3, n // 2, n - 2))
 
 
 @pytest.mark.slow
@@ -313,10 +313,10 @@ def test_a_column_that_is_null_is_absent(folders, encoding):
     path = write(folders["tmp"] / "x.jsonl", rows)
     said = []
     (group,) = common_comparisons(path, encoding, said)
-    assert len(group.pairs) == 9 and not said
+    assert len(group.pairs) == 9 and said == [f"{path}: preferences, 9 rows"]
     rows[3] = {"prompt": "a", "verdict": "tie", "responses": ["b", "c"]}
     (group,) = common_comparisons(write(path, rows), encoding, said)
-    assert len(group.pairs) == 8 and "1 ties and skips were left out" in said[0]
+    assert len(group.pairs) == 8 and "1 ties and skips were left out" in said[-1]
 
 
 def common_comparisons(path, encoding, said):

@@ -16,7 +16,7 @@ def table(output: str) -> dict[str, list[float]]:
     return {name: [float(before), float(after)] for name, before, after in rows}
 
 
-def test_the_judge_rises_calmly_at_a_small_kl_and_without_the_kl_term_the_score_goes_further_and_so_does_the_policy(
+def test_the_judge_rises_calmly_at_a_small_kl_and_without_the_kl_term_the_score_rises_further_and_the_judge_falls(
     tmp_path,
 ):
     for script in ("sft.py", "reward.py"):
@@ -25,7 +25,7 @@ def test_the_judge_rises_calmly_at_a_small_kl_and_without_the_kl_term_the_score_
     accuracy, ceiling = map(float, re.search(r"accuracy (\S+) ± .* allows (\S+)\)", done.stdout).groups())
     assert accuracy > ceiling - 0.05
     with_kl = run("ppo.py", cwd=tmp_path)
-    without = run("ppo.py", "--kl_coef", 0, "--iterations", 64, "--out", "out/hacked", cwd=tmp_path)
+    without = run("ppo.py", "--kl_coef", 0, "--iterations", 160, "--out", "out/hacked", cwd=tmp_path)
     assert with_kl.returncode == without.returncode == 0, with_kl.stderr + without.stderr
     rows, hacked = table(with_kl.stdout), table(without.stdout)
     before, after = rows["data/tales.py:judge"]
@@ -36,4 +36,5 @@ def test_the_judge_rises_calmly_at_a_small_kl_and_without_the_kl_term_the_score_
     assert rows["ended by EOS"][1] >= 0.97 and rows["data/tales.py:grammar"][1] >= 0.95
     assert 0.5 < rows["KL to the start (nats)"][1] <= 6
     assert hacked["score"][1] > rows["score"][1]
+    assert hacked["data/tales.py:judge"][1] < after - 0.01
     assert hacked["KL to the start (nats)"][1] > 2 * rows["KL to the start (nats)"][1]

@@ -118,8 +118,8 @@ def test_the_window_is_every_response_token_from_the_first_to_eos_and_no_pad(net
 )
 @mistake(
     "model.py",
-    "n_new.add_(~done)\n            done.logical_or_(token == eos)",
-    "done.logical_or_(token == eos)\n            n_new.add_(~done)",
+    "n_new.add_(~done)\n            done.logical_or_(torch.isin(token, ends))",
+    "done.logical_or_(torch.isin(token, ends))\n            n_new.add_(~done)",
 )
 def test_eos_is_learned_in_stage_1_and_is_the_last_token_of_a_response_that_ended(gpt, encoding):
     row = data.encode_row(encoding, gpt.config.eos, "ask me", " yes")
