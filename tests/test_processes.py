@@ -12,7 +12,14 @@ def losses(folder):
     return [json.loads(line)["loss/train"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("script, kind", [("sft.py", "pairs"), ("sft.py", "text"), ("reward.py", "comparisons")])
+@pytest.mark.parametrize(
+    "script, kind",
+    [
+        ("sft.py", "pairs"),
+        pytest.param("sft.py", "text", marks=pytest.mark.slow),
+        ("reward.py", "comparisons"),
+    ],
+)
 def test_two_processes_train_as_one_does(folders, script, kind):
     tmp = folders["tmp"]
     options = ["--data", tmp / f"{kind}.jsonl", "--init", folders["sft"], "--batch_size", 6, "--lr", 1e-3]

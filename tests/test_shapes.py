@@ -79,7 +79,7 @@ def test_parquet_is_read_as_jsonl_is(folders, encoding):
         data.prompts(tmp / "y.parquet", encoding)
 
 
-@pytest.mark.parametrize("shape", ["ultrafeedback", "hh"])
+@pytest.mark.parametrize("shape", ["ultrafeedback", pytest.param("hh", marks=pytest.mark.slow)])
 def test_a_public_set_in_miniature_goes_through_all_three_stages(folders, encoding, shape, monkeypatch):
     tmp = folders["tmp"]
     policy = make_gpt(vocab_size=encoding.n_vocab, eos=encoding.eot_token, block_size=160)

@@ -118,8 +118,11 @@ def hugging_face_folder(folder, family, **save):
     return made
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("form", ["one file", "shards", "bin", "bin shards"])
+FORMS = [(family, "one file") for family in FAMILIES]
+FORMS += [(family, form) for family in ("gpt2", "llama") for form in ("shards", "bin", "bin shards")]
+
+
+@pytest.mark.parametrize("family, form", FORMS)
 def test_a_hugging_face_folder_comes_in_and_goes_out_with_its_logits(tmp_path, family, form):
     theirs = hugging_face_folder(tmp_path / "hf", family, max_shard_size="100KB" if form == "shards" else "1GB")
     assert (tmp_path / "hf" / "model.safetensors.index.json").exists() == (form == "shards")
