@@ -43,9 +43,10 @@ def load(
     """
     path = Path(folder) / "model.pt" if Path(folder).suffix != ".pt" else Path(folder)
     if not path.exists():
-        raise InputError(
-            f"{option} {folder}: no model.pt there; run the stage that writes it, or name another run folder"
-        )
+        what = f"{option} {folder}".strip()
+        if str(folder).endswith(".py"):
+            raise InputError(f"{what}: a function is named {folder}:function")
+        raise InputError(f"{what}: no model.pt there; run the stage that writes it, or name another run folder")
     saved = read_checkpoint(path)
     if not {"config", "tokenizer"} <= saved.keys():
         raise InputError(f"{path}: not a checkpoint of this project (no config or tokenizer); name another run folder")

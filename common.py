@@ -53,7 +53,7 @@ from processes import (
     sum_gradients,
     total,
 )
-from runs import Run, fingerprint, peak_memory, read_metrics
+from runs import Run, fingerprint, peak_memory, read_metrics, started_from
 
 # --- command line -----------------------------------------------------------------------------------------------------
 

@@ -28,7 +28,8 @@ QUIET = 10  # seconds until a slow function shows its progress
 def load_function(name: str) -> Judge:
     """The function that is named "path/to/file.py:function", as one of a pair; its `lists`, if it has one, takes lists.
 
-    The file is a module: it may import its neighbours. Raises InputError, after the user's own traceback, if it fails.
+    The file is a module: it may import its neighbours, but none that is called as a file of this project. Raises
+    InputError, after the user's own traceback, if it fails.
     """
     file, _, function = name.rpartition(":")
     if not Path(file).is_file() and (Path(__file__).parent / file).is_file():
@@ -41,13 +42,12 @@ def load_function(name: str) -> Judge:
 
     def of_lists(prompts: list[str], responses: list[str]) -> list[float]:
         first = quoted(prompts[0], responses[0])
-        given = users(name, f"failed for {len(prompts)} pairs from {first} on", lambda: called(prompts, responses))
-        try:
-            numbers = list(given)
-        except TypeError:
-            numbers = []
+        what = f"failed for {len(prompts)} pairs from {first} on"
+        numbers = users(name, what, lambda: list(called(prompts, responses)))
         if len(numbers) != len(prompts):
-            raise InputError(f"{name}: returned {given!r:.60} for {len(prompts)} pairs; return as many numbers")
+            raise InputError(
+                f"{name}: returned {len(numbers)} numbers for {len(prompts)} pairs; return as many numbers"
+            )
         return [finite(name, *each) for each in zip(numbers, prompts, responses)]
 
     def of_a_pair(prompt: str, response: str) -> float:
@@ -56,7 +56,7 @@ def load_function(name: str) -> Judge:
         given = users(name, f"failed for {quoted(prompt, response)}", lambda: called(prompt, response))
         return finite(name, given, prompt, response)
 
-    takes_lists = parameters(called) == ["prompts", "responses"]
+    takes_lists = parameters(called)[:2] == ["prompts", "responses"]
     of_a_pair.__name__ = name
     if takes_lists:
         of_a_pair.lists = of_lists

@@ -137,6 +137,11 @@ def read(
     mask = fast.to_device(mask, device)  # (B, R)
     out = {name: torch.zeros(mask.shape, device=device) for name in ("logp", "ref_logp", "values", "entropy")}
     out |= {"score": torch.zeros(len(mask), device=device), "mask": mask}
+    if reads_text := getattr(
+        score, "reads_text", False
+    ):  # a function of the user is asked once, and computes in its own precision
+        with torch.autocast(device.type, enabled=False):
+            out["score"] = score(batch)
     for index in data.by_length(batch, cfg.micro_batch_size or cfg.minibatch_size // common.WORLD):
         part = data.select(batch, index)
         sequences = part["tokens"], part["prompt_len"], part["length"]
@@ -148,7 +153,8 @@ def read(
         out["entropy"][rows, :width] = entropy
         if value is not None:
             out["values"][rows, :width] = value.values(*sequences)
-        out["score"][rows] = score(part)
+        if not reads_text:
+            out["score"][rows] = score(part)
     return out
 
 
@@ -165,6 +171,7 @@ def scorer(reward: ScalarModel | Judge, encoding: tiktoken.Encoding, eos: int) -
             common.ask(reward, texts(batch, encoding, eos)), dtype=torch.float32, device=batch["tokens"].device
         )
 
+    score.reads_text = True
     return score
 
 
@@ -401,10 +408,10 @@ def train(cfg: Config) -> None:
             f"{common.known_prompts(cfg.reward, held_out)}, on {device}"
         )
 
-    def answer(purpose: str, model: GPT, some: list[list[int]], start: int) -> tuple[Batch, Texts]:
+    def answer(purpose: str, model: GPT, some: list[list[int]], first: int) -> tuple[Batch, Texts]:
         """`model` answers some held-out prompts, with random numbers of this purpose alone."""
         with autocast:
-            batch = rollout(model, some, cfg, common.generator(purpose, cfg.seed, start))
+            batch = rollout(model, some, cfg, common.generator(purpose, cfg.seed, first))
             batch |= read(batch, model, ref, None, score, cfg)
         return batch, texts(batch, encoding, model.config.eos)
 

@@ -89,6 +89,14 @@ def fingerprint(names: str) -> str:
     return digest.hexdigest() if found else ""
 
 
+def started_from(out: str, init: str) -> bool:
+    """Whether the run in `out` started from the model that is in `init` now."""
+    path = Path(out) / "state.pt"
+    if not path.exists():
+        return True
+    return read_checkpoint(path, "start anew without --resume").get("inputs", {}).get("init") == fingerprint(init)
+
+
 class Run:
     """A run folder: model.pt, state.pt, metrics.jsonl, samples.txt, curves.png.
 
@@ -281,7 +289,7 @@ class Run:
         self.save_took = self.saved_at - began
         if step == self.steps:
             processes.finish_the_step(False)
-        elif processes.agree(processes.asked > 0):
+        if processes.agree(processes.asked > 0):
             raise processes.Stopped(f"stopped after step {step} of {self.steps}; the same command and --resume go on")
 
     def _append(self, name: str, line: str) -> None:

@@ -209,7 +209,8 @@ def main() -> None:
     if not cfg.init:
         cfg = replace(cfg, init="out/pretrain")
         train(replace(cfg, data=tales.path("pretrain"), init="", out=cfg.init))
-    train(replace(cfg, data=tales.path("sft")))
+    resume = cfg.resume and common.started_from(cfg.out, cfg.init)  # else --out holds another run, which is kept
+    train(replace(cfg, data=tales.path("sft"), resume=resume))
 
 
 if __name__ == "__main__":

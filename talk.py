@@ -55,7 +55,7 @@ def answers(
 
 
 def talk(model: GPT, encoding: tiktoken.Encoding, name: str, cfg: Config) -> None:
-    """Read a line, answer it, and so on. The model sees the whole conversation each time."""
+    """Read a line, answer it, and so on. The model sees as much of the conversation as fits."""
     messages: Messages = []
     generator = torch.Generator().manual_seed(cfg.seed)
     while True:
@@ -66,6 +66,8 @@ def talk(model: GPT, encoding: tiktoken.Encoding, name: str, cfg: Config) -> Non
         if not said:
             return
         messages.append({"role": "user", "content": said})
+        while len(messages) > 1 and len(encode_prompt(encoding, messages)) > model.config.block_size - 16:
+            del messages[:2]  # what is oldest no longer fits
         (text, ended), *_ = answers(model, encoding, name, messages, 1, cfg, generator)
         messages.append({"role": "assistant", "content": text.strip()})
         print(f"{text.strip()}{'' if ended else ' …'}\n", flush=True)

@@ -4,8 +4,8 @@ The template comes with a model (Jinja, as on Hugging Face) and is kept with its
 is written as in Anthropic's HH. What a user's text spells stays text: it cannot forge a turn.
 """
 
-import datetime
 import json
+import re
 from typing import Any
 
 import tiktoken
@@ -15,6 +15,13 @@ from data.files import InputError
 ROLES = {"user": "\n\nHuman: ", "assistant": "\n\nAssistant: ", "system": ""}  # of the plain form
 FIRST, LAST = "\ue000", "\ue001"  # around the number of a name that a user has spelled: characters for private use
 Messages = list[dict[str, str]]
+GENERATION = re.compile(
+    r"\{%(-?)\s*(end)?generation\s*(-?)%\}"
+)  # marks the assistant's text for trainers, writes nothing
+
+
+def _if_true(tag: re.Match) -> str:
+    return f"{{%{tag[1]} {'endif' if tag[2] else 'if true'} {tag[3]}%}}"
 
 
 def template_of(encoding: tiktoken.Encoding) -> dict[str, str]:
@@ -53,12 +60,16 @@ def render(encoding: tiktoken.Encoding, messages: Messages) -> str:
 
     world = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
     world.filters["tojson"] = lambda x, **options: json.dumps(x, ensure_ascii=False, **options)
-    world.globals |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.datetime.now().strftime(form)}
+    world.globals["raise_exception"] = refuse  # and no clock: a prompt must not change with the date
     names: dict[str, Any] = {key: value for key, value in chat.items() if key != "template"}
     try:
-        return world.from_string(chat["template"]).render(messages=messages, add_generation_prompt=True, **names)
+        return world.from_string(GENERATION.sub(_if_true, chat["template"])).render(
+            messages=messages, add_generation_prompt=True, **names
+        )
     except Exception as error:  # a template may raise anything
-        raise InputError(f"the model's chat template refuses a conversation ({error}); change its messages") from None
+        raise InputError(
+            f"the model's chat template refuses a conversation ({error}); change the messages, or the template"
+        ) from None
 
 
 def escaped(encoding: tiktoken.Encoding, messages: Messages) -> tuple[Messages, dict[str, str]]:

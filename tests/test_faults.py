@@ -120,6 +120,23 @@ def test_a_signal_lets_the_step_end_saves_it_and_says_how_to_go_on(folders, scri
     assert state["step"] == len(common.read_metrics(folders["tmp"] / "out/x"))
 
 
+def test_a_signal_in_the_last_step_ends_the_process_too(folders, monkeypatch):
+    monkeypatch.chdir(folders["tmp"])
+    logged = common.Run.log
+
+    def log(run, step, metrics, **more):
+        logged(run, step, metrics, **more)
+        if step + 1 == run.steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)
+
+    monkeypatch.setattr(common.Run, "log", log)
+    monkeypatch.setattr(sys, "argv", ["ppo.py", *options(folders, "ppo.py")])
+    with pytest.raises(SystemExit) as end:
+        common.run_main(ppo.main)
+    assert end.value.code == 143 and torch.load("out/ppo/state.pt", weights_only=True)["step"] == 4
+
+
 def test_a_second_signal_ends_a_run_at_once(folders, monkeypatch):
     ends = []
     monkeypatch.setattr(os, "_exit", ends.append)
@@ -290,7 +307,7 @@ def test_a_function_of_lists_is_asked_once_a_batch_and_gives_what_one_of_pairs_g
         == [len(r) - len(p) for p, r in pairs]
     )
     assert sum(sys.modules["lists"].calls) == 600 and len(sys.modules["lists"].calls) == 3
-    with pytest.raises(InputError, match="returned .* for 256 pairs; return as many numbers"):
+    with pytest.raises(InputError, match="returned 1 numbers for 256 pairs; return as many"):
         common.ask(functions["short"], pairs)
     with pytest.raises(InputError, match="returned nan for the prompt"):
         common.ask(functions["nan"], pairs)

@@ -42,7 +42,16 @@ def test_every_option_that_a_page_names_is_one():
         source = path.read_text()
         known |= set(re.findall(r"^    (\w+): .* = .*#", source, re.MULTILINE))
         known |= set(re.findall(r'add_argument\(\s*"--(\w+)"', source))
-    known |= {"help", "index-url", "nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint", "local-dir"}
+    known |= {
+        "help",
+        "index-url",
+        "nproc_per_node",
+        "nnodes",
+        "rdzv_backend",
+        "rdzv_endpoint",
+        "local-dir",
+        "shutdown-timeout",
+    }
     for page in PAGES:
         named = set(re.findall(r"(?<![\w-])--([a-z][\w-]*)", page.read_text()))
         assert named <= known, page

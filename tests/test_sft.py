@@ -219,3 +219,16 @@ def test_llamas_shape_is_trained_from_nothing(folders):
     losses = [line["loss/held_out"] for line in metrics(tmp / "x") if "loss/held_out" in line]
     config = common.load_gpt(tmp / "x")[0].config
     assert losses[-1] < losses[0] and config.rope_theta and config.swiglu and config.rms_norm and not config.tied
+
+
+def test_resuming_both_stages_keeps_a_run_that_started_from_another_model(folders, monkeypatch):
+    monkeypatch.chdir(folders["tmp"])
+    monkeypatch.setattr(sft.tales, "path", lambda kind: {"pretrain": "text.jsonl", "sft": "pairs.jsonl"}[kind])
+    small = "--vocab_size 300 --n_layer 1 --n_embd 32 --n_head 2 --block_size 32 --evals 1 --batch_size 32".split()
+    for seed, more in ((0, []), (1, ["--resume"])):
+        if seed:  # as a Ctrl-C in the first stage of another run leaves it
+            (folders["tmp"] / "out" / "pretrain").rename(folders["tmp"] / "out" / "before")
+        monkeypatch.setattr(sys, "argv", ["sft.py", "--seed", str(seed), *small, *more])
+        sft.main()
+    seeds = [torch.load(f"out/{name}/state.pt", weights_only=True)["options"]["seed"] for name in ("sft", "sft.1")]
+    assert seeds == [1, 0]
