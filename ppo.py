@@ -137,9 +137,8 @@ def read(
     mask = fast.to_device(mask, device)  # (B, R)
     out = {name: torch.zeros(mask.shape, device=device) for name in ("logp", "ref_logp", "values", "entropy")}
     out |= {"score": torch.zeros(len(mask), device=device), "mask": mask}
-    if reads_text := getattr(
-        score, "reads_text", False
-    ):  # a function of the user is asked once, and computes in its own precision
+    reads_text = getattr(score, "reads_text", False)
+    if reads_text:  # a function of the user is asked once, and computes in its own precision
         with torch.autocast(device.type, enabled=False):
             out["score"] = score(batch)
     for index in data.by_length(batch, cfg.micro_batch_size or cfg.minibatch_size // common.WORLD):
@@ -167,9 +166,8 @@ def scorer(reward: ScalarModel | Judge, encoding: tiktoken.Encoding, eos: int) -
         return lambda batch: reward.scores(batch["tokens"], batch["length"])
 
     def score(batch: Batch) -> Tensor:
-        return torch.tensor(
-            common.ask(reward, texts(batch, encoding, eos)), dtype=torch.float32, device=batch["tokens"].device
-        )
+        scores = common.ask(reward, texts(batch, encoding, eos))
+        return torch.tensor(scores, dtype=torch.float32, device=batch["tokens"].device)
 
     score.reads_text = True
     return score
