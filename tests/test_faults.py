@@ -137,6 +137,18 @@ def test_a_signal_in_the_last_step_ends_the_process_too(folders, monkeypatch):
     assert end.value.code == 143 and torch.load("out/ppo/state.pt", weights_only=True)["step"] == 4
 
 
+def test_a_run_is_saved_once_a_minute_but_not_for_more_than_a_twentieth_of_its_time(folders, monkeypatch):
+    monkeypatch.chdir(folders["tmp"])
+    run_of = common.Run(common.parse(sft.Config, ["--out", "out/x"]))
+    run_of.steps = 1000
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now)
+    for since, took, due in ((59, 0.1, False), (61, 0.1, True), (61, 4.0, False), (81, 4.0, True)):
+        run_of.saved_at, run_of.save_took = now - since, took
+        assert run_of.must_save(3, False) == due
+    assert run_of.must_save(3, True) and run_of.must_save(999, False)
+
+
 def test_a_second_signal_ends_a_run_at_once(folders, monkeypatch):
     ends = []
     monkeypatch.setattr(os, "_exit", ends.append)
