@@ -76,7 +76,7 @@ def killed_anywhere(folders, script, chosen):
         assert same(contents(tmp / out), contents(tmp / "out/whole")), event
 
 
-@pytest.mark.parametrize("script", ["sft.py", "reward.py", "ppo.py"])
+@pytest.mark.parametrize("script", ["reward.py", "ppo.py"])
 def test_a_run_that_is_killed_and_resumed_is_the_run_that_was_not(folders, script):
     killed_anywhere(folders, script, lambda n: (n // 2, n - 2))
 
@@ -237,7 +237,7 @@ def test_sampled_comparisons_are_not_sampled_again_by_a_restart(folders, monkeyp
 # --- disks ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("script", ["sft.py", "reward.py", "ppo.py"])
+@pytest.mark.parametrize("script", ["reward.py", "ppo.py"])
 def test_a_full_disk_is_one_sentence_and_leaves_the_last_checkpoint_whole(folders, script):
     tmp = folders["tmp"]
     warmup = {"value_warmup": 0} if script == "ppo.py" else {}  # the first checkpoint is as large as the last

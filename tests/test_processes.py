@@ -17,7 +17,7 @@ def losses(folder):
     [
         ("sft.py", "pairs"),
         pytest.param("sft.py", "text", marks=pytest.mark.slow),
-        ("reward.py", "comparisons"),
+        pytest.param("reward.py", "comparisons", marks=pytest.mark.slow),
     ],
 )
 def test_two_processes_train_as_one_does(folders, script, kind):
