@@ -54,7 +54,7 @@ def load(
         scalar = "head.weight" in saved["model"]
         config = GPTConfig(**saved["config"])
         encoding = encoding_from_state(saved["tokenizer"])
-        check_weights(config, saved["model"], scalar)
+        model = empty_model(config, saved["model"], scalar)
         if encoding.n_vocab > config.vocab_size or config.eos not in encoding._special_tokens.values():
             raise ValueError("tokenizer and model do not fit each other")
     except Exception as error:  # whatever the damage is
@@ -63,9 +63,6 @@ def load(
         raise InputError(f"{option} {folder}: holds a reward model; give a run folder of sft.py or ppo.py")
     if kind is ScalarModel and not scalar:
         raise InputError(f"{option} {folder}: holds a language model; give a run folder of reward.py")
-    with torch.device("meta"):  # no memory yet: the saved tensors become the parameters
-        model = GPT(config)
-        model = ScalarModel(model) if scalar else model
     model.load_state_dict(saved["model"], assign=True)
     return model.to(device).eval(), encoding
 
@@ -81,8 +78,11 @@ def read_checkpoint(path: Path, advice: str = "name another run folder") -> dict
     return saved
 
 
-def check_weights(config: GPTConfig, weights: dict[str, Tensor], scalar: bool) -> None:
-    """Raises ValueError if the weights are not those of a model of this shape, or are not all finite."""
+def empty_model(config: GPTConfig, weights: dict[str, Tensor], scalar: bool) -> GPT | ScalarModel:
+    """A model without memory, whose parameters the weights are to become.
+
+    Raises ValueError if they are not those of a model of this shape, or are not all finite.
+    """
     layers = {name.split(".")[-4] for name in weights if ".c_attn.weight" in name}
     for field in dataclasses.fields(GPTConfig):
         value = getattr(config, field.name)
@@ -109,6 +109,7 @@ def check_weights(config: GPTConfig, weights: dict[str, Tensor], scalar: bool) -
             raise ValueError(f"weight {name} has shape {tuple(weights[name].shape)}")
         if not weights[name].isfinite().all():
             raise ValueError(f"weight {name} is not finite")
+    return model
 
 
 def load_gpt(folder: str | Path, device: torch.device | str = "cpu", option: str = "") -> tuple[GPT, tiktoken.Encoding]:

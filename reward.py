@@ -26,7 +26,7 @@ import common
 import data
 import fast
 from data import InputError, label, tales
-from evaluate import agreement, agreement_report, by_source_and_length, clustered_error, margins  # noqa: F401
+from evaluate import agreement, agreement_report, by_source_and_length, margins
 from model import GPT, ScalarModel
 
 

@@ -349,8 +349,6 @@ def peak_memory(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**30
     if (status := Path("/proc/self/status")).exists():  # Linux: ru_maxrss would count what started this process
         return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) / 2**20
-    if importlib.util.find_spec("resource") is None:  # Windows
-        return math.nan
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30  # bytes on macOS

@@ -122,7 +122,7 @@ def comparisons(
     previous, equal, undecided = None, 0, 0
     kinds: Counter[str] = Counter()
     omitted: Counter[str] = Counter()
-    for number, row in enumerate(iterate_jsonl(path, {}, verdicts=True), 1):
+    for number, row in enumerate(iterate_jsonl(path, {}), 1):
         if is_verdict(row):
             undecided += 1
             continue

@@ -96,22 +96,20 @@ def download_from_hub(repository: str, file: str, target: Path) -> None:
     download(f"{HUB}/{repository}/resolve/main/{file}", target, oid and oid[1])
 
 
-def iterate_jsonl(path: str | Path, columns: dict[str, type], verdicts: bool = False) -> Iterator[dict]:
+def iterate_jsonl(path: str | Path, columns: dict[str, type]) -> Iterator[dict]:
     """Yield the rows of a JSONL or parquet file. Raises InputError if a row lacks a column or has a wrong type.
 
-    A column that is null is absent: a file that went through a table has every column in every row. With `verdicts`,
-    the ties and skips of a label file need not have the columns.
+    A column that is null is absent: a file that went through a table has every column in every row.
     """
     empty = True
     for number, row in _rows(path):
-        if not (verdicts and is_verdict(row)):
-            for column, kind in columns.items():
-                if column not in row:
-                    raise InputError(f'{path}:{number}: no column "{column}"; a row needs {", ".join(columns)}')
-                if not _is(row[column], kind):
-                    names = {str: "text", list: "list", dict: "JSON object", int: "whole number", TEXT: "text"}
-                    name = names.get(kind, "number")
-                    raise InputError(f'{path}:{number}: "{column}" is not a {name}; fix the line')
+        for column, kind in columns.items():
+            if column not in row:
+                raise InputError(f'{path}:{number}: no column "{column}"; a row needs {", ".join(columns)}')
+            if not _is(row[column], kind):
+                names = {str: "text", list: "list", dict: "JSON object", int: "whole number", TEXT: "text"}
+                name = names.get(kind, "number")
+                raise InputError(f'{path}:{number}: "{column}" is not a {name}; fix the line')
         empty = False
         yield row
     if empty:
@@ -178,8 +176,8 @@ def is_verdict(row: dict) -> bool:
     return row.get("verdict") in ("tie", "skip")
 
 
-def read_jsonl(path: str | Path, columns: dict[str, type], verdicts: bool = False) -> list[dict]:
-    return list(iterate_jsonl(path, columns, verdicts))
+def read_jsonl(path: str | Path, columns: dict[str, type]) -> list[dict]:
+    return list(iterate_jsonl(path, columns))
 
 
 @contextmanager

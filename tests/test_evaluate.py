@@ -8,8 +8,7 @@ import pytest
 import torch
 
 import ppo
-import reward
-from evaluate import expected_at_best, report, summary
+from evaluate import clustered_error, expected_at_best, report, summary
 from tests.conftest import ragged
 
 
@@ -83,7 +82,7 @@ def test_the_error_of_an_accuracy_takes_the_pairs_of_one_prompt_together():
     rng = np.random.default_rng(0)
     sizes = rng.integers(1, 6, 400)
     right = torch.tensor(np.repeat(rng.random(400) < 0.7, sizes), dtype=torch.float64)  # alike within a prompt
-    got = reward.clustered_error(right, sizes.tolist())
+    got = clustered_error(right, sizes.tolist())
     parts = right.split(sizes.tolist())
     means = []
     for _ in range(2000):  # the bootstrap over prompts
@@ -91,5 +90,5 @@ def test_the_error_of_an_accuracy_takes_the_pairs_of_one_prompt_together():
         means.append(torch.cat(chosen).mean().item())
     assert got == pytest.approx(np.std(means), rel=0.1)
     n = len(right)
-    alone = reward.clustered_error(right, [1] * n)
+    alone = clustered_error(right, [1] * n)
     assert alone == pytest.approx(right.std().item() / math.sqrt(n)) and got > 1.5 * alone

@@ -90,12 +90,13 @@ def test_every_process_starts_from_the_weights_of_the_first(tmp_path):
     script.write_text(
         "import ppo, common, torch\n"
         "def main():\n"
-        "    common.setup(ppo.Config(device='cpu'))\n"
+        "    cfg = ppo.Config(device='cpu', out='x')\n"
+        "    common.setup(cfg)\n"
         "    net = torch.nn.Linear(3, 2)\n"
         "    torch.nn.init.constant_(net.weight, 1.0 + common.RANK)\n"
-        "    common.processes.broadcast(net)\n"
+        "    common.Run(cfg).start(1, model=net)\n"
         "    assert (net.weight == 1).all(), net.weight\n"
         "common.run_main(main)\n"
     )
-    done = run(script, processes=2)
+    done = run(script, cwd=tmp_path, processes=2)
     assert done.returncode == 0, done.stderr
