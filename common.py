@@ -1,7 +1,7 @@
 """What every stage needs and no reader needs first: command line, functions of the user, optimizer steps.
 
-Its rooms are processes.py (device, torchrun, signals), checkpoints.py, runs.py (run folders) and functions.py (judges
-and rewards of the user); every name is reached by `common`.
+Its rooms are processes.py (device, torchrun, signals), sharding.py, checkpoints.py, runs.py (run folders) and
+functions.py (judges and rewards of the user); every name is reached by `common`.
 """
 
 import argparse
@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import processes
+import sharding
 from checkpoints import (
     check_vocabulary,
     known_prompts,
@@ -50,10 +51,11 @@ from processes import (
     say,
     setup,
     share,
-    sum_gradients,
+    together,
     total,
 )
 from runs import Run, fingerprint, peak_memory, read_metrics, started_from
+from sharding import shard, sum_gradients, whole
 
 # --- command line -----------------------------------------------------------------------------------------------------
 
@@ -160,6 +162,10 @@ def run_main(main: Callable[[], None]) -> None:
         os._exit(code)
     if dist.is_initialized():
         dist.destroy_process_group()
+    if sharding.used:  # torch's caches keep gloo's threads, which could abort the process while the interpreter ends
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
     if code:
         sys.exit(code)
 
@@ -195,7 +201,7 @@ def adamw(model: nn.Module, lr: float, weight_decay: float, eps: float = 1e-8) -
 def step_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, lr: float, max_norm: float) -> Tensor:
     """Gradients of all processes → clip → step → zero. Returns the norm before clipping."""
     sum_gradients(model)
-    norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm or float("inf"))
+    norm = sharding.full(nn.utils.clip_grad_norm_(model.parameters(), max_norm or float("inf")))
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()

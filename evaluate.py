@@ -79,7 +79,8 @@ def evaluate(answer: Answer, prompts: list[list[int]], judges: dict[str, Judge])
     first prompt, for the random numbers. The processes of torchrun share the work; each returns all of it.
     """
     found: dict[int, dict[str, list]] = {}  # by the number of the first prompt
-    for start in common.share(list(range(0, len(prompts), 128))):
+    starts = list(range(0, len(prompts), 128))
+    for start in common.together(common.share(starts), starts):
         batch, pairs = answer(prompts[start : start + 128], start)
         new = {name: ask(judge, pairs) for name, judge in judges.items()}
         new["score"] = batch["score"].tolist()

@@ -64,6 +64,7 @@ class Config:
     dtype: str = "auto"  # auto, float32 or bfloat16 (autocast)
     compile: bool = False  # torch.compile of the blocks, after a minute of compiling
     checkpoint_activations: bool = False  # in training keep less and compute more
+    shard: bool = False  # divide the nets over the processes of torchrun, where one GPU cannot hold them
     iterations: int = 48  # rounds of answer → score → update; 0: only evaluate
     batch_size: int = 128  # prompts an iteration, over all processes
     epochs: int = 2  # passes over an iteration's answers
@@ -141,7 +142,10 @@ def read(
     if reads_text:  # a function of the user is asked once, and computes in its own precision
         with torch.autocast(device.type, enabled=False):
             out["score"] = score(batch)
-    for index in data.by_length(batch, cfg.micro_batch_size or cfg.minibatch_size // common.WORLD):
+    parts = data.by_length(batch, cfg.micro_batch_size or cfg.minibatch_size // common.WORLD)
+    if cfg.shard:
+        parts = common.together(parts, parts)
+    for index in parts:
         part = data.select(batch, index)
         sequences = part["tokens"], part["prompt_len"], part["length"]
         logp, entropy = policy.logprobs_and_entropy(*sequences, cfg.temperature)  # (b, r)
@@ -338,7 +342,7 @@ def build(
         common.check_vocabulary(f"--ref {cfg.ref}", ref_encoding, encoding, cfg.init)
         if start.config.block_size < common.context(cfg, policy):
             raise InputError(f"--ref {cfg.ref}: its context is shorter than the policy's; give a smaller --block_size")
-    ref = common.freeze(start, autocast)
+    ref = common.shard(common.freeze(start, autocast), cfg)
     if ".py:" in cfg.reward:
         reward, cap = common.load_function(cfg.reward), float("inf")
         value = ScalarModel(copy.deepcopy(policy)).to(device)
@@ -351,13 +355,14 @@ def build(
                 f"--reward {cfg.reward}: its context is shorter than the policy's; give a --block_size it can read"
             )
         value, cap = copy.deepcopy(reward), -1.0
-        reward = common.freeze(reward, autocast)
+        reward = common.shard(common.freeze(reward, autocast), cfg)
     for net in (policy, value):
         net.eval().requires_grad_(True)  # eval: no dropout, or the ratio would not be 1
     policy.checkpoint_activations = value.trunk.checkpoint_activations = cfg.checkpoint_activations
     if cfg.compile:
         trunks = [reward.trunk] if isinstance(reward, ScalarModel) else []
         fast.compile_blocks(policy, ref, value.trunk, *trunks)
+    policy, value = common.shard(policy, cfg), common.shard(value, cfg)
     if cfg.unended_cap is not None:
         cap = cfg.unended_cap
     return ref, value, scorer(reward, encoding, policy.config.eos), cap
@@ -390,8 +395,8 @@ def train(cfg: Config) -> None:
         raise InputError(
             f"--batch_size {cfg.batch_size}: {sources[0]} leaves {len(prompts)} prompts to train on; give less"
         )
+    start = common.shard(common.freeze(copy.deepcopy(policy), autocast), cfg) if cfg.ref else None
     ref, value, score, cap = build(cfg, policy, encoding, device, autocast)
-    start = common.freeze(copy.deepcopy(policy), autocast) if cfg.ref else ref
     judges = common.load_functions(cfg.judge or ("" if cfg.data else tales.MEASURES))
     first_judge = next(iter(judges.values()), None)
     policy_optimizer = common.adamw(policy, cfg.lr, 0.0, eps=1e-5)
@@ -409,7 +414,7 @@ def train(cfg: Config) -> None:
     def answer(purpose: str, model: GPT, some: list[list[int]], first: int) -> tuple[Batch, Texts]:
         """`model` answers some held-out prompts, with random numbers of this purpose alone."""
         with autocast:
-            batch = rollout(model, some, cfg, common.generator(purpose, cfg.seed, first))
+            batch = rollout(common.whole(model), some, cfg, common.generator(purpose, cfg.seed, first))
             batch |= read(batch, model, ref, None, score, cfg)
         return batch, texts(batch, encoding, model.config.eos)
 
@@ -418,7 +423,7 @@ def train(cfg: Config) -> None:
         # 1 The policy answers a batch of prompts.
         ids = common.share(data.shuffled(prompts, cfg.batch_size, cfg.seed, None, step))
         with run.timed("rollout"), autocast:
-            batch = rollout(policy, ids, cfg, common.generator("rollout", cfg.seed, step, common.RANK))
+            batch = rollout(common.whole(policy), ids, cfg, common.generator("rollout", cfg.seed, step, common.RANK))
         with run.timed("score"), autocast:
             # 2 Reward model, frozen copy and value net read the answers.
             batch |= read(batch, policy, ref, value, score, cfg)
@@ -458,7 +463,8 @@ def train(cfg: Config) -> None:
     if not cfg.iterations:
         policy, out_encoding = common.load_gpt(cfg.out, device, "--out")
         common.check_vocabulary(f"--out {cfg.out}", out_encoding, encoding, cfg.init)
-    before = evaluate(partial(answer, "before", start), held_out, judges)
+        policy = common.shard(policy, cfg)
+    before = evaluate(partial(answer, "before", start or ref), held_out, judges)
     after = evaluate(partial(answer, "after", policy), held_out, judges)
     common.say(report(before, after, judges))
     if sizes:

@@ -156,7 +156,7 @@ def gather(x: Tensor) -> Tensor:
 
 
 def sum_gradients(model: nn.Module) -> None:
-    """Sum the gradients over all processes. A sum is right: every loss divides by the tokens of the whole batch."""
+    """Sum the gradients over all processes (see sharding.sum_gradients)."""
     if WORLD > 1:
         for p in model.parameters():
             if p.grad is None:  # this process had no row of this batch
@@ -165,9 +165,20 @@ def sum_gradients(model: nn.Module) -> None:
             handle.wait()
 
 
-def share(items: list) -> list:
-    """This process's part of a batch: every WORLD-th item."""
+def share(items: list, evenly: bool = False) -> list:
+    """This process's part of a batch: every WORLD-th item. Raises InputError if it must be, and cannot be, even."""
+    if evenly and len(items) % WORLD:
+        raise InputError(f"--shard: {len(items)} rows cannot be dealt to {WORLD} processes evenly; give more rows")
     return items[RANK::WORLD]
+
+
+def together(items: list, spare: list) -> list:
+    """items, and the last of them (or of `spare`) again until each process has as many: nets that are divided over the
+    processes are read together. So what is done for an item must be the same when it is done twice."""
+    if WORLD == 1:
+        return items
+    most = max(gather_objects(len(items)))
+    return items + (items or spare)[-1:] * (most - len(items))
 
 
 def say(text: str, end: str = "\n") -> None:

@@ -45,6 +45,7 @@ class Config:
     dtype: str = "auto"  # auto, float32 or bfloat16 (autocast)
     compile: bool = False  # torch.compile of the blocks, after a minute of compiling
     checkpoint_activations: bool = False  # in training keep less and compute more
+    shard: bool = False  # divide the nets over the processes of torchrun, where one GPU cannot hold them
     response_len: int = 64  # longest sampled response, in tokens
     temperature: float = 1.0  # of the samples
     batch_size: int = 4  # prompts a step, each with all its responses, over all processes
@@ -164,6 +165,7 @@ def inspect(cfg: Config) -> None:
     if not cfg.data:
         raise InputError("--evaluate: name the comparisons to measure on with --data")
     model, encoding = common.load_scalar(cfg.evaluate, device, "--evaluate")
+    model = common.shard(model, cfg)
     groups = data.comparisons(cfg.data, encoding, model.config.eos, common.say)
     lengths = [max(len(row.tokens) for row in group.rows) for group in groups]
     groups = data.fit(groups, lengths, common.context(cfg, model), cfg.drop_long, f"comparisons of {cfg.data}")
@@ -204,7 +206,7 @@ def open_prompts(policy: GPT, groups: list[data.Group], cfg: Config) -> list[lis
 
 def sample_policy(policy: GPT, prompts: list[list[int]], cfg: Config, autocast: torch.autocast) -> list[data.Row]:
     """An answer of the starting policy to each of 512 prompts."""
-    rows = []
+    policy, rows = common.whole(policy), []
     for start in range(0, 512, 128):
         generator = common.generator("normalize", cfg.seed, start)
         with autocast:
@@ -231,6 +233,7 @@ def train(cfg: Config) -> None:
     if cfg.compile:
         fast.compile_blocks(model.trunk)
     model.trunk.checkpoint_activations = cfg.checkpoint_activations
+    policy, model = common.shard(policy, cfg), common.shard(model, cfg)
     optimizer = common.adamw(model, cfg.lr, cfg.weight_decay)
     steps = max(1, len(groups) // cfg.batch_size)  # one epoch: a second one overfits (Stiennon et al. 2020, C.1)
     run.start(steps, model=model, optimizer=optimizer)
@@ -246,7 +249,7 @@ def train(cfg: Config) -> None:
         run.begin_step()
         # 1 The prompts of this step, each with all its responses.
         batch = data.shuffled(groups, cfg.batch_size, cfg.seed, None, step)
-        mine = common.share(batch)
+        mine = common.share(batch, cfg.shard)
         size = cfg.micro_batch_size or len(batch)
         # 2 Forward and backward, one micro-batch at a time.
         loss = correct = torch.zeros((), device=device)

@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 import plots
 import processes
+import sharding
 from checkpoints import read_checkpoint, save_file, save_model
 from data.chance import seed_of
 from data.files import InputError, cannot_write, replacing
@@ -110,6 +111,7 @@ class Run:
         self.about: dict[str, Any] = {}  # what model.pt says besides
         self.files: dict[str, Path] = {}  # what was made before the start: its name in the folder → where it is
         self.saved_at, self.save_took = time.time(), 0.0
+        sharding.check(cfg)
         trains = getattr(cfg, "iterations", 1) > 0
         if trains:
             check_out(cfg)
@@ -170,14 +172,14 @@ class Run:
             self.step = self.state["step"]
             try:
                 for name, part in parts.items():
-                    part.load_state_dict(self.state.pop(name))  # so that no copy stays in memory
+                    sharding.load_state(part, self.state.pop(name))  # so that no copy stays in memory
             except Exception as error:  # torch raises many kinds
                 why = f"{error}".partition("\n")[0]
                 raise InputError(
                     f"--resume: {self.folder / 'state.pt'} is damaged ({why}); start anew without --resume"
                 ) from None
         for part in parts.values():
-            if isinstance(part, torch.nn.Module):
+            if isinstance(part, torch.nn.Module) and not sharding.is_sharded(part):
                 processes.broadcast(part)
         if RANK == 0:
             try:
@@ -256,9 +258,11 @@ class Run:
 
     def keep_best(self, goodness: float, model: GPT | ScalarModel, encoding: tiktoken.Encoding) -> None:
         """Write best.pt if no evaluation of this run was better."""
-        if goodness > self.best and RANK == 0:
+        if goodness > self.best:
             self.best = goodness
-            save_model(model, encoding, self.folder / "best.pt", **self.about)
+            model = sharding.whole(model)
+            if RANK == 0:
+                save_model(model, encoding, self.folder / "best.pt", **self.about)
 
     def must_save(self, step: int, due: bool) -> bool:
         """Whether to save after this step: if `due`, at the end, after a minute, or because a signal ends the run."""
@@ -274,12 +278,13 @@ class Run:
         Raises Stopped if a signal has asked the run to end.
         """
         began = time.time()
+        saved = {name: sharding.state(part) for name, part in ({"model": model} | parts).items()}
+        model = sharding.whole(model)
         if RANK == 0:
-            for name, x in model.state_dict().items():
+            for name, x in saved["model"].items():
                 if not x.isfinite().all():
                     raise self.diverged(step, f"weight {name}", "not finite")
             save_model(model, encoding, self.folder / "model.pt", **self.about)
-            saved = {name: part.state_dict() for name, part in ({"model": model} | parts).items()}
             about = {"step": step, "options": dataclasses.asdict(self.cfg), "inputs": self.inputs, "processes": WORLD}
             about["goodness"] = self.best
             about["tokenizer"] = encoding_state(encoding)

@@ -31,6 +31,7 @@ class Config:
     dtype: str = "auto"  # auto, float32 or bfloat16 (autocast)
     compile: bool = False  # torch.compile of the blocks, after a minute of compiling
     checkpoint_activations: bool = False  # in training keep less and compute more
+    shard: bool = False  # divide the nets over the processes of torchrun, where one GPU cannot hold them
     epochs: float = 1.0  # passes over the data
     batch_size: int = 16  # rows a step, over all processes; a row of plain text is block_size tokens
     micro_batch_size: int = 0  # rows in one forward; 0: the whole batch
@@ -136,18 +137,21 @@ def count_targets(rows: list[data.Row]) -> int:
 def evaluate(model: GPT, rows: list[data.Row], cfg: Config, device: torch.device, autocast: torch.autocast) -> float:
     """Mean loss a token (nats) on held-out rows."""
     model.eval()
-    loss = torch.zeros((), device=device)
-    for part in data.micro_batches(common.share(rows), cfg.micro_batch_size or cfg.batch_size):
+    parts = list(data.micro_batches(rows, cfg.micro_batch_size or cfg.batch_size))
+    numbers, losses = list(range(len(parts))), {}
+    for i in common.together(common.share(numbers), numbers):
         with autocast:
-            loss += next_token_loss(model, part, device)
-    return common.total(loss).item() / count_targets(rows)
+            losses[i] = next_token_loss(model, parts[i], device).item()
+    everybody = {i: loss for each in common.gather_objects(losses) for i, loss in each.items()}
+    return sum(everybody.values()) / count_targets(rows)
 
 
 def sample(model: GPT, encoding: tiktoken.Encoding, row: data.Row, cfg: Config, step: int) -> str:
     """The prompt of a held-out row, or the first tokens of plain text, and how the model goes on."""
     prompt = row.tokens[: row.prompt_len if row.prompt_len > 1 else 8]
     room = common.context(cfg, model) - len(prompt)
-    tokens, _, _ = model.generate([prompt], min(room, 96), generator=common.generator("sample", cfg.seed, step))
+    chance = common.generator("sample", cfg.seed, step)
+    tokens, _, _ = common.whole(model).generate([prompt], min(room, 96), generator=chance)
     return encoding.decode(tokens[0].tolist())
 
 
@@ -161,6 +165,7 @@ def train(cfg: Config) -> None:
     if cfg.compile:
         fast.compile_blocks(model)
     model.checkpoint_activations = cfg.checkpoint_activations
+    model = common.shard(model, cfg)
     optimizer = common.adamw(model, cfg.lr, cfg.weight_decay)
     steps = max(1, round(cfg.epochs * batches))
     run.start(steps, model=model, optimizer=optimizer)
@@ -179,7 +184,7 @@ def train(cfg: Config) -> None:
         model.train()
         torch.manual_seed(common.seed_of("dropout", cfg.seed, step, common.RANK))
         loss = torch.zeros((), device=device)
-        for part in data.micro_batches(common.share(rows), cfg.micro_batch_size or len(rows)):
+        for part in data.micro_batches(common.share(rows, cfg.shard), cfg.micro_batch_size or len(rows)):
             with autocast:
                 part_loss = next_token_loss(model, part, device) / n_targets
             part_loss.backward()

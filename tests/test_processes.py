@@ -1,10 +1,12 @@
-"""Two processes under torchrun: the same run as one, where the batch is the same."""
+"""Two processes under torchrun: the same run as one, where the batch is the same; and nets divided over the two."""
 
 import json
 import sys
 
 import pytest
+import torch
 
+import common
 from tests.conftest import run, write
 
 
@@ -39,6 +41,101 @@ def test_ppo_runs_on_two_processes_and_logs_the_whole_batch(folders):
     lines = [json.loads(line) for line in (tmp / "p" / "metrics.jsonl").read_text().splitlines()]
     assert len(lines) == 2 and lines[1]["episode"] == 16
     assert abs(lines[0]["val/ratio"] - 1) < 0.05 and lines[0]["objective/kl"] == 0
+
+
+PPO = ["--iterations", 2, "--batch_size", 8, "--minibatch_size", 4, "--response_len", 8, "--eval_prompts", 8]
+PPO += ["--value_warmup", 0, "--save_every", 1]
+STEP = {  # one optimizer step of each net, and in stage 3 two iterations
+    "sft.py": ["--batch_size", 6, "--epochs", 0.01, "--warmup", 0],
+    "reward.py": ["--batch_size", 6, "--n_prompts", 10, "--warmup", 0, "--response_len", 8],
+    "ppo.py": PPO,
+}
+
+
+def stage(folders, script: str, kind: str, *more: object, processes: int = 2):
+    tmp = folders["tmp"]
+    options = ["--data", tmp / f"{kind}.jsonl", "--init", folders["sft"], *STEP[script], *more]
+    options += ["--reward", folders["reward"]] if script == "ppo.py" else []
+    return run(script, *options, processes=processes)
+
+
+def same(one, two, tolerance: float = 1e-5) -> None:
+    """Two run folders have the same gradients (Adam's mean of them), and nearly all weights are the same: where a
+    gradient is nothing but rounding noise, Adam makes a whole step of it."""
+    states = [torch.load(folder / "state.pt", weights_only=True) for folder in (one, two)]
+    for name in [name for name in states[0] if name.endswith("optimizer")]:
+        mine, theirs = (torch.cat([x["exp_avg"].flatten() for x in state[name]["state"].values()]) for state in states)
+        assert mine.norm() > 0 and (theirs - mine).norm() <= tolerance * mine.norm()
+    models = [torch.load(folder / "model.pt", weights_only=True)["model"] for folder in (one, two)]
+    assert models[0].keys() == models[1].keys()
+    apart = torch.cat([(models[0][name] - models[1][name]).flatten().abs() for name in models[0]])
+    assert apart.quantile(0.99) <= tolerance
+
+
+@pytest.mark.parametrize(
+    "script, kind",
+    [
+        ("sft.py", "pairs"),
+        pytest.param("sft.py", "text", marks=pytest.mark.slow),
+        pytest.param("reward.py", "comparisons", marks=pytest.mark.slow),
+    ],
+)
+def test_sharded_processes_take_the_step_of_one(folders, script, kind):
+    one, two = folders["tmp"] / "one", folders["tmp"] / "two"
+    alone = stage(folders, script, kind, "--out", one, processes=1)
+    sharded = stage(folders, script, kind, "--shard", "--out", two)
+    assert alone.returncode == sharded.returncode == 0, sharded.stderr
+    same(one, two)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [[], ["--checkpoint_activations"], ["--micro_batch_size", 1], ["--dtype", "bfloat16"]])
+def test_sharded_processes_of_ppo_do_what_whole_ones_do(folders, more):
+    """Bit for bit the same answers; sums of gradients differ by rounding."""
+    one, two = folders["tmp"] / "one", folders["tmp"] / "two"
+    plain = stage(folders, "ppo.py", "prompts", *more, "--out", one)
+    sharded = stage(folders, "ppo.py", "prompts", *more, "--shard", "--out", two)
+    assert plain.returncode == sharded.returncode == 0, sharded.stderr
+    same(one, two, 1e-5 if "bfloat16" not in more else 0.02)
+    lines = [common.read_metrics(folder) for folder in (one, two)]
+    for mine, theirs in zip(*lines, strict=True):
+        for name in ("objective/kl", "objective/scores", "val/ratio", "loss/value_avg", "policy/grad_norm"):
+            assert theirs[name] == pytest.approx(mine[name], rel=1e-4 if "bfloat16" not in more else 0.1, abs=1e-3)
+
+
+@pytest.mark.slow
+def test_a_sharded_run_that_was_stopped_goes_on_to_the_same_weights(folders):
+    tmp = folders["tmp"]
+    (tmp / "judge.py").write_text(
+        "import pathlib\ncalls = 0\n"
+        "def judge(prompts, responses):\n"
+        "    global calls\n    calls += 1\n"
+        f"    assert calls < 2 or not pathlib.Path({str(tmp / 'stop')!r}).exists()\n"
+        "    return [len(x) for x in responses]\n"
+    )
+    judge = ["--judge", f"{tmp / 'judge.py'}:judge", "--shard"]
+    whole = stage(folders, "ppo.py", "prompts", *judge, "--out", tmp / "whole")
+    (tmp / "stop").touch()
+    stopped = stage(folders, "ppo.py", "prompts", *judge, "--out", tmp / "parts")
+    assert whole.returncode == 0 and stopped.returncode != 0
+    assert torch.load(tmp / "parts" / "state.pt", weights_only=True)["step"] == 1
+    (tmp / "stop").unlink()
+    resumed = stage(folders, "ppo.py", "prompts", *judge, "--out", tmp / "parts", "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    for name in ("model.pt", "state.pt"):
+        mine, theirs = (torch.load(tmp / folder / name, weights_only=True) for folder in ("whole", "parts"))
+        assert all(torch.equal(x, theirs["model"][key]) for key, x in mine["model"].items())
+
+
+def test_sharding_is_refused_where_it_cannot_be(folders):
+    alone = stage(folders, "ppo.py", "prompts", "--shard", "--out", folders["tmp"] / "x", processes=1)
+    assert alone.returncode == 2 and "start several" in alone.stderr
+
+
+@pytest.mark.slow
+def test_sharding_refuses_a_batch_that_is_not_even(folders):
+    uneven = stage(folders, "reward.py", "comparisons", "--shard", "--batch_size", 5, "--out", folders["tmp"] / "x")
+    assert uneven.returncode != 0 and "multiple of the 2 processes" in uneven.stderr
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the threads' names from /proc")
