@@ -62,6 +62,7 @@ from sharding import shard, sum_gradients, whole
 ABOVE_ZERO = "samples batch_size minibatch_size epochs response_len n_layer n_head n_embd label_temperature".split()
 ABOVE_ZERO += ["eval_prompts", "save_every", "evals", "horizon", "people"]
 AT_MOST = {"dropout": 0.99, "port": 65535, "gamma": 1, "lam": 1, "top_p": 1, "seed": 2**63 - 1}
+AT_MOST |= {"unended_cap": math.inf}
 
 
 class _Parser(argparse.ArgumentParser):

@@ -45,7 +45,7 @@ def shard(net: GPT | ScalarModel, cfg: Any) -> GPT | ScalarModel:
     trunk = net.trunk if isinstance(net, ScalarModel) else net
     mesh = init_device_mesh(trunk.wte.weight.device.type, (processes.WORLD,))
     for module in (*trunk.h, net):
-        fully_shard(module, mesh=mesh)
+        fully_shard(module, mesh=mesh, reshard_after_forward=True)
     net.call = lambda work: work()
     register_fsdp_forward_method(net, "call")
     for name in FORWARDS:
