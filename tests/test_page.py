@@ -183,12 +183,10 @@ def test_choices_prompt_and_heads_stay_in_view_beside_answers_of_800_words(serve
     assert end > height
     for place in range(0, end, height // 2):
         page.evaluate("y => scrollTo(0, y)", place)
-        for button in page.locator("#choices button, #comment, #sure, #prompt").all():
-            assert button.evaluate(HIT), (place, button)
-        heads = [head for head in page.locator(".place").all() if head.evaluate(HIT)]
-        assert heads, place
-        if width > 700:
-            assert len({head.bounding_box()["x"] for head in heads}) == 2, place
+        controls = page.evaluate(IN_VIEW, "#choices button, #comment, #sure, #prompt")
+        assert len(controls) == n + 3 + 3 and None not in controls, place
+        heads = {left for left in page.evaluate(IN_VIEW, ".place") if left is not None}
+        assert len(heads) == (1 if width < 700 else 2), place
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     page.locator("#whole").click()
     assert page.locator("#prompt").evaluate("e => e.scrollHeight === e.clientHeight")
@@ -196,10 +194,10 @@ def test_choices_prompt_and_heads_stay_in_view_beside_answers_of_800_words(serve
     assert not page.problems
 
 
-HIT = """e => {  // is the middle of the element in view, with nothing before it?
-    const box = e.getBoundingClientRect();
-    return e.contains(document.elementFromPoint(box.x + box.width / 2, box.y + box.height / 2));
-}"""
+IN_VIEW = """selector => [...document.querySelectorAll(selector)].map(e => {
+    const box = e.getBoundingClientRect();  // its left edge if its middle is in view with nothing before it, else null
+    return e.contains(document.elementFromPoint(box.x + box.width / 2, box.y + box.height / 2)) ? box.x : null;
+})"""
 
 
 @pytest.mark.parametrize("width, height", SIZES)
@@ -381,7 +379,6 @@ def test_any_earlier_answer_is_seen_again_and_changed_or_left(serve, browser, to
     page.locator("#list button").nth(2).click()
     wait(page, "Your answer 2 of 4 was: 3 > 1 > 2.")
     assert page.locator("#comment").input_value() == "comment 1"
-    assert page.locator(".place").all_text_contents()[2] == "Response 3 — was number 1"
     page.locator("#leave").click()
     wait(page, "4 done")
     assert rows(sitting) == before and page.locator("#comment").input_value() == "of the fifth"
@@ -411,7 +408,8 @@ def test_a_second_click_in_haste_does_not_answer_the_next_question(serve, page):
 
 @pytest.mark.parametrize("n, keys", [(2, "2"), (3, "31")])
 def test_after_a_failed_request_the_choice_is_there_to_be_sent_again(serve, page, n, keys):
-    sitting = serve(lambda prompt: make(prompt, n))
+    answers = [(f"{WORDS_800} {i}", True) for i in range(n)]
+    sitting = serve(lambda prompt: label.Question(prompt, answers, ["m"] * n))
     begin(page, sitting.address)
     shown = texts(page)
     page.locator("#comment").fill("why")
@@ -421,12 +419,26 @@ def test_after_a_failed_request_the_choice_is_there_to_be_sent_again(serve, page
         page.keyboard.press(key)
     page.wait_for_selector("#trouble:visible")
     assert "not saved yet" in page.locator("#trouble").inner_text() and rows(sitting) == []
+    assert None not in page.evaluate(IN_VIEW, "#trouble, #choices button")
     page.unroute("**/answer")
     page.get_by_role("button", name="Try again").click()
     wait(page, "Saved. 1 done")
     (row,) = rows(sitting)
     assert row.get("chosen", row.get("ranked", [""])[0]) == shown[int(keys[0]) - 1] and row["comment"] == "why"
     assert not page.locator("#trouble").is_visible()
+
+
+def test_a_list_of_earlier_answers_that_failed_is_asked_for_again(serve, page):
+    sitting = serve()
+    begin(page, sitting.address)
+    press(page, "1", "1 done")
+    page.route("**/earlier", lambda route: route.abort())
+    page.keyboard.press("u")
+    page.wait_for_selector("#trouble:visible")
+    page.unroute("**/earlier")
+    page.get_by_role("button", name="Try again").click()
+    page.wait_for_selector("#earlier[open]")
+    assert page.locator("#list button").count() == 1
 
 
 def test_an_answer_that_was_given_in_another_tab_is_said_and_the_page_goes_on(serve, browser):
@@ -439,7 +451,7 @@ def test_an_answer_that_was_given_in_another_tab_is_said_and_the_page_goes_on(se
     press(one, "1", "1 done")
     two.keyboard.press("2")
     two.wait_for_selector("#trouble:visible")
-    assert "Not saved: this question is no longer open." in two.locator("#trouble").inner_text()
+    assert "this question is no longer open" in two.locator("#trouble").inner_text()
     two.get_by_role("button", name="Go on").click()
     wait(two, "1 done, 19 to go")
     assert len(rows(sitting)) == 1 and two.locator("#prompt").text_content() == "<b>question</b> 1"

@@ -16,7 +16,7 @@ def report(rows: list[dict]) -> str:
     lines = ["annotator             preferences   ties  all bad  skips   median seconds"]
     for who in sorted({row["annotator"] for row in rows}):
         mine = [row for row in rows if row["annotator"] == who]
-        kinds = Counter(row.get("verdict", "preferred") for row in mine)
+        kinds = Counter(row["verdict"] if is_verdict(row) else "preferred" for row in mine)
         pace = statistics.median(row["seconds"] for row in mine)
         counts = f"{kinds['preferred']:>12} {kinds['tie']:>6} {kinds['bad']:>8} {kinds['skip']:>6}"
         lines.append(f"{who:<20} {counts} {pace:>16.1f}")

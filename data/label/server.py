@@ -13,7 +13,7 @@ import urllib.parse
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from data.files import InputError
+from data.files import InputError, cannot_write
 from data.label.sitting import Question, Sitting, question_of
 
 PAGE = Path(__file__).with_name("page.html")
@@ -228,7 +228,10 @@ def lasting_token(out: Path) -> str:
     token = path.read_text(errors="replace").strip() if path.exists() else ""
     if not re.fullmatch(r"[\w-]{22}", token, re.ASCII):
         token = secrets.token_urlsafe(16)
-        path.unlink(missing_ok=True)
-        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            file.write(token)
+        try:
+            path.unlink(missing_ok=True)
+            with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+                file.write(token)
+        except OSError as error:
+            raise cannot_write(path, error) from None
     return token

@@ -139,7 +139,7 @@ class Sitting:
             if question is None:  # the server has started again since the page got the question
                 question, since = next((q for q in self._free(annotator) if q.number == number), None), self.began
             if question is None or question.number != number:
-                raise ValueError("this question is no longer open")
+                raise ValueError("this question is no longer open; your earlier answers show what is saved")
             row = self._row(question, annotator, verdict, comment, sure)
             row |= {"time": now(), "seconds": round(time.monotonic() - since, 2), "seed": self.seed}
             with open(self.out, "ab", buffering=0) as file:
@@ -258,7 +258,7 @@ def read_answers(path: Path, repair: bool = False) -> list[dict]:
         texts = row.get("responses") if is_verdict(row) else row.get("ranked", [row.get("chosen"), row.get("rejected")])
         places = isinstance(row.get("position"), int) or is_verdict(row)
         checkpoints = row.get("checkpoint")
-        if not (are_texts(texts) and are_texts(checkpoints) and len(texts) == len(checkpoints) and places):
+        if not (are_texts(texts) and are_texts(checkpoints) and len(texts) == len(checkpoints) > 1 and places):
             raise InputError(
                 f"{path}: row {number}: not an answer of data.label (texts, checkpoint, position); remove the row"
             )
