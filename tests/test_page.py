@@ -250,7 +250,8 @@ def test_each_paragraph_runs_its_own_way_and_code_keeps_its_lines(serve, browser
         if i == 2:
             lines = page.locator("code").first if "See" in texts(page)[0] else page.locator("code").nth(1)
             assert lines.text_content().startswith("```python\nif x:\n\tprint(") and page.locator("code").count() == 2
-            assert lines.evaluate("e => e.scrollWidth > e.clientWidth && getComputedStyle(e).direction === 'ltr'")
+            assert lines.evaluate("e => { e.scrollLeft = 50; return e.scrollLeft === 50; }")  # a long line is reached
+            assert lines.evaluate("e => getComputedStyle(e).direction") == "ltr"
             assert page.locator("article .text", has_text="See").evaluate(SIDES)[-1] == "right"  # after the code
         press(page, "t", f"{i + 1} done")
     assert not page.problems
