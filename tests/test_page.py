@@ -333,6 +333,7 @@ def test_instructions_are_shown_first_on_demand_and_again_when_they_change(serve
     sitting.server.server_close()
     serve(instructions="Other words.", port=port)
     page.reload()
+    page.wait_for_selector("#start:visible")
     assert page.locator("#start #read").inner_text() == "Other words." and page.locator("#name").input_value() == "ann"
     page.keyboard.press("Enter")
     wait(page, "0 done")
