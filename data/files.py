@@ -20,6 +20,7 @@ from typing import IO
 
 HUB = "https://huggingface.co"
 TEXT = (str, list)  # a text, or a conversation: a list of messages
+VERDICTS = ("tie", "bad", "skip")  # of a person, in place of a preference
 
 
 class InputError(Exception):
@@ -172,8 +173,8 @@ def _is(value: object, kind: type | tuple[type, ...]) -> bool:
 
 
 def is_verdict(row: dict) -> bool:
-    """Return True if a row of a label file holds a tie or a skip in place of a preference."""
-    return row.get("verdict") in ("tie", "skip")
+    """Return True if a row of a label file holds a tie, "all are bad" or a skip in place of a preference."""
+    return row.get("verdict") in VERDICTS
 
 
 def read_jsonl(path: str | Path, columns: dict[str, type]) -> list[dict]:

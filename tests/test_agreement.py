@@ -1,4 +1,4 @@
-"""Agreement with code and equations that are not ours: transformers, TRL, and float64 loops from the papers."""
+"""Agreement with code, equations and figures that are not ours: transformers, TRL, loops from the papers, textbooks."""
 
 import math
 
@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import data
 import ppo
 from data import weights
+from data.label import agreement, alpha
 from tests.conftest import FAMILIES, make_gpt, ragged, uneven
 
 seeds = st.integers(0, 2**32 - 1)
@@ -163,3 +164,95 @@ def test_log_probabilities_of_padded_responses_agree_with_trl(tmp_path, temperat
         logits = trl.forward(theirs, rows, pad).logits[:, P - 1 : -1] / temperature
         expected = trl.selective_log_softmax(logits, rows[:, P:]).masked_fill(rows[:, P:] == pad, 0)
     torch.testing.assert_close(ours.logprobs(tokens, prompt_len, length, temperature), expected, rtol=0, atol=1e-4)
+
+
+# Krippendorff 2011, "Computing Krippendorff's Alpha-Reliability", sections A, B and C: a line for each observer, a
+# column for each unit, a point where one is missing; and the alpha printed there.
+TEXTBOOK = [
+    (["0100000010", "1110010000"], 0.095),
+    (["aabbdcccedda", "babbbccceddd"], 0.692),
+    (["123321412...", "1233224125.3", ".3332342251.", "12332441251."], 0.743),
+]
+
+
+def units(observers):
+    """Questions, each of its own prompt, from lines as in TEXTBOOK."""
+    columns = enumerate(zip(*observers))
+    return {(f"prompt {u}", ()): {i: v for i, v in enumerate(said) if v != "."} for u, said in columns}
+
+
+def alpha_by_pairs(units):
+    """1 − D_o / D_e by the definition: pairs within units, each weighted 1 / (n_u − 1), against pairs of all values."""
+    shared = [list(said.values()) for said in units.values() if len(said) > 1]
+    values = [value for said in shared for value in said]
+    n = len(values)
+    observed = sum(
+        (said[i] != said[j]) / (len(said) - 1) for said in shared for i in range(len(said)) for j in range(len(said))
+    )
+    expected = sum(values[i] != values[j] for i in range(n) for j in range(n) if i != j)
+    return 1 - (observed / n) / (expected / (n * (n - 1)))
+
+
+@pytest.mark.parametrize("observers, published", TEXTBOOK)
+def test_alpha_is_that_of_krippendorffs_examples(observers, published):
+    value, low, high = alpha(units(observers))
+    assert round(value, 3) == published == round(alpha_by_pairs(units(observers)), 3) and low < value < high
+
+
+def test_alpha_and_its_interval_equal_pairs_counted_one_by_one():
+    """Ragged units, several to a prompt. The interval: prompts drawn with other random numbers, alpha by its pairs."""
+    rng, made = np.random.default_rng(0), {}
+    for u in range(60):
+        truth, people = rng.integers(3), rng.permutation(5)[: rng.integers(1, 6)]
+        made[f"prompt {u // 2}", u] = {
+            int(who): int(truth if rng.random() < 0.7 else rng.integers(3)) for who in people
+        }
+    value, low, high = alpha(made)
+    assert value == pytest.approx(alpha_by_pairs(made), abs=1e-12)
+    prompts = dict.fromkeys(prompt for prompt, _ in made)
+    shared = [p for p in prompts if any(len(said) > 1 for (prompt, _), said in made.items() if prompt == p)]
+    drawn = []
+    for _ in range(400):
+        picks = [shared[i] for i in rng.integers(len(shared), size=len(shared))]
+        part = {(k, u): said for k, p in enumerate(picks) for (prompt, u), said in made.items() if prompt == p}
+        drawn.append(alpha_by_pairs(part))
+    assert np.percentile(drawn, [2.5, 97.5]) == pytest.approx([low, high], abs=0.04)
+    one_each = {(u, u): said for (_, u), said in made.items()}
+    assert alpha(one_each)[0] == pytest.approx(value)
+
+
+def test_a_prompt_asked_twice_does_not_make_the_interval_narrower():
+    once = units(TEXTBOOK[2][0])
+    twice = {(prompt, copy): said for (prompt, _), said in once.items() for copy in range(2)}
+    _, low, high = alpha(once)
+    assert alpha(twice)[1:] == pytest.approx((low, high), abs=0.03)
+    apart = {(f"{prompt} {copy}", ()): said for (prompt, copy), said in twice.items()}
+    assert alpha(apart)[2] - alpha(apart)[1] < 0.85 * (high - low)
+
+
+def test_a_value_is_the_best_response_wherever_it_stood_and_ties_and_all_bad_are_values():
+    def row(prompt, who, verdict, swapped=False):
+        a, b = ("x", "m1"), ("y", "m2")
+        best, worst = (b, a) if verdict == "y" or swapped else (a, b)
+        about = {"prompt": prompt, "annotator": who, "checkpoint": [best[1], worst[1]]}
+        if verdict in ("tie", "bad", "skip"):
+            return about | {"verdict": verdict, "responses": [best[0], worst[0]]}
+        return about | {"chosen": best[0], "rejected": worst[0]}
+
+    said = {"ann": ["x", "y", "tie", "bad", "skip"], "bob": ["x", "x", "tie", "tie", "x"], "cy": ["y", "y", "tie"]}
+    answers = [
+        row(f"q{i}", who, verdict, who == "bob" and len(verdict) > 1)
+        for who, verdicts in said.items()
+        for i, verdict in enumerate(verdicts)
+    ]
+    report = agreement(answers)
+    four = units(["xytb.", "xxttx", "yyt.."])
+    assert f"agreement: the same in 5 of 10 pairs of answers, alpha {alpha_by_pairs(four):.3f} (" in report
+    for pair, same, lines in (
+        ("ann and bob", "2 of 4", ["xytb.", "xxttx"]),
+        ("ann and cy", "2 of 3", ["xyt", "yyt"]),
+        ("bob and cy", "1 of 3", ["xxt", "yyt"]),
+    ):
+        assert f"{pair}: the same in {same} pairs of answers, alpha {alpha_by_pairs(units(lines)):.3f} (" in report
+    assert "alpha undefined" in agreement([row("q", "ann", "x"), row("q", "bob", "x")])
+    assert "no two people" in agreement([row("q", "ann", "x"), row("q", "bob", "skip")])

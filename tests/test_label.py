@@ -1,4 +1,4 @@
-"""data/label: a sitting with one person and with several, the server under attack, the terminal, the report."""
+"""data/label: a sitting with one person and with several, the server under attack, the terminal, names."""
 
 import calendar
 import concurrent.futures
@@ -60,10 +60,10 @@ def test_every_answer_is_in_the_file_at_once_as_a_row_that_reward_py_reads(sit, 
     assert (row["chosen_ended"], row["rejected_ended"], row["checkpoint"]) == (True, False, ["out/ppo", "out/sft"])
     assert row["annotator"] == "ann" and row["seed"] == 0 and row["seconds"] >= 0 and row["position"] in (0, 1)
     assert abs(time.time() - calendar.timegm(time.strptime(row["time"], "%Y-%m-%dT%H:%M:%SZ"))) < 60
-    for verdict in ("tie", "skip"):
+    for verdict in ("tie", "bad", "skip"):
         sitting.answer("ann", sitting.next("ann").number, verdict)
     prefer(sitting, "ann", "answer 0")
-    assert [row.get("verdict") for row in rows(sit.out)] == [None, "tie", "skip", None]
+    assert [row.get("verdict") for row in rows(sit.out)] == [None, "tie", "bad", "skip", None]
     groups = data.comparisons(sit.out, encoding, encoding.eot_token)
     assert len(groups) == 2 and [encoding.decode(g.rows[0].tokens).find("answer 1") > 0 for g in groups] == [
         True,
@@ -87,12 +87,47 @@ def test_the_places_are_random_and_a_reload_does_not_change_them(sit):
     assert sitting.next("ann") is sitting.next("ann")
     orders = [tuple(sitting.order(make(prompt), who)) for prompt in PROMPTS for who in ("ann", "bob", "cy")]
     assert 30 < orders.count((0, 1)) < 60 and orders[0] == tuple(sitting.order(make(PROMPTS[0]), "ann"))
+    number = sitting.next("ann").number
     with pytest.raises(ValueError, match="no longer open"):
-        sitting.answer("ann", 9, "tie")
+        sitting.answer("ann", number + 1, "tie")
     for nonsense in ("better", [0], [0, 0], [0, 2], [True, False], None, {}, ["0", "1"]):
         with pytest.raises(ValueError, match="a verdict is"):
-            sitting.answer("ann", 0, nonsense)
+            sitting.answer("ann", number, nonsense)
+    for nonsense in (None, ["text"], "x" * 2001, "\ud800"):
+        with pytest.raises(ValueError, match="a comment has|surrogates not allowed"):
+            sitting.answer("ann", number, "tie", nonsense)
+    for nonsense in (None, 4, -1, True, "very", 1.0):
+        with pytest.raises(ValueError, match="how sure"):
+            sitting.answer("ann", number, "tie", "", nonsense)
     assert not sit.out.exists()
+
+
+def test_a_comment_and_how_sure_one_is_stand_in_the_row_and_readers_go_on_without_them(sit, encoding):
+    sitting = sit()
+    question = sitting.next("ann")
+    sitting.answer("ann", question.number, [1, 0], 'too "long"\u2028 \U0001f600', 3)
+    sitting.answer("ann", sitting.next("ann").number, "bad")
+    first, second = label.read_answers(sit.out)
+    assert (first["comment"], first["sure"]) == ('too "long"\u2028 \U0001f600', 3) and not {"comment", "sure"} & set(
+        second
+    )
+    assert second["verdict"] == "bad" and len(second["responses"]) == len(second["responses_ended"]) == 2
+    assert len(data.comparisons(sit.out, encoding, encoding.eot_token)) == 1
+    assert "how sure: 1 very sure, 0 fairly sure, 0 not sure" in label.report(label.read_answers(sit.out))
+
+
+def test_a_file_of_an_earlier_version_is_read_continued_and_changed(sit):
+    """Rows as they were written before ties had their answers' ends, and before "bad", "comment" and "sure"."""
+    about = {"annotator": "ann", "time": "2026-01-01T00:00:00Z", "seconds": 2.5, "seed": 0, "checkpoint": ["m", "m"]}
+    pair = {"prompt": "question 0", "chosen": "b", "rejected": "a", "chosen_ended": True, "rejected_ended": False}
+    old = [pair | {"position": 1} | about, {"prompt": "question 1", "verdict": "tie", "responses": ["a", "b"]} | about]
+    write(sit.out, old)
+    sitting = sit()
+    assert sitting.next("ann").prompt == "question 2" and label.read_answers(sit.out) == old
+    assert label.report(old).startswith("annotator")
+    assert [sitting.said(row) for row in old] in ([[0, 1], "tie"], [[1, 0], "tie"])
+    sitting.revise("ann", 1, "skip")
+    assert rows(sit.out)[1]["verdict"] == "skip" and rows(sit.out)[0] == old[0]
 
 
 def test_a_sitting_that_was_killed_goes_on_where_it_stopped(sit):
@@ -111,17 +146,65 @@ def test_a_sitting_that_was_killed_goes_on_where_it_stopped(sit):
     assert sorted(done) == sorted(PROMPTS) and len(rows(sit.out)) == 30
 
 
-def test_undo_takes_the_answer_out_of_the_file_and_asks_again(sit):
+def test_any_earlier_answer_can_be_changed_in_its_place_and_after_a_restart(sit):
     sitting = sit()
     for _ in range(3):
         prefer(sitting, "ann", "answer 1")
     prefer(sitting, "bob", "answer 1")
-    before = sit.out.read_text()
-    last = prefer(sitting, "ann", "answer 1").prompt
-    assert sitting.undo("ann") and sit.out.read_text() == before and sitting.next("ann").prompt == last
-    assert sitting.undo("ann") and len(rows(sit.out)) == 3
-    assert prefer(sitting, "ann", "answer 0").prompt == "question 2"
-    assert sitting.undo("cy") is False and len(rows(sit.out)) == 4
+    before, open_question = rows(sit.out), sitting.next("ann")
+    sitting.revise("ann", 0, [0, 1], "on second thoughts", 1)
+    sitting.stop()
+    sitting = sit()
+    question = label.question_of(before[2])
+    places = ["answer 0" in question.answers[i].text for i in sitting.order(question, "ann")]
+    sitting.revise("ann", 2, [places.index(True), places.index(False)])
+    after = rows(sit.out)
+    assert after[1] == before[1] and after[3] == before[3] and len(after) == 4
+    assert (after[0]["comment"], after[0]["sure"], after[0]["position"]) == ("on second thoughts", 1, 0)
+    assert "answer 0" in after[2]["chosen"] and "answer 1" in after[2]["rejected"]
+    for column in ("time", "seconds", "prompt", "annotator"):
+        assert after[2][column] == before[2][column]
+    assert (after[2]["chosen_ended"], after[2]["checkpoint"]) == (False, ["out/sft", "out/ppo"]) and after[2]["revised"]
+    assert sitting.next("ann").prompt == open_question.prompt
+    for nonsense in (3, -1, True, None, "0"):
+        with pytest.raises(ValueError, match="no such earlier answer"):
+            sitting.revise("ann", nonsense, "tie")
+    with pytest.raises(ValueError, match="no such earlier answer"):
+        sitting.revise("cy", 0, "tie")
+    assert rows(sit.out) == after
+
+
+@pytest.mark.parametrize("n, verdict", [(2, [1, 0]), (2, "tie"), (4, [2, 0, 3, 1]), (4, "bad")])
+def test_an_earlier_answer_is_shown_as_it_was_asked(sit, n, verdict):
+    """The same answers in the same places, with the same ends, and what was said of them."""
+    sitting = sit(make=lambda prompt: make(prompt, n))
+    question = sitting.next("ann")
+    shown = [question.answers[i] for i in sitting.order(question, "ann")]
+    sitting.answer("ann", question.number, verdict)
+    (row,) = sitting.earlier("ann")
+    again = label.question_of(row)
+    assert [again.answers[i] for i in sitting.order(again, "ann")] == shown and sitting.said(row) == verdict
+    sitting.revise("ann", 0, verdict)
+    (same,) = sitting.earlier("ann")
+    assert {name: value for name, value in same.items() if name != "revised"} == row
+    assert again.number == question.number != make("another", n).number
+
+
+def test_an_answer_to_a_question_that_was_shown_before_a_restart_counts(sit):
+    sitting = sit(people=1)
+    sitting.next("ann")
+    shown = sitting.next("bob")
+    sitting.stop()
+    sitting = sit()
+    sitting.next("ann")  # prepared by now
+    while shown.number not in [question.number for question in sitting.waiting]:
+        time.sleep(0.01)
+    sitting.answer("bob", shown.number, "tie")
+    assert [row["prompt"] for row in rows(sit.out)] == [shown.prompt] and sitting.next("bob").prompt != shown.prompt
+    with pytest.raises(ValueError, match="no longer open"):  # and only once
+        sitting.answer("bob", shown.number, "tie")
+    with pytest.raises(ValueError, match="no longer open"):  # nor a question that another has open
+        sitting.answer("cy", sitting.next("ann").number, "tie")
 
 
 def test_several_people_get_different_questions_and_with_two_for_each_question_the_same(sit):
@@ -155,12 +238,13 @@ def test_the_report_counts_positions_checkpoints_and_agreement(sit):
         for who in ("ann", "bob"):
             prefer(sitting, who, "answer 1" if who == "ann" or i < 7 else "answer 0")
     sitting.answer("ann", sitting.next("ann").number, "tie")
+    sitting.answer("ann", sitting.next("ann").number, "bad")
     said = label.report(rows(sit.out))
     first = sum(row.get("position") == 0 for row in rows(sit.out))
     assert f"the first shown was preferred in {first / 20:.3f} ± " in said
-    assert "agreement on the best: 7 of 10" in said
+    assert "agreement: the same in 7 of 10 pairs of answers, alpha " in said
     assert "out/ppo was preferred in 17 of the 20" in said and "out/sft was preferred in 3 of the 20" in said
-    assert "ann                            10      1      0" in said
+    assert "ann                            10      1        1      0" in said
 
 
 def test_a_sampler_that_fails_is_said_and_not_taken_for_the_end(sit):
@@ -240,12 +324,25 @@ def test_the_page_and_its_requests_work(served, sit):
     assert "default-src 'none'" in headers["Content-Security-Policy"] and headers["Referrer-Policy"] == "no-referrer"
     asked = json.loads(request(served, body={})[2])
     assert asked["prompt"] == "question 0" and len(asked["responses"]) == 2 and "checkpoint" not in json.dumps(asked)
-    status, headers, body = request(served, path=f"/{served.token}/answer", body={"number": 0, "verdict": [1, 0]})
+    said = {"number": asked["number"], "verdict": [1, 0]}
+    status, headers, body = request(served, path=f"/{served.token}/answer", body=said)
     assert (
         status == 200 and headers["Content-Type"] == "application/json" and json.loads(body)["prompt"] == "question 1"
     )
     assert rows(sit.out)[0]["chosen"] == asked["responses"][1]
-    assert json.loads(request(served, path=f"/{served.token}/undo", body={})[2])["undone"] and not rows(sit.out)
+    earlier = f"/{served.token}/earlier"
+    assert json.loads(request(served, path=earlier, body={})[2]) == {
+        "earlier": [{"prompt": "question 0", "said": [1, 0]}]
+    }
+    again = json.loads(request(served, path=earlier, body={"index": 0})[2])
+    assert again["responses"] == asked["responses"] and (again["said"], again["comment"], again["sure"]) == (
+        [1, 0],
+        "",
+        0,
+    )
+    change = {"index": 0, "verdict": "bad", "comment": "none", "sure": 2}
+    body = json.loads(request(served, path=f"/{served.token}/revise", body=change)[2])
+    assert body["prompt"] == "question 1" and body["done"] == 1 and rows(sit.out)[0]["verdict"] == "bad"
 
 
 def test_what_is_not_ours_is_refused(served, sit):
@@ -272,7 +369,12 @@ def test_what_is_not_ours_is_refused(served, sit):
         assert status(body=body) == 400
     for body in ({"annotator": ""}, {"annotator": "x" * 41}, {"annotator": ["ann"]}, {"annotator": None}):
         assert status(body=body) == 400
-    for body in ({}, {"number": 0}, {"number": "../x", "verdict": "tie"}, {"number": 3, "verdict": [0, 1]}):
+    for body in ({"index": 0}, {"index": -1}, {"index": True}, {"index": "0"}, {"index": [0]}):
+        assert status(path=there + "earlier", body=body) == 400
+        assert status(path=there + "revise", body=body | {"verdict": "tie"}) == 400
+    half = {"annotator": "\ud800", "number": label.Question("question 0", make("question 0").answers, []).number}
+    half["verdict"] = "tie"
+    for body in ({}, {"number": 0}, {"number": "../x", "verdict": "tie"}, {"number": 3, "verdict": [0, 1]}, half):
         assert status(path=there + "answer", body=body) == 400
     assert status("DELETE", there) in (404, 501) and status("OPTIONS", there) in (404, 501)
     assert not sit.out.exists() and status(body={}) == 200
@@ -303,6 +405,62 @@ def test_a_silent_client_does_not_keep_others_waiting(served):
     with socket.create_connection(("127.0.0.1", served.server_port)) as silent:
         silent.sendall(b"POST /")
         assert request(served, body={})[0] == 200
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "0.0.0.0", "127.1", "::1", "::"])
+def test_every_printed_address_opens_the_page(sit, host):
+    try:
+        server = label.Server(sit(), host, 0)
+    except OSError:
+        pytest.skip("this machine has no such address")
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    for address in server.addresses:
+        assert b"Which is better?" in urllib.request.urlopen(address, timeout=20).read(), address
+        assert b"Which is better?" in urllib.request.urlopen(address.removesuffix("/"), timeout=20).read()
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_name_behind_a_proxy_is_allowed_by_option_and_the_refusal_says_how(sit, monkeypatch):
+    for allowed in ("", "label.example.org"):
+        server = label.Server(sit(), "127.0.0.1", 0, allowed)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        there = {"Host": "Label.example.org", "Origin": "https://label.example.org"}
+        for given in ({"method": "GET", "path": f"/{server.token}/"}, {"body": {}}):
+            status, _, body = request(server, **given, **there)
+            assert status == (200 if allowed else 403)
+            assert allowed or b"under the name label.example.org; start the server with --allow_host label" in body
+        status, _, body = request(server, body={}, Origin="https://label.example.org")  # the proxy rewrote the host
+        assert status == (200 if allowed else 403)
+        for path in ("/", "/wrong/", f"/{server.token}/undo", f"/{server.token}/next/"):
+            status, _, body = request(server, path=path, body={})
+            assert status == 404 and b"open the whole address that the terminal shows" in body
+        server.shutdown()
+        server.server_close()
+
+
+def test_the_address_outlives_a_restart_and_only_its_owner_can_read_the_token(sit, tmp_path):
+    server = label.Server(sit(), "127.0.0.1", 0)
+    server.server_close()
+    path = tmp_path / "answers.jsonl.token"
+    assert len(server.token) == 22 and path.stat().st_mode & 0o777 == 0o600
+    again = label.Server(sit(), "127.0.0.1", 0)
+    again.server_close()
+    assert again.token == server.token and again.nonce != server.nonce
+    for broken in ("", "short", "../" * 8, "\xff" * 22):
+        path.write_text(broken)
+        path.chmod(0o644)
+        third = label.Server(sit(), "127.0.0.1", 0)
+        third.server_close()
+        assert third.token not in (server.token, broken) and path.stat().st_mode & 0o777 == 0o600
+
+
+def test_instructions_stand_in_the_page_as_text(sit):
+    server = label.Server(sit(), "127.0.0.1", 0, instructions=f"NONCE {NASTY} INSTRUCTIONS")
+    server.server_close()
+    page = server.page.decode()
+    assert page.count("<script") == 1 and "&lt;script&gt;document.title = &quot;owned&quot;&lt;/script&gt;" in page
+    assert page.count("NONCE") == 1 and page.count("INSTRUCTIONS") == 1
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -339,7 +497,43 @@ def test_the_terminal_does_the_same(folders, monkeypatch, capsys):
     assert len({row["prompt"] for row in rows(folders["tmp"] / "a.jsonl")}) == 9
     assert "That was the last one" in capsys.readouterr().out
     call("--out", folders["tmp"] / "a.jsonl", "--report")
-    assert "ann                             2      6      1" in capsys.readouterr().out
+    assert "ann                             2      6        0      1" in capsys.readouterr().out
+
+
+def test_the_terminal_changes_any_answer_and_takes_comments_and_instructions(folders, monkeypatch, capsys):
+    tmp = folders["tmp"]
+    (tmp / "how.txt").write_text("Prefer the truth.\x1b[2J")
+    said = iter(["1!", "b # none # of both", "2", "u1", "2? # changed my mind", "u 9", "h", "q"])
+    monkeypatch.setattr("builtins.input", lambda _: next(said))
+    call(*given(folders, "--terminal", "--annotator", "ann", "--instructions", tmp / "how.txt"))
+    first, second, third = rows(tmp / "a.jsonl")
+    assert (first["position"], first["sure"], first["comment"]) == (1, 1, "changed my mind") and first["revised"]
+    assert (second["verdict"], second["comment"], "sure" in second) == ("bad", "none # of both", False)
+    assert third["position"] == 1
+    out = capsys.readouterr().out
+    assert out.count("Prefer the truth.") == 2 and "\x1b" not in out and "there is no such answer" in out
+    assert "your answer 1 was: 1 > 2" in out
+
+
+def test_names_are_replaced_in_the_order_of_the_file_and_further_answers_change_none(folders, capsys):
+    tmp = folders["tmp"]
+    about = {"seconds": 1.0, "checkpoint": ["m", "m"], "position": 0, "seed": 0}
+    answers = [
+        {"prompt": f"q{i}", "chosen": "a", "rejected": "b", "annotator": who} | about
+        for i, who in enumerate(["zoe", "ann", "zoe", "P1", "ann"])
+    ]
+    answers[2]["comment"] = "ask ann"
+    write(tmp / "a.jsonl", answers)
+    call("--out", tmp / "a.jsonl", "--anonymous", tmp / "p.jsonl")
+    assert "5 answers of 3 people; 1 have comments, which may contain names" in capsys.readouterr().out
+    shared = label.read_answers(tmp / "p.jsonl")
+    assert [row["annotator"] for row in shared] == ["P1", "P2", "P1", "P3", "P2"]
+    assert [row | {"annotator": answer["annotator"]} for row, answer in zip(shared, answers)] == answers
+    more = label.anonymous([*answers, answers[0] | {"annotator": "aaa"}])
+    assert more[:5] == shared and more[5]["annotator"] == "P4"
+    with pytest.raises(InputError, match="--anonymous .*p.jsonl: exists already"):
+        call("--out", tmp / "a.jsonl", "--anonymous", tmp / "p.jsonl")
+    assert label.read_answers(tmp / "p.jsonl") == shared
 
 
 def test_a_simulated_person_decides_every_pair_and_reward_py_trains_on_it(folders, capsys):
@@ -367,6 +561,7 @@ def test_samples_depend_on_seed_and_prompt_alone_and_two_models_answer_in_turn(f
     (["--samples", 1], "--samples 1"), (["--prompts", ""], "--prompts"), (["--init", "nowhere"], "--init nowhere"),
     (["--response_len", 48], "--drop_long"), (["--out", "nothing.jsonl", "--report"], "nothing.jsonl"),
     (["--judge", "x.py:f"], "x.py:f"), (["--init", "sft,sft"], "names a model twice"),
+    (["--instructions", "nothing.txt"], "--instructions nothing.txt"), (["--host", "no.invalid"], "--host no.invalid"),
 ])  # fmt: skip
 def test_bad_options_are_named(folders, options, named):
     with pytest.raises(InputError, match=named):

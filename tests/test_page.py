@@ -1,52 +1,84 @@
-"""The labelling page in a real browser: a whole sitting by keyboard, in a headless Chromium."""
+"""The labelling page in a real browser: whole sittings by key, mouse and finger, in a headless Chromium."""
 
 import json
+import os
 import shutil
+import socket
+import subprocess
+import sys
 import threading
 
 import pytest
 
 from data import label
+from tests.conftest import ROOT
 
 playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright drives the browser")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.slow
-needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine (apt-get install chromium)")
-NASTY = "<script>document.title = 'owned'</script><img src=x onerror=\"document.title='owned'\">"
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine (apt-get install chromium)"),
+]
+NASTY = "</script><script>document.title = 'owned'</script><img src=x onerror=\"document.title='owned'\">"
+NASTY += "' onmouseover='document.title=1' \u2028\u2029 <!-- ]]> ${document.title=1} {{1}} NONCE INSTRUCTIONS"
+SENTENCE = "The committee agreed on three points after a long debate about the budget of the coming year. "
+WORDS_800 = "\n\n".join([SENTENCE * 10] * 5)
+SIZES = [(1440, 900), (768, 1024), (390, 844)]
 
 
 def make(prompt, n=2):
     answers = [
-        (f"{NASTY} answer {i} to {prompt}\n\nin two paragraphs, the second one of some length", i != 0)
-        for i in range(n)
+        (f"Answer {i} to {prompt}\n\nin two paragraphs, the second one of some length", i != 0) for i in range(n)
     ]
     return label.Question(prompt, answers, ["out/sft"] * n)
 
 
 @pytest.fixture
-def sitting(tmp_path, request):
-    n = getattr(request, "param", 2)
-    prompts = [f"<b>question</b> {i}" for i in range(20)]
-    sitting = label.Sitting(prompts, lambda prompt: make(prompt, n), tmp_path / "answers.jsonl", 1, 0)
-    server = label.Server(sitting, "127.0.0.1", 0)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    sitting.address = server.address
-    yield sitting
-    server.shutdown()
-    server.server_close()
+def serve(tmp_path):
+    """Serve a sitting whose question to a prompt is `make(prompt)`; stop all of them in the end."""
+    servers = []
+
+    def start(make=make, prompts=tuple(f"<b>question</b> {i}" for i in range(20)), port=0, **more):
+        sitting = label.Sitting(list(prompts), make, tmp_path / "answers.jsonl", 1, 0)
+        servers.append(label.Server(sitting, "127.0.0.1", port, **more))
+        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
+        sitting.server, sitting.address = servers[-1], servers[-1].addresses[0]
+        return sitting
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
 
 
 @pytest.fixture
-def page():
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        page = browser.new_page()
-        page.problems = []
-        page.on("pageerror", lambda error: page.problems.append(str(error)))
-        page.on("console", lambda message: message.type == "error" and page.problems.append(message.text))
-        page.on("dialog", lambda dialog: page.problems.append(dialog.message))
-        yield page
-        browser.close()
+def browser(chromium):
+    yield chromium
+    for context in chromium.contexts:
+        context.close()
+
+
+def opened(browser, width=1440, height=900, touch=False, **more):
+    context = browser.new_context(viewport={"width": width, "height": height}, has_touch=touch, is_mobile=touch, **more)
+    page = context.new_page()
+    page.problems = []
+    page.on("pageerror", lambda error: page.problems.append(str(error)))
+    page.on("console", lambda message: message.type == "error" and page.problems.append(message.text))
+    page.on("dialog", lambda dialog: page.problems.append(dialog.message))
+    return page
+
+
+@pytest.fixture
+def page(browser):
+    return opened(browser)
 
 
 def begin(page, address, name="ann"):
@@ -67,75 +99,308 @@ def wait(page, text):
 
 
 def rows(sitting):
-    return [json.loads(line) for line in sitting.out.read_text().splitlines()]
+    return [json.loads(line) for line in sitting.out.read_text().splitlines()] if sitting.out.exists() else []
 
 
-@needs_chromium
-def test_twenty_pairs_by_keyboard_with_undo_and_reload(sitting, page):
+def texts(page):
+    return page.locator("article .text").all_text_contents()
+
+
+def test_twenty_pairs_by_keyboard_with_a_change_and_a_reload(serve, page):
+    sitting = serve()
     begin(page, sitting.address)
     assert page.locator("#prompt").text_content() == "<b>question</b> 0" and page.locator("#prompt b").count() == 0
-    keys = ["1", "2", "ArrowLeft", "ArrowRight", "t", "s"]
-    chosen, texts = [], []
+    keys = ["1", "2", "ArrowLeft", "ArrowRight", "t", "s", "b"]
+    said = []
     for i in range(20):
-        if i == 7:
+        if i == 9:
             page.reload()
-            wait(page, "7 done, 13 to go")  # the name is remembered, and the question is the same
-            assert page.locator("#prompt").text_content() == "<b>question</b> 7"
+            wait(page, "9 done, 11 to go")  # the name is remembered, and the question is the same
+            assert page.locator("#prompt").text_content() == "<b>question</b> 9"
         if i == 12:
-            press(page, "u", "Taken back. 11 done")
-            chosen.pop()
-            press(page, "2", "12 done")
-            chosen.append(texts[1])
-        texts = page.locator(".answer .text").all_text_contents()
-        press(page, keys[i % 6], f"{i + 1} done")
-        chosen.append(texts[i % 6 % 2] if i % 6 < 4 else None)
-    assert page.locator("#end").is_visible() and not page.locator("#question").is_visible()
-    assert [row.get("chosen") for row in rows(sitting)] == chosen and len(chosen) == 20
-    assert [row.get("verdict") for row in rows(sitting)].count("tie") == 3
-    press(page, "u", "Taken back. 19 done")
-    press(page, "s", "20 done")
+            page.keyboard.press("u")
+            page.wait_for_selector("#earlier[open]")
+            page.keyboard.press("Enter")  # the last answer is the first in the list
+            wait(page, "Your answer 12 of 12")
+            said[11] = texts(page)[1]
+            press(page, "2", "Changed. 12 done")
+            assert page.locator("#prompt").text_content() == "<b>question</b> 12"
+        shown = texts(page)
+        press(page, keys[i % 7], f"{i + 1} done")
+        said.append([*shown, *shown, "tie", "skip", "bad"][i % 7])
+    assert page.locator("#end").is_visible() and not page.locator("#question, #bar").first.is_visible()
+    assert [row.get("verdict") or row["chosen"] for row in rows(sitting)] == said and len(said) == 20
     assert page.title() == "Which is better?" and not page.problems
 
 
-@needs_chromium
-@pytest.mark.parametrize("sitting", [4], indirect=True)
-def test_four_are_ranked_by_their_numbers_or_by_tab_and_enter(sitting, page):
+def test_selecting_or_clicking_text_of_an_answer_is_no_vote(serve, page):
+    sitting = serve()
     begin(page, sitting.address)
-    texts = page.locator(".answer .text").all_text_contents()
+    box = page.locator("article .text").first.bounding_box()
+    page.mouse.move(box["x"] + 5, box["y"] + 10)
+    page.mouse.down()
+    page.mouse.move(box["x"] + 200, box["y"] + 60, steps=5)
+    page.mouse.up()
+    assert "Answer" in page.evaluate("String(getSelection())")
+    page.locator("article").first.dblclick()
+    page.locator(".place").nth(1).click()
+    page.wait_for_timeout(400)
+    assert rows(sitting) == [] and page.locator("#prompt").text_content() == "<b>question</b> 0"
+    page.get_by_role("button", name="2 is better").click()
+    wait(page, "1 done")
+    assert len(rows(sitting)) == 1
+
+
+def test_four_are_ranked_by_their_numbers_or_by_tab_and_enter(serve, page):
+    sitting = serve(lambda prompt: make(prompt, 4))
+    begin(page, sitting.address)
+    shown = texts(page)
     for key in ("3", "4", "Backspace", "1"):
         page.keyboard.press(key)
-    assert page.locator(".answer[aria-pressed=true]").count() == 2
+    assert page.locator("article.picked").count() == page.locator("#choices [aria-pressed=true]").count() == 2
+    assert page.locator(".place").all_text_contents()[2] == "Response 3 — number 1"
     press(page, "4", "1 done")
-    assert rows(sitting)[0]["ranked"] == [texts[i] for i in (2, 0, 3, 1)]
-    texts = page.locator(".answer .text").all_text_contents()
-    for _ in range(3):  # from the heading the first response is next
-        page.keyboard.press("Tab")
+    assert rows(sitting)[0]["ranked"] == [shown[i] for i in (2, 0, 3, 1)]
+    shown = texts(page)
+    for name in ("1", "2", "3"):
+        while page.evaluate("document.activeElement.textContent.trim()") != name:
+            page.keyboard.press("Tab")
         page.keyboard.press("Enter")
     wait(page, "2 done")
-    assert rows(sitting)[1]["ranked"] == texts and not page.problems
+    assert rows(sitting)[1]["ranked"] == shown and not page.problems
 
 
-@needs_chromium
-@pytest.mark.parametrize("width, scheme", [(1300, "light"), (360, "dark")])
-def test_it_fits_a_wide_and_a_narrow_window_and_every_control_has_a_name(sitting, page, width, scheme, tmp_path):
-    page.set_viewport_size({"width": width, "height": 800})
-    page.emulate_media(color_scheme=scheme)
+@pytest.mark.parametrize("n", [2, 4])
+@pytest.mark.parametrize("width, height", SIZES)
+def test_choices_prompt_and_heads_stay_in_view_beside_answers_of_800_words(serve, browser, n, width, height, tmp_path):
+    answers = [(f"{WORDS_800} {i}", True) for i in range(n)]
+    sitting = serve(lambda prompt: label.Question(prompt, answers, ["m"] * n), ["What was agreed? " * 150])
+    page = opened(browser, width, height, touch=width < 1000)
     begin(page, sitting.address)
+    boxes = [box.bounding_box() for box in page.locator("article").all()]
+    assert len({box["x"] for box in boxes}) == (1 if width < 700 else 2)  # two by two where there is room
+    end = page.evaluate("document.documentElement.scrollHeight - innerHeight")
+    assert end > height
+    for place in range(0, end, height // 2):
+        page.evaluate("y => scrollTo(0, y)", place)
+        controls = page.evaluate(IN_VIEW, "#choices button, #comment, #sure, #prompt")
+        assert len(controls) == n + 3 + 3 and None not in controls, place
+        heads = {left for left in page.evaluate(IN_VIEW, ".place") if left is not None}
+        assert len(heads) == (1 if width < 700 else 2), place
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-    boxes = [box.bounding_box() for box in page.locator(".answer").all()]
-    assert (boxes[0]["y"] == boxes[1]["y"]) == (width > 700)  # side by side where there is room
-    for button in page.locator("button:visible, input:visible, progress").all():
-        assert button.evaluate("b => (b.getAttribute('aria-label') || b.textContent).trim()")
+    page.locator("#whole").click()
+    assert page.locator("#prompt").evaluate("e => e.scrollHeight === e.clientHeight")
+    page.screenshot(path=tmp_path / "page.png")
+    assert not page.problems
+
+
+IN_VIEW = """selector => [...document.querySelectorAll(selector)].map(e => {
+    const box = e.getBoundingClientRect();  // its left edge if its middle is in view with nothing before it, else null
+    return e.contains(document.elementFromPoint(box.x + box.width / 2, box.y + box.height / 2)) ? box.x : null;
+})"""
+
+
+@pytest.mark.parametrize("width, height", SIZES)
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_fits_every_window_and_every_control_has_a_name_and_is_large_enough(serve, browser, width, height, scheme):
+    sitting = serve()
+    page = opened(browser, width, height, touch=width < 1000, color_scheme=scheme)
+    begin(page, sitting.address)
+    page.keyboard.press("1")
+    wait(page, "1 done")
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    for control in page.locator("button:visible, input:visible, select:visible, textarea:visible, progress").all():
+        assert control.evaluate("e => (e.ariaLabel || e.labels?.[0]?.textContent || e.textContent).trim()")
+    for button in page.locator("#bar button, #bar select, #bar textarea").all():
+        assert button.bounding_box()["height"] >= 44
     dark = page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(23, 24, 27)"
     assert dark == (scheme == "dark")
-    page.screenshot(path=tmp_path / "page.png", full_page=True)
-    assert (tmp_path / "page.png").stat().st_size > 5000
+    for ink in page.locator(".text, .place, .status, #choices button").all():
+        assert ink.evaluate(CONTRAST) >= 4.5  # WCAG 2.2, 1.4.3
 
 
-@needs_chromium
-def test_a_second_click_in_haste_does_not_answer_the_next_question(sitting, page):
+CONTRAST = """e => {
+    const light = color => color.match(/[0-9.]+/g).slice(0, 3).map(x => x / 255)
+        .map(x => x <= .04045 ? x / 12.92 : ((x + .055) / 1.055) ** 2.4).reduce((sum, x, i) => sum + x * [.2126, .7152, .0722][i], 0);
+    let back = e;
+    while (getComputedStyle(back).backgroundColor === "rgba(0, 0, 0, 0)") back = back.parentElement;
+    const [a, b] = [getComputedStyle(e).color, getComputedStyle(back).backgroundColor].map(light).sort((x, y) => y - x);
+    return (a + .05) / (b + .05);
+}"""  # noqa: E501
+
+
+@pytest.mark.parametrize("width, height", SIZES)
+def test_each_paragraph_runs_its_own_way_and_code_keeps_its_lines(serve, browser, width, height):
+    arabic, chinese = "مرحبا بالعالم.\nOne English line.\nعودة", "人工智能的发展正在改变我们的生活方式。" * 60
+    code = f"See:\n```python\nif x:\n\tprint({'1 + ' * 80}1)\n```\nאחרי\n"
+    asked = {"اكتب فقرة": (arabic, "short"), "写": (chinese, "不"), "code": (code, "```\nnever closed")}
+    sitting = serve(lambda p: label.Question(p, [(text, True) for text in asked[p]], ["m"] * 2), asked)
+    page = opened(browser, width, height, touch=width < 1000)
     begin(page, sitting.address)
-    page.locator(".answer").first.dblclick()
+    for i, (prompt, answers) in enumerate(asked.items()):
+        assert page.locator("#prompt").text_content() == prompt and sorted(texts(page)) == sorted(answers)
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        if i == 0:
+            assert page.locator("#prompt").evaluate(SIDES) == ["right"]
+            body = page.locator("article .text", has_text="English")
+            assert body.evaluate(SIDES) == ["right", "left", "right"]
+        if i == 1:
+            body = page.locator("article .text", has_text="人")
+            assert body.evaluate("e => e.scrollWidth <= e.clientWidth && e.clientHeight > 100")
+        if i == 2:
+            lines = page.locator("code").first if "See" in texts(page)[0] else page.locator("code").nth(1)
+            assert lines.text_content().startswith("```python\nif x:\n\tprint(") and page.locator("code").count() == 2
+            assert lines.evaluate("e => { e.scrollLeft = 50; return e.scrollLeft === 50; }")  # a long line is reached
+            assert lines.evaluate("e => getComputedStyle(e).direction") == "ltr"
+            assert page.locator("article .text", has_text="See").evaluate(SIDES)[-1] == "right"  # after the code
+        press(page, "t", f"{i + 1} done")
+    assert not page.problems
+
+
+SIDES = """e => {  // the side at which each line of the text nodes begins
+    const sides = [], outer = e.getBoundingClientRect();
+    for (const node of e.childNodes) {
+        if (node.nodeType !== 3) continue;
+        let start = 0;
+        for (const line of node.textContent.split("\\n")) {
+            const range = document.createRange();
+            range.setStart(node, start);
+            range.setEnd(node, start + line.length);
+            start += line.length + 1;
+            const box = range.getBoundingClientRect();
+            if (line && line !== "```") sides.push(box.x - outer.x < outer.right - box.right ? "left" : "right");
+        }
+    }
+    return sides;
+}"""
+
+
+def test_without_a_keyboard_there_are_no_hints_and_the_finger_votes(serve, browser):
+    sitting = serve()
+    page = opened(browser, 390, 844, touch=True)
+    begin(page, sitting.address)
+    assert page.locator("kbd:visible, .keys:visible").count() == 0
+    page.locator("#sure").select_option("not sure")
+    page.get_by_role("button", name="Both bad").tap()
+    wait(page, "1 done")
+    page.get_by_role("button", name="Instructions").tap()
+    assert page.locator("#help").is_visible() and page.locator("kbd:visible").count() == 0
+    assert (rows(sitting)[0]["verdict"], rows(sitting)[0]["sure"]) == ("bad", 1)
+
+
+def test_keys_can_be_turned_off_and_stay_off(serve, page):
+    sitting = serve()
+    begin(page, sitting.address)
+    assert page.locator("kbd:visible").count() > 5
+    page.get_by_label("keys").uncheck()
+    page.reload()
+    wait(page, "0 done")
+    for key in ("1", "t", "b", "s", "ArrowLeft", "u"):
+        page.keyboard.press(key)
+    page.wait_for_timeout(300)
+    assert rows(sitting) == [] and page.locator("kbd:visible, dialog:visible").count() == 0
+    page.get_by_label("keys").check()
+    press(page, "t", "1 done")  # the box has the focus, and the key counts all the same
+
+
+@pytest.mark.parametrize("key, code", [("ف", "KeyT"), ("е", "KeyT"), ("t", "KeyK"), ("T", "KeyT")])
+def test_a_letter_is_found_on_keyboards_of_other_scripts(serve, page, key, code):
+    sitting = serve()
+    begin(page, sitting.address)
+    event = {"key": key, "code": code, "bubbles": True}
+    page.evaluate("event => document.body.dispatchEvent(new KeyboardEvent('keydown', event))", event)
+    wait(page, "1 done")
+    assert rows(sitting)[0]["verdict"] == "tie"
+
+
+def test_instructions_are_shown_first_on_demand_and_again_when_they_change(serve, page):
+    sitting = serve(instructions="Prefer the <true> one.\n\nTake breaks.")
+    page.goto(sitting.address)
+    assert page.locator("#start #read").inner_text() == "Prefer the <true> one.\n\nTake breaks."
+    page.keyboard.type("ann")
+    page.keyboard.press("Enter")
+    wait(page, "0 done")
+    assert not page.locator("text=Take breaks").first.is_visible()
+    page.keyboard.press("i")
+    assert "Take breaks." in page.locator("dialog:visible").inner_text()
+    page.keyboard.press("1")  # no vote behind the dialog
+    page.keyboard.press("Escape")
+    page.reload()
+    wait(page, "0 done")
+    assert not page.locator("#start").is_visible()
+    port = sitting.server.server_port
+    sitting.server.shutdown()
+    sitting.server.server_close()
+    serve(instructions="Other words.", port=port)
+    page.reload()
+    page.wait_for_selector("#start:visible")
+    assert page.locator("#start #read").inner_text() == "Other words." and page.locator("#name").input_value() == "ann"
+    page.keyboard.press("Enter")
+    wait(page, "0 done")
+    assert rows(sitting) == []
+
+
+def test_comment_and_how_sure_are_kept_through_a_reload_and_saved_with_the_choice(serve, page):
+    sitting = serve()
+    begin(page, sitting.address)
+    page.keyboard.press("h")
+    page.keyboard.press("h")
+    page.keyboard.press("c")
+    page.keyboard.type("stub 1t2b\nsecond line: \u202e שלום")  # no key of these votes
+    page.reload()
+    wait(page, "0 done")
+    assert page.locator("#comment").input_value() == "stub 1t2b\nsecond line: \u202e שלום"
+    press(page, "1", "1 done")
+    assert page.locator("#comment").input_value() == "" and page.locator("#sure").input_value() == "0"
+    page.locator("#comment").fill("mine")
+    page.keyboard.press("Escape")
+    press(page, "t", "2 done")
+    first, second = rows(sitting)
+    assert (first["comment"], first["sure"]) == ("stub 1t2b\nsecond line: \u202e שלום", 2)
+    assert second["comment"] == "mine" and "sure" not in second
+    assert len(label.read_answers(sitting.out)) == 2
+
+
+@pytest.mark.parametrize("touch", [False, True])
+def test_any_earlier_answer_is_seen_again_and_changed_or_left(serve, browser, touch):
+    sitting = serve(lambda prompt: make(prompt, 3))
+    page = opened(browser, 390 if touch else 1440, 844, touch)
+    begin(page, sitting.address)
+    assert not page.locator("#back").is_visible()
+    for i in range(4):
+        page.locator("#comment").fill(f"comment {i}")
+        for name in ("3", "1"):
+            page.get_by_role("button", name=name, exact=name == "3").first.click()
+        wait(page, f"{i + 1} done")
+    page.locator("#comment").fill("of the fifth")
+    before = rows(sitting)
+    page.locator("#back").click()
+    page.wait_for_selector("#earlier[open]")
+    entries = page.locator("#list button").all_text_contents()
+    assert entries == [f"{i}: 3 > 1 > 2<b>question</b> {i - 1}" for i in (4, 3, 2, 1)]
+    page.locator("#list button").nth(2).click()
+    wait(page, "Your answer 2 of 4 was: 3 > 1 > 2.")
+    assert page.locator("#comment").input_value() == "comment 1"
+    page.locator("#leave").click()
+    wait(page, "4 done")
+    assert rows(sitting) == before and page.locator("#comment").input_value() == "of the fifth"
+    page.locator("#back").click()
+    page.locator("#list button").nth(3).click()
+    wait(page, "Your answer 1 of 4")
+    page.locator("#comment").fill("now a tie")
+    page.get_by_role("button", name="Tie").click()
+    wait(page, "Changed. 4 done")
+    assert page.locator("#prompt").text_content() == "<b>question</b> 4"
+    assert page.locator("#comment").input_value() == "of the fifth"
+    after = rows(sitting)
+    assert after[1:] == before[1:] and (after[0]["verdict"], after[0]["comment"]) == ("tie", "now a tie")
+    assert not page.problems
+
+
+def test_a_second_click_in_haste_does_not_answer_the_next_question(serve, page):
+    sitting = serve()
+    begin(page, sitting.address)
+    page.get_by_role("button", name="1 is better").dblclick()
     wait(page, "1 done")
     page.keyboard.press("1")
     page.keyboard.press("1")
@@ -143,28 +408,149 @@ def test_a_second_click_in_haste_does_not_answer_the_next_question(sitting, page
     assert len(rows(sitting)) == 2
 
 
-@needs_chromium
-@pytest.mark.parametrize("sitting", [3], indirect=True)
-def test_after_a_failed_request_a_ranking_begins_again(sitting, page):
+@pytest.mark.parametrize("n, keys", [(2, "2"), (3, "31")])
+def test_after_a_failed_request_the_choice_is_there_to_be_sent_again(serve, page, n, keys):
+    answers = [(f"{WORDS_800} {i}", True) for i in range(n)]
+    sitting = serve(lambda prompt: label.Question(prompt, answers, ["m"] * n))
     begin(page, sitting.address)
+    shown = texts(page)
+    page.locator("#comment").fill("why")
+    page.keyboard.press("Escape")
     page.route("**/answer", lambda route: route.abort())
-    page.keyboard.press("3")
-    page.keyboard.press("1")
-    page.wait_for_selector("#trouble:not(:empty)")
+    for key in keys:
+        page.keyboard.press(key)
+    page.wait_for_selector("#trouble:visible")
+    assert "not saved yet" in page.locator("#trouble").inner_text() and rows(sitting) == []
+    assert None not in page.evaluate(IN_VIEW, "#trouble, #choices button")
     page.unroute("**/answer")
-    assert page.locator(".answer[aria-pressed=true]").count() == 0
-    page.keyboard.press("3")
-    page.keyboard.press("2")
-    wait(page, "1 done")
-    texts = [text for text in rows(sitting)[0]["ranked"]]
-    order = sitting.order(make("<b>question</b> 0", 3), "ann")
-    assert [f"answer {order[place]} " in text for place, text in zip((2, 1, 0), texts)] == [True] * 3
+    page.get_by_role("button", name="Try again").click()
+    wait(page, "Saved. 1 done")
+    (row,) = rows(sitting)
+    assert row.get("chosen", row.get("ranked", [""])[0]) == shown[int(keys[0]) - 1] and row["comment"] == "why"
+    assert not page.locator("#trouble").is_visible()
 
 
-@needs_chromium
-def test_a_server_that_went_away_is_said_and_nothing_counts_as_saved(sitting, page):
+def test_a_list_of_earlier_answers_that_failed_is_asked_for_again(serve, page):
+    sitting = serve()
     begin(page, sitting.address)
-    page.route("**/answer", lambda route: route.abort())
-    page.keyboard.press("1")
-    page.wait_for_selector("#trouble:not(:empty)")
-    assert "Reload" in page.locator("#trouble").text_content() and not sitting.out.exists()
+    press(page, "1", "1 done")
+    page.route("**/earlier", lambda route: route.abort())
+    page.keyboard.press("u")
+    page.wait_for_selector("#trouble:visible")
+    page.unroute("**/earlier")
+    page.get_by_role("button", name="Try again").click()
+    page.wait_for_selector("#earlier[open]")
+    assert page.locator("#list button").count() == 1
+
+
+def test_an_answer_that_was_given_in_another_tab_is_said_and_the_page_goes_on(serve, browser):
+    sitting = serve()
+    context = opened(browser).context
+    one, two = context.pages[0], context.new_page()
+    begin(one, sitting.address)
+    two.goto(sitting.address)
+    wait(two, "0 done")
+    press(one, "1", "1 done")
+    two.keyboard.press("2")
+    two.wait_for_selector("#trouble:visible")
+    assert "this question is no longer open" in two.locator("#trouble").inner_text()
+    two.get_by_role("button", name="Go on").click()
+    wait(two, "1 done, 19 to go")
+    assert len(rows(sitting)) == 1 and two.locator("#prompt").text_content() == "<b>question</b> 1"
+
+
+def test_hostile_texts_stay_texts(serve, page):
+    asked = [NASTY, "plain"]
+    sitting = serve(
+        lambda p: label.Question(p, [(f"{NASTY}{i}", False) for i in range(2)], ["m"] * 2), asked, instructions=NASTY
+    )
+    page.goto(sitting.address)
+    assert page.locator("#read").text_content() == NASTY
+    name = "<img src=x onerror=alert(1)>"
+    page.locator("#name").fill(name)
+    page.keyboard.press("Enter")
+    wait(page, "0 done")
+    assert page.locator("#prompt").text_content() == NASTY and sorted(texts(page)) == [f"{NASTY}0", f"{NASTY}1"]
+    page.locator("#comment").fill(NASTY)
+    page.get_by_role("button", name="Tie").click()
+    wait(page, "1 done")
+    page.locator("#back").click()
+    assert page.locator("#list .text").text_content() == NASTY
+    page.locator("#list button").click()
+    wait(page, "Your answer 1 of 1")
+    assert page.locator("#comment").input_value() == NASTY and name in page.locator("#who").text_content()
+    page.locator("#ask-help").click()
+    assert page.locator("#instructions").text_content() == NASTY
+    assert page.title() == "Which is better?" and page.locator("script").count() == 1 and not page.problems
+    assert page.locator("img, [onerror], [onmouseover]").count() == 0
+    assert rows(sitting)[0]["comment"] == NASTY and len(label.read_answers(sitting.out)) == 1
+
+
+def test_a_server_that_is_killed_and_started_again_loses_nothing(folders, page):
+    """SIGKILL while the page shows a question with a comment; the same command; the same page goes on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    out = folders["tmp"] / "a.jsonl"
+    command = [
+        sys.executable,
+        "-m",
+        "data.label",
+        "--init",
+        folders["sft"],
+        "--prompts",
+        folders["tmp"] / "prompts.jsonl",
+    ]
+    command += ["--response_len", "8", "--out", out, "--port", str(port)]
+
+    def start():
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        process = subprocess.Popen(list(map(str, command)), env=environment, stdout=subprocess.PIPE, text=True)
+        return process, process.stdout.readline().split()[-1]
+
+    process, address = start()
+    try:
+        begin(page, address)
+        press(page, "1", "1 done")
+        prompt, shown = page.locator("#prompt").text_content(), texts(page)
+        page.locator("#comment").fill("before the kill")
+        process.kill()
+        process.wait()
+        page.get_by_role("button", name="2 is better").click()
+        page.wait_for_selector("#trouble:visible")
+        assert len(out.read_text().splitlines()) == 1
+        process, again = start()
+        assert again == address
+        page.wait_for_timeout(1000)  # the first questions are made
+        page.get_by_role("button", name="Try again").click()
+        wait(page, "Saved. 2 done")
+        row = json.loads(out.read_text().splitlines()[1])
+        assert (row["prompt"], row["chosen"], row["comment"]) == (prompt, shown[1], "before the kill")
+        page.locator("#comment").fill("a draft")
+        process.kill()
+        process.wait()
+        process, _ = start()
+        page.reload()
+        wait(page, "2 done")
+        assert page.locator("#comment").input_value() == "a draft"
+        page.locator("#back").click()
+        page.locator("#list button").nth(1).click()
+        wait(page, "Your answer 1 of 2 was: 1 is better.")
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "0.0.0.0", "::1"])
+def test_a_browser_opens_every_printed_address(tmp_path, page, host):
+    sitting = label.Sitting(["question"], make, tmp_path / "answers.jsonl", 1, 0)
+    try:
+        server = label.Server(sitting, host, 0)
+    except OSError:
+        pytest.skip("this machine has no such address")
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    for address in server.addresses:
+        begin(page, address)
+        assert page.locator("#prompt").text_content() == "question"
+    server.shutdown()
+    server.server_close()

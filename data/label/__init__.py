@@ -6,18 +6,23 @@
     python -m data.label … --terminal                    ask the same questions in the terminal
     python -m data.label … --judge FILE.py:function      a simulated person decides every pair
     python -m data.label --out mine.jsonl --report       summarise a file: counts, position bias, agreement
+    python -m data.label --out mine.jsonl --anonymous P.jsonl                 copy it with P1, P2 … in place of names
 
 A row is {"prompt", "chosen", "rejected"}, or {"prompt", "ranked"} (best first) for more than two responses. It also has
-the time, annotator, checkpoint, seed, seconds taken and the position of the preferred response on the page. A tie or a
-skip is a row with "verdict"; readers ignore it. Each answer is on disk before the next question appears, so no answer
-is lost; the same command continues. A model's responses to a prompt depend only on the seed and the prompt.
+the time, annotator, checkpoint, seed, seconds taken and the position of the preferred response on the page. A tie, "all
+are bad" or a skip is a row with "verdict", which is no preference; readers ignore it. "comment" and "sure" (1 to 3) are
+what people add to a choice. A choice that was changed has the time "revised". Each answer is on disk before the next
+question appears, so no answer is lost; the same command continues. A model's responses to a prompt depend only on the
+seed and the prompt.
 
-Only this machine can open the page unless --host says otherwise. Its address contains a random token.
+Only this machine can open the page unless --host says otherwise. Its address contains a random token, which is kept
+beside the answers.
 """
 
+from data.label.agreement import agreement, alpha
 from data.label.command import Config, label, serve
-from data.label.report import report
+from data.label.report import anonymous, report
 from data.label.sampling import Answer, preference, sample_responses, simulate
 from data.label.server import Handler, Server
-from data.label.sitting import Question, Sitting, alone, read_answers
+from data.label.sitting import Question, Sitting, alone, question_of, read_answers
 from data.label.terminal import ask_in_terminal, visible

@@ -11,7 +11,7 @@ import common
 from data.batches import Prompt, fit, prompt_texts
 from data.chat import escaped, render
 from data.files import InputError, is_verdict, write_jsonl
-from data.label.report import report
+from data.label.report import anonymous, report
 from data.label.sampling import Answer, sample_responses, simulate
 from data.label.server import Server
 from data.label.sitting import Question, Sitting, alone, read_answers
@@ -34,12 +34,14 @@ class Config:
     device: str = "auto"  # auto, cpu, cuda or mps
     host: str = "127.0.0.1"  # address to serve on; 0.0.0.0: every network of this machine
     port: int = 8000  # 0: any free port
-    names: str = ""  # other names of this machine that a proxy or a browser uses, separated by commas
+    allow_host: str = ""  # other names of this machine that a proxy or a browser uses, separated by commas
+    instructions: str = ""  # text file that is shown to the annotators
     terminal: bool = False  # ask in the terminal instead of on a page
     annotator: str = ""  # name for --terminal; empty: the login name
     judge: str = ""  # a simulated person, FILE.py:function
     label_temperature: float = 0.1  # of the simulated person: with 0.1, a response that scores 0.1 more wins in 73%
     report: bool = False  # print a summary of --out
+    anonymous: str = ""  # write the answers of --out to this file, with P1, P2 … in place of names
 
 
 def prepare(cfg: Config) -> tuple[list[str], Callable[[str], Question | None]]:
@@ -89,10 +91,11 @@ def as_text(encoding: tiktoken.Encoding, prompt: Prompt) -> str:
 
 def label(cfg: Config) -> None:
     path = Path(cfg.out)
-    if cfg.report:
+    if cfg.report or cfg.anonymous:
         if not path.exists():
             raise InputError(f"--out {path}: no such file; name a file with answers")
-        return print(report(read_answers(path)))
+        rows = read_answers(path)
+        return print(export(rows, Path(cfg.anonymous)) if cfg.anonymous else report(rows))
     if cfg.judge and path.exists():
         raise InputError(f"--out {path}: exists already; name a new file for the simulated person")
     with alone(path):
@@ -104,6 +107,7 @@ def label_alone(cfg: Config, path: Path) -> None:
     kind = "chosen" if cfg.samples == 2 else "ranked"
     if any(not is_verdict(row) and kind not in row for row in answered):
         raise InputError(f"--samples {cfg.samples}: {path} compares another number of responses; use another file")
+    instructions = read_instructions(cfg.instructions)
     prompts, make = prepare(cfg)
     if cfg.judge:
         judge = common.load_function(cfg.judge)
@@ -115,15 +119,35 @@ def label_alone(cfg: Config, path: Path) -> None:
     sitting = Sitting(prompts, make, path, cfg.people, cfg.seed)
     try:
         if cfg.terminal:
-            ask_in_terminal(sitting, cfg.annotator or login_name())
+            ask_in_terminal(sitting, cfg.annotator or login_name(), instructions)
         else:
-            serve(sitting, cfg)
+            serve(sitting, cfg, instructions)
     except (EOFError, KeyboardInterrupt):
         print(f"\n{path} holds {len(sitting.rows):,} answers; the same command continues")
     finally:
         sitting.stop()
     if sitting.alike:
         print(f"{sitting.alike:,} prompts were omitted, because the model does not give enough different responses")
+
+
+def export(rows: list[dict], path: Path) -> str:
+    """Write rows without people's names. Returns what to tell the user."""
+    if path.exists():
+        raise InputError(f"--anonymous {path}: exists already; name a new file")
+    write_jsonl(path, anonymous(rows))
+    comments = sum("comment" in row for row in rows)
+    people = len({row["annotator"] for row in rows})
+    read = f"; {comments:,} have comments, which may contain names: read them before you share the file"
+    return f"{path}: {len(rows):,} answers of {people:,} people{read if comments else ''}"
+
+
+def read_instructions(name: str) -> str:
+    try:
+        return Path(name).read_text(encoding="utf-8-sig").strip() if name else ""
+    except OSError as error:
+        raise InputError(f"--instructions {name}: {error.strerror}; name a text file") from None
+    except UnicodeDecodeError:
+        raise InputError(f"--instructions {name}: not UTF-8; save the file as UTF-8") from None
 
 
 def login_name() -> str:
@@ -133,14 +157,20 @@ def login_name() -> str:
         raise InputError("--annotator: this user has no login name; give a name") from None
 
 
-def serve(sitting: Sitting, cfg: Config) -> None:
+def serve(sitting: Sitting, cfg: Config, instructions: str) -> None:
     try:
-        server = Server(sitting, cfg.host, cfg.port, cfg.names)
+        server = Server(sitting, cfg.host, cfg.port, cfg.allow_host, instructions)
     except (OSError, OverflowError, UnicodeError) as error:
         why = getattr(error, "strerror", None) or error
         raise InputError(
             f"--host {cfg.host} --port {cfg.port}: {why}; give another, or port 0 for any free port"
         ) from None
-    print(f"Open {server.address}\nAnswers go to {cfg.out}. Ctrl-C stops.", flush=True)
+    here, *elsewhere = server.addresses
+    print(f"Open {here}")
+    for address in elsewhere:
+        print(f"From other machines: {address}")
+    for name in sorted(server.names):
+        print(f"Through {name}: the same path, /{server.token}/")
+    print(f"Answers go to {cfg.out}. Ctrl-C stops.", flush=True)
     with server:
         server.serve_forever()

@@ -1,22 +1,28 @@
 """Summarise a label file."""
 
-import itertools
 import math
 import statistics
-from collections import Counter, defaultdict
+from collections import Counter
 
 from data.files import is_verdict
+from data.label.agreement import agreement
+
+SURE = {3: "very sure", 2: "fairly sure", 1: "not sure"}
 
 
 def report(rows: list[dict]) -> str:
     """Report counts by annotator, position bias, wins by checkpoint, and agreement on questions that people share."""
     preferred = [row for row in rows if not is_verdict(row)]
-    lines = ["annotator             preferences   ties  skips   median seconds"]
+    lines = ["annotator             preferences   ties  all bad  skips   median seconds"]
     for who in sorted({row["annotator"] for row in rows}):
         mine = [row for row in rows if row["annotator"] == who]
-        kinds = Counter(row.get("verdict", "preferred") for row in mine)
+        kinds = Counter(row["verdict"] if is_verdict(row) else "preferred" for row in mine)
         pace = statistics.median(row["seconds"] for row in mine)
-        lines.append(f"{who:<20} {kinds['preferred']:>12} {kinds['tie']:>6} {kinds['skip']:>6} {pace:>16.1f}")
+        counts = f"{kinds['preferred']:>12} {kinds['tie']:>6} {kinds['bad']:>8} {kinds['skip']:>6}"
+        lines.append(f"{who:<20} {counts} {pace:>16.1f}")
+    said = [(name, sum(row.get("sure") == sure for row in rows)) for sure, name in SURE.items()]
+    if any(n for _, n in said):
+        lines.append("\nhow sure: " + ", ".join(f"{n} {name}" for name, n in said))
     if preferred:
         places = Counter(row["position"] for row in preferred)
         n = len(preferred)
@@ -31,15 +37,11 @@ def report(rows: list[dict]) -> str:
         lines.append(
             f"{name} was preferred in {sum(outcomes)} of the {len(outcomes)} questions that compare it with another"
         )
-    choices: defaultdict[tuple, list] = defaultdict(list)  # (prompt, responses) → each person's best response
-    for row in rows:
-        if row.get("verdict") != "skip":
-            texts = row.get("responses") or row.get("ranked") or [row["chosen"], row["rejected"]]
-            choices[row["prompt"], *sorted(texts)].append(None if is_verdict(row) else texts[0])
-    shared = [list(itertools.combinations(best, 2)) for best in choices.values() if len(best) > 1]
-    if shared:
-        same = [a == b for pair in shared for a, b in pair]
-        lines.append(f"agreement on the best: {sum(same)} of {len(same)} pairs of people with the same question")
-    else:
-        lines.append("agreement: no two people judged the same question (use --people 2)")
+    lines.append(agreement(rows))
     return "\n".join(lines)
+
+
+def anonymous(rows: list[dict]) -> list[dict]:
+    """Return the rows with P1, P2 … for people, in the order of the file. Further answers change no number."""
+    names = {who: f"P{i}" for i, who in enumerate(dict.fromkeys(row["annotator"] for row in rows), 1)}
+    return [row | {"annotator": names[row["annotator"]]} for row in rows]

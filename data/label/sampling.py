@@ -80,11 +80,18 @@ def preference(ordered: list[Answer]) -> dict:
 
     The ids are kept, because encoding a sampled text again can give other ids than those that were sampled.
     """
-    texts, ended, ids = (list(column) for column in zip(*(Answer(*answer) for answer in ordered)))
-    columns = {"": texts, "_ended": ended, "_ids": ids}
-    if None in ids:
-        del columns["_ids"]
     if len(ordered) > 2:
-        return {f"ranked{name}": column for name, column in columns.items()}
-    chosen = {f"chosen{name}": column[0] for name, column in columns.items()}
-    return chosen | {f"rejected{name}": column[1] for name, column in columns.items()}
+        return columns("ranked", ordered)
+    pair = columns("", ordered).items()
+    return {f"chosen{name}": column[0] for name, column in pair} | {
+        f"rejected{name}": column[1] for name, column in pair
+    }
+
+
+def columns(name: str, answers: list[Answer]) -> dict[str, list]:
+    """Return the columns NAME, NAME_ended and NAME_ids, each with an entry for each answer; no ids if one has none."""
+    texts, ended, ids = (list(column) for column in zip(*(Answer(*answer) for answer in answers)))
+    found = {name: texts, f"{name}_ended": ended, f"{name}_ids": ids}
+    if None in ids:
+        del found[f"{name}_ids"]
+    return found

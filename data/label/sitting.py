@@ -3,22 +3,21 @@
 import fcntl
 import json
 import os
-import random
 import statistics
 import threading
 import time
-import zlib
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.files import InputError, is_verdict, read_jsonl, write_jsonl
-from data.label.sampling import Answer, preference
+from data.chance import seed_of
+from data.files import VERDICTS, InputError, is_verdict, read_jsonl, write_jsonl
+from data.label.sampling import Answer, columns, preference
 
 AHEAD = 16  # questions that are prepared before an annotator needs them
 ABANDONED = 300  # seconds until an open question goes to another person, if no new question remains
+LONGEST_COMMENT = 2000  # characters
 
 
 @dataclass(eq=False)
@@ -26,10 +25,13 @@ class Question:
     prompt: str
     answers: list[Answer]
     checkpoints: list[str]  # the checkpoint of each answer
-    number: int = 0  # the index of its prompt
 
     def __post_init__(self) -> None:
         self.answers = [Answer(*answer) for answer in self.answers]
+        texts = sorted(answer.text for answer in self.answers)
+        self.number = (
+            seed_of(self.prompt, *texts) % 2**53
+        )  # names it, after a restart too; JavaScript is exact to 2**53
 
 
 class Sitting:
@@ -48,22 +50,21 @@ class Sitting:
         self.prompts, self.alike = prompts, 0  # alike: the number of prompts without a question
         self.waiting: list[Question] = []  # questions that fewer than `people` have answered
         self.open: dict[str, tuple[Question, float]] = {}  # annotator → their open question, and its start time
-        self.history: defaultdict[str, list[Question]] = defaultdict(list)  # annotator → what they answered here
         self.changed = threading.Condition()
         self.making, self.stopping, self.error = True, False, ""
-        remaining = [(i, prompt) for i, prompt in enumerate(prompts) if len(self.answered_by[prompt]) < people]
+        self.began = time.monotonic()
+        remaining = [prompt for prompt in prompts if len(self.answered_by[prompt]) < people]
         self.maker = threading.Thread(target=self._make_ahead, args=(remaining, make), daemon=True)
         self.maker.start()
 
-    def _make_ahead(self, prompts: list[tuple[int, str]], make: Callable[[str], Question | None]) -> None:
+    def _make_ahead(self, prompts: list[str], make: Callable[[str], Question | None]) -> None:
         try:
-            for number, prompt in prompts:
+            for prompt in prompts:
                 question = make(prompt)
                 with self.changed:
                     if question is None:
                         self.alike += 1
                     else:
-                        question.number = number
                         self.waiting.append(question)
                     self.changed.notify_all()
                     self.changed.wait_for(self._wants_more)
@@ -90,15 +91,18 @@ class Sitting:
         """Return the annotators who have answered a question or have it open."""
         return self.answered_by[question.prompt] | {who for who, (shown, _) in self.open.items() if shown is question}
 
+    def _free(self, annotator: str) -> Iterator[Question]:
+        """Yield the questions that the annotator may be given."""
+        for question in self.waiting:
+            takers = self._takers(question)
+            if len(takers) < self.people and annotator not in takers:
+                yield question
+
     def next(self, annotator: str) -> Question | None:
         """Return the annotator's open question, else a new one, else None. Raises OSError if sampling failed."""
 
         def pick() -> Question | None:
-            for question in self.waiting:
-                takers = self._takers(question)
-                if len(takers) < self.people and annotator not in takers:
-                    return question
-            return None
+            return next(self._free(annotator), None)
 
         with self.changed:
             self.changed.wait_for(lambda: annotator in self.open or pick() or not self.making)
@@ -120,33 +124,24 @@ class Sitting:
             return self.open[annotator][0]
 
     def order(self, question: Question, annotator: str) -> list[int]:
-        """Return the random order of the answers on the page. A reload does not change it."""
-        key = f"{self.seed} {annotator} {question.prompt}"
-        return random.Random(zlib.crc32(key.encode("utf-8", "replace"))).sample(range(n := len(question.answers)), n)
+        """Return the random order of the answers on the page. It depends on their texts, so it is always the same."""
+        keys = [seed_of("place", self.seed, annotator, question.prompt, answer.text) for answer in question.answers]
+        return sorted(range(len(keys)), key=keys.__getitem__)
 
-    def answer(self, annotator: str, number: int, verdict: str | list[int]) -> None:
-        """Append a verdict on the open question: "tie", "skip", or the positions on the page, best first.
+    def answer(self, annotator: str, number: int, verdict: str | list[int], comment: str = "", sure: int = 0) -> None:
+        """Append a verdict on the open question: "tie", "bad", "skip", or the positions on the page, best first.
 
-        Raises ValueError if the verdict is none of these, or if question `number` is not the annotator's open question.
-        Raises OSError if the write fails; the file then stays unchanged.
+        `sure` is from 1 to 3, or 0 if the annotator does not say. Raises ValueError if one of these is wrong, or if
+        question `number` is not open to the annotator. Raises OSError if the write fails; the file stays unchanged.
         """
         with self.changed:
             question, since = self.open.get(annotator, (None, 0.0))
+            if question is None:  # the server has started again since the page got the question
+                question, since = next((q for q in self._free(annotator) if q.number == number), None), self.began
             if question is None or question.number != number:
-                raise ValueError("this question is no longer open; reload the page")
-            order, prompt = self.order(question, annotator), question.prompt
-            row: dict = {"prompt": prompt}
-            if verdict in ("tie", "skip"):
-                row |= {"verdict": verdict, "responses": [answer.text for answer in question.answers]}
-                row["checkpoint"] = question.checkpoints
-            elif isinstance(verdict, list) and {*map(type, verdict)} == {int} and sorted(verdict) == sorted(order):
-                best_first = [order[place] for place in verdict]
-                row |= preference([question.answers[i] for i in best_first])
-                row |= {"checkpoint": [question.checkpoints[i] for i in best_first], "position": verdict[0]}
-            else:
-                raise ValueError("a verdict is tie, skip, or every place once, best first")
-            row |= {"annotator": annotator, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
-            row |= {"seconds": round(time.monotonic() - since, 2), "seed": self.seed}
+                raise ValueError("this question is no longer open; your earlier answers show what is saved")
+            row = self._row(question, annotator, verdict, comment, sure)
+            row |= {"time": now(), "seconds": round(time.monotonic() - since, 2), "seed": self.seed}
             with open(self.out, "ab", buffering=0) as file:
                 size = file.tell()
                 try:
@@ -158,32 +153,59 @@ class Sitting:
                     file.truncate(size)
                     raise
             self.rows.append(row)
-            self.answered_by[prompt].add(annotator)
-            self.history[annotator].append(question)
-            del self.open[annotator]
-            if len(self.answered_by[prompt]) >= self.people:
+            self.answered_by[question.prompt].add(annotator)
+            self.open.pop(annotator, None)
+            if len(self.answered_by[question.prompt]) >= self.people:
                 self.waiting.remove(question)
             self.changed.notify_all()
 
-    def undo(self, annotator: str) -> bool:
-        """Remove the annotator's last answer of this sitting from the file, and open its question again."""
+    def _row(self, question: Question, annotator: str, verdict: object, comment: object, sure: object) -> dict:
+        order = self.order(question, annotator)
+        row: dict = {"prompt": question.prompt}
+        if verdict in VERDICTS:
+            row |= {"verdict": verdict, "checkpoint": question.checkpoints} | columns("responses", question.answers)
+        elif isinstance(verdict, list) and {*map(type, verdict)} == {int} and sorted(verdict) == sorted(order):
+            best_first = [order[place] for place in verdict]
+            row |= preference([question.answers[i] for i in best_first])
+            row |= {"checkpoint": [question.checkpoints[i] for i in best_first], "position": verdict[0]}
+        else:
+            raise ValueError("a verdict is tie, bad, skip, or every place once, best first")
+        if not isinstance(comment, str) or len(comment) > LONGEST_COMMENT:
+            raise ValueError(f"a comment has at most {LONGEST_COMMENT:,} characters")
+        if type(sure) is not int or not 0 <= sure <= 3:
+            raise ValueError("how sure one is goes from 1 to 3")
+        f"{annotator}{comment}".encode()  # raises ValueError for half a character, which no reader of the file takes
+        row |= {"comment": comment} if comment else {}
+        row |= {"sure": sure} if sure else {}
+        return row | {"annotator": annotator}
+
+    def earlier(self, annotator: str) -> list[dict]:
+        """Return the annotator's rows of the file, the oldest first."""
         with self.changed:
-            if not self.history[annotator]:
-                return False
-            question = self.history[annotator].pop()
-            index = max(
-                i
-                for i, row in enumerate(self.rows)
-                if (row["annotator"], row["prompt"]) == (annotator, question.prompt)
-            )
-            write_jsonl(self.out, self.rows[:index] + self.rows[index + 1 :])
-            del self.rows[index]
-            self.answered_by[question.prompt].discard(annotator)
-            if question not in self.waiting:
-                self.waiting.insert(0, question)
-            self.open[annotator] = question, time.monotonic()
-            self.changed.notify_all()
-            return True
+            return [row for row in self.rows if row["annotator"] == annotator]
+
+    def revise(self, annotator: str, index: int, verdict: str | list[int], comment: str = "", sure: int = 0) -> None:
+        """Replace the annotator's row `index` of those that `earlier` gives. The arguments are those of `answer`.
+
+        Raises ValueError if one is wrong, InputError if the file cannot be written; it then stays as it was.
+        """
+        with self.changed:
+            mine = [i for i, row in enumerate(self.rows) if row["annotator"] == annotator]
+            if type(index) is not int or not 0 <= index < len(mine):
+                raise ValueError("there is no such earlier answer")
+            old = self.rows[mine[index]]
+            row = self._row(question_of(old), annotator, verdict, comment, sure)
+            row |= {name: old[name] for name in ("time", "seconds", "seed") if name in old} | {"revised": now()}
+            rows = self.rows[: mine[index]] + [row] + self.rows[mine[index] + 1 :]
+            write_jsonl(self.out, rows)
+            self.rows = rows
+
+    def said(self, row: dict) -> str | list[int]:
+        """Return the verdict of a row as `answer` takes it."""
+        if is_verdict(row):
+            return row["verdict"]
+        order = self.order(question_of(row), row["annotator"])  # the answers of a preference stand best first
+        return [order.index(i) for i in range(len(order))]
 
     def progress(self, annotator: str) -> dict:
         """Return the number of answered and of remaining questions of this annotator, and the seconds remaining."""
@@ -195,6 +217,22 @@ class Sitting:
             left = len(self.prompts) - self.alike - full
             pace = statistics.median(row["seconds"] for row in mine[-20:]) if mine else None
             return {"done": len(mine), "left": left, "seconds_left": pace and pace * left}
+
+
+def question_of(row: dict) -> Question:
+    """Return the question that a row answers."""
+    if is_verdict(row) or "ranked" in row:
+        name = "responses" if is_verdict(row) else "ranked"
+        n = len(row[name])
+        answers = [*zip(row[name], row.get(f"{name}_ended", [True] * n), row.get(f"{name}_ids", [None] * n))]
+    else:
+        names = ("chosen", "rejected")
+        answers = [(row[name], row.get(f"{name}_ended", True), row.get(f"{name}_ids")) for name in names]
+    return Question(row["prompt"], answers, row["checkpoint"])
+
+
+def now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def read_answers(path: Path, repair: bool = False) -> list[dict]:
@@ -219,7 +257,8 @@ def read_answers(path: Path, repair: bool = False) -> list[dict]:
     for number, row in enumerate(rows, 1):
         texts = row.get("responses") if is_verdict(row) else row.get("ranked", [row.get("chosen"), row.get("rejected")])
         places = isinstance(row.get("position"), int) or is_verdict(row)
-        if not (are_texts(texts) and are_texts(row.get("checkpoint")) and places):
+        checkpoints = row.get("checkpoint")
+        if not (are_texts(texts) and are_texts(checkpoints) and len(texts) == len(checkpoints) > 1 and places):
             raise InputError(
                 f"{path}: row {number}: not an answer of data.label (texts, checkpoint, position); remove the row"
             )
