@@ -84,7 +84,7 @@ def rivals_of(what: str, wanted: list[str], device: torch.device) -> list[str]:
 def result_table(lines: list[dict]) -> str:
     """Lines of `compare` as Markdown: a row for each project, its variants side by side."""
     rows = [
-        "| work | who | as it comes | memory kept | ratio | ratio, memory kept | of the plain loop | of the peak | GiB |",
+        "| work | who | as it comes | memory kept | ratio | ratio, kept | of the plain loop | of the peak | GiB |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
 

@@ -1,7 +1,7 @@
 """Is a device right? What the tests hold the CPU to, seen on the device itself.
 
-    python -m tests.checks --device cuda                every check, in a table; exit code 1 if one fails
-    python -m tests.checks --device cuda decoding       one of decoding, graph, ratio, resume
+python -m tests.checks --device cuda                every check, in a table; exit code 1 if one fails
+python -m tests.checks --device cuda decoding       one of decoding, graph, ratio, resume
 """
 
 import argparse
@@ -74,7 +74,9 @@ def decoding(name: str, device: torch.device) -> list[Finding]:
             worst = (short[drawn.to(device)].max() / logits.std()).item()
             kind = "shapes that do not change" if static else "eager"
             asked = f"greedy decode with a cache ({kind}, {dtype}) = without, {name}"
-            findings.append((asked, f"logits at most {worst:.1e} σ apart", worst < (1e-3 if dtype == "float32" else 0.1)))
+            findings.append(
+                (asked, f"logits at most {worst:.1e} σ apart", worst < (1e-3 if dtype == "float32" else 0.1))
+            )
     return findings
 
 
@@ -158,7 +160,8 @@ def resume(name: str, device: torch.device) -> list[Finding]:
             ended, _ = common.load_gpt(cfg.out, torch.device("cpu"))
             return torch.cat([p.detach().flatten() for p in ended.parameters()])
 
-        with mock.patch("processes.say"), mock.patch("builtins.print"):
+        quiet = mock.patch.dict(sys.modules, {"matplotlib": None}), mock.patch("builtins.print")  # no curves, no words
+        with quiet[0], quiet[1]:
             whole, again, resumed = train("whole"), train("again"), train("resumed", ends_early=True)
     apart, noise = ((x - whole).norm().item() / whole.norm().item() for x in (resumed, again))
     found = "bit for bit" if apart == 0 else f"{apart:.1e} of the weights apart; two whole runs {noise:.1e}"

@@ -330,7 +330,7 @@ def matrices(name: str) -> tuple[int, int]:
 
 
 def flops(what: str, name: str, *sizes: int) -> float:
-    """Operations that the work needs: 2 a weight and token forward and twice that backward, and attention over all keys.
+    """Operations that the work needs: 2 a weight and token forward, twice that backward, and attention over all keys.
 
     For `train` and `generate` a token, for `ppo` an iteration of 4 epochs. What is computed again does not count.
     """

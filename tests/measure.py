@@ -19,30 +19,42 @@ from tests.contenders import OURS, dtype_of
 OUT_OF_MEMORY = "out of memory"
 
 
-def rate(work: Callable[[], object], count: int, seconds: float) -> float:
-    """Units a second, over about `seconds`, after once to warm up."""
+def each(work: Callable[[], object], seconds: float) -> tuple[float, float]:
+    """Seconds of one `work`, and of processor time, over about `seconds`, after once to warm up."""
     work()
     gc.collect()
     processes.synchronize()
-    began, n = time.perf_counter(), 0
+    began, busy, n = time.perf_counter(), time.process_time(), 0
     while time.perf_counter() - began < seconds or n < 2:
         work()
         processes.synchronize()
         n += 1
-    return n * count / (time.perf_counter() - began)
+    return (time.perf_counter() - began) / n, (time.process_time() - busy) / n
+
+
+def fastest(work: Callable[[], object], seconds: float) -> float:
+    """The least seconds that `work` takes, tried for about `seconds`."""
+    found, began = [], time.perf_counter()
+    while time.perf_counter() - began < seconds or len(found) < 3:
+        processes.synchronize()
+        start = time.perf_counter()
+        work()
+        processes.synchronize()
+        found.append(time.perf_counter() - start)
+    return min(found)
 
 
 def limits(device: torch.device, seconds: float = 3.0) -> dict[str, float]:
-    """What the machine can do: operations a second in a product of matrices, bytes a second read and written by a copy."""
+    """What the machine can do: operations a second in a product, bytes a second read and written by a copy."""
     n, size = (8192, 2**30) if device.type == "cuda" else (2048, 2**28)
     square = torch.randn(n, n, device=device, dtype=dtype_of(device))
     source = torch.zeros(size, dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
     products = (lambda: square @ square, lambda: fast.linear(square, square))  # by MKL and by oneDNN
     with torch.no_grad():
-        best = max(rate(product, 2 * n**3, seconds / 3) for product in products for _ in range(2))
-        copied = max(rate(lambda: target.copy_(source), 2 * size, seconds / 6) for _ in range(3))
-    return {"products": best, "copy": copied}
+        product = min(fastest(product, seconds) for product in products)
+        copy = fastest(lambda: target.copy_(source), seconds)
+    return {"products": 2 * n**3 / product, "copy": 2 * size / copy}
 
 
 def one(who: str, what: str, name: str, *sizes: int, device: torch.device, seconds: float) -> dict:
@@ -58,8 +70,8 @@ def one(who: str, what: str, name: str, *sizes: int, device: torch.device, secon
     else:
         prepare = {"train": contenders.train, "checkpoint": contenders.train, "generate": contenders.generate}[what]
         work, count = prepare(who, name, *sizes, device)
-        found = {"tokens_per_s": rate(work, count, seconds)}
-        found["seconds_each"] = count / found["tokens_per_s"]
+        wall, busy = each(work, seconds)
+        found = {"tokens_per_s": count / wall, "step_s": wall, "step_cpu_s": busy}
     peak = common.peak_memory(device)
     return found | {"peak_GiB": peak, "own_GiB": peak - before}
 

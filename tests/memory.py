@@ -95,9 +95,7 @@ def activations(
 
 def stage(name: str, stage: int, batch: int, length: int, bf16: bool, checkpointed: bool, kind: str = "cuda") -> float:
     """GiB of a stage: its nets, and the activations of a micro-batch."""
-    return (
-        nets(name, stage, bf16) + activations(name, batch, length, bf16, checkpointed, stage != 2, kind)
-    ) / GIB
+    return (nets(name, stage, bf16) + activations(name, batch, length, bf16, checkpointed, stage != 2, kind)) / GIB
 
 
 def table() -> str:

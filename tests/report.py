@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from tests import checks, contenders, memory, measure
+from tests import checks, contenders, measure, memory
 from tests.contenders import OURS, dtype_of
 from tests.measure import OUT_OF_MEMORY, alone, command
 
@@ -82,8 +82,8 @@ def work_rows(
                 all_ran = all_ran and (found["error"] == OUT_OF_MEMORY or who not in ours)
             else:
                 cells = speed_cells(what, name, sizes, found, limits, device) + [f"{found['own_GiB']:.2f}"]
-            rows.append(row(asked, who, *cells, computed(what, name, sizes, device) if who in ours else "",
-                            f"`{command(who, what, name, *sizes, device=device)}`"))  # fmt: skip
+            cells.append(computed(what, name, sizes, device) if who == OURS else "")
+            rows.append(row(asked, who, *cells, f"`{command(who, what, name, *sizes, device=device)}`"))
     return rows, all_ran
 
 
@@ -134,8 +134,9 @@ def write(
         "",
         told,
         "",
-        "Sizes are rows × tokens in training, rows × prompt × new tokens in generation, and rows × minibatches × prompt × "
-        "response in an iteration of PPO of 4 epochs. Memory is in GiB.",
+        "Sizes are rows × tokens in training, rows × prompt × new tokens in generation, and rows × minibatches × "
+        "prompt × response in an iteration of PPO, of 4 epochs. Memory is in GiB, at its peak; computed as if each "
+        "token were a response token, without the work space of kernels.",
         "",
         "| work | who | found | share of the machine's | memory | computed | command |",
         "|---|---|---|---|---|---|---|",
