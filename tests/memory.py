@@ -1,0 +1,127 @@
+"""How much memory the stages take, computed from a shape: `python -m tests.bench --what memory` prints it.
+
+Two parts: what the nets take all the time, in bytes a parameter, and what a forward keeps for its backward, in bytes a
+token. `test_bench.py` holds the second to what autograd saves in a forward of the real model.
+"""
+
+import functools
+
+import torch
+
+import fast
+from model import GPT, GPTConfig, ScalarModel
+from tests.shapes import config_of
+
+TRAINED = 16  # bytes a parameter: a weight, its gradient and Adam's two moments, in float32
+BATCH, LENGTH = 8, 512  # of the micro-batch in the table
+TABLE = ["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "llama-1b", "llama-3b", "llama-8b"]
+GIB = 2**30
+
+
+@functools.cache
+def parameters(name: str, scalar: bool = False) -> tuple[int, int]:
+    """How many parameters a net has, and how many of them are in linear layers. `scalar`: reward model or value net."""
+    with torch.device("meta"):
+        net = GPT(config_of(name))
+        net = ScalarModel(net) if scalar else net
+    linear = sum(p.numel() for layer in net.modules() if isinstance(layer, fast.Linear) for p in layer.parameters())
+    return sum(p.numel() for p in net.parameters()), linear
+
+
+def nets(name: str, stage: int, bf16: bool) -> int:
+    """Bytes of the nets of a stage with gradients and moments. `bf16`: stage 3 stores frozen linear layers in bfloat16.
+
+    Stage 1 trains a GPT. Stage 2 trains a reward model; the GPT that it samples from stands beside it. Stage 3 trains
+    a policy and a value net; the reference and the reward model are frozen.
+    """
+    (gpt, gpt_linear), (scalar, scalar_linear) = parameters(name), parameters(name, scalar=True)
+    if stage == 1:
+        return TRAINED * gpt
+    if stage == 2:
+        return TRAINED * scalar + 4 * gpt
+    spared = 2 * (gpt_linear + scalar_linear) if bf16 else 0
+    return TRAINED * (gpt + scalar) + 4 * (gpt + scalar) - spared
+
+
+def block(config: GPTConfig, tokens: int, bf16: bool) -> int:
+    """Bytes that the forward of a block saves where attention is fused: for GPT-2's and Llama's kind.
+
+    The residual stream is in float32. What products read and make is in the dtype of products, in which under autocast
+    the rounded weights are saved as well.
+    """
+    size, C = (2 if bf16 else 4), config.n_embd
+    Q, K = config.n_head * config.head_size, (config.n_kv_head or config.n_head) * config.head_size
+    inner = config.n_inner or 4 * C
+    norms = 2 * 4 * (2 * C + 1 if config.rms_norm else C + 2)  # RMSNorm saves its input with scale 1 too
+    attention = C + Q + 2 * K + Q  # the input of c_attn; queries, keys and values; what attention found
+    if config.rope_theta:
+        attention += Q + K + Q  # queries and keys turned; c_proj reads a copy of what attention found
+    mlp = C + (4 * inner if config.swiglu else 2 * inner)
+    weights = C * (Q + 2 * K) + Q * C + C * inner * (3 if config.swiglu else 2)
+    return tokens * (norms + 4 * config.n_head + size * (attention + mlp)) + (2 * weights if bf16 else 0)
+
+
+def saved(config: GPTConfig, batch: int, length: int, bf16: bool, checkpointed: bool, logprobs: bool = True) -> int:
+    """Bytes that autograd saves in one forward over `batch` × `length` tokens, each of which is a response token.
+
+    With `logprobs` that of `GPT.logprobs`, else that of `ScalarModel.values`.
+    """
+    tokens, C = batch * length, config.n_embd
+    ends = 4 * (2 * C + 1 if config.rms_norm else C + 2) + 40  # the final norm; token ids and four indices
+    ends += (2 if bf16 and logprobs else 4) * C  # what the output layer reads, or the scalar head
+    kept = 4 * C * tokens if checkpointed else block(config, tokens, bf16)
+    head = 2 * config.vocab_size * C if bf16 and logprobs else 0
+    return config.n_layer * kept + tokens * ends + head
+
+
+def logits(config: GPTConfig, tokens: int, kind: str) -> int:
+    """Bytes of the logits that wait for the backward: the last few chunks of them, in float32."""
+    rows = max(1, (fast.CHUNK if kind == "cpu" else fast.GPU_CHUNK) // config.vocab_size)
+    return 4 * config.vocab_size * min(tokens, fast.KEPT * rows)
+
+
+def activations(
+    name: str, batch: int, length: int, bf16: bool, checkpointed: bool, logprobs: bool = True, kind: str = "cuda"
+) -> int:
+    """Bytes at the peak of a forward and backward: all that is saved, and the logits. Work space comes on top.
+
+    With checkpoints the logits are gone before the first block is computed again.
+    """
+    config, tokens = config_of(name), batch * length
+    whole = saved(config, batch, length, bf16, checkpointed, logprobs)
+    waiting = logits(config, tokens, kind) if logprobs else 0
+    return whole + (max(waiting, block(config, tokens, bf16)) if checkpointed else waiting)
+
+
+def stage(name: str, stage: int, batch: int, length: int, bf16: bool, checkpointed: bool, kind: str = "cuda") -> float:
+    """GiB of a stage: its nets, and the activations of a micro-batch."""
+    return (nets(name, stage, bf16) + activations(name, batch, length, bf16, checkpointed, stage != 2, kind)) / GIB
+
+
+def table() -> str:
+    """Memory by shape and stage, in Markdown."""
+    lines = [
+        "| shape | parameters | stage 1 | stage 2 | stage 3 | stage 3, bfloat16 |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name in TABLE:
+        found = [nets(name, 1, False), nets(name, 2, False), nets(name, 3, False), nets(name, 3, True)]
+        cells = [f"{x / GIB:.1f}" for x in found]
+        lines.append(f"| {name} | {parameters(name)[0] / 1e6:,.0f}M | {' | '.join(cells)} |")
+    lines += [
+        "",
+        "| shape | float32 | float32, checkpointed | bfloat16 | bfloat16, checkpointed |",
+        "|---|---|---|---|---|",
+    ]
+    for name in TABLE:
+        cells = []
+        for bf16, checkpointed in ((False, False), (False, True), (True, False), (True, True)):
+            pair = [activations(name, BATCH, LENGTH, bf16, checkpointed, logprobs) / GIB for logprobs in (True, False)]
+            cells.append(f"{pair[0]:.1f} / {pair[1]:.1f}")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    lines += ["", "| shape | stage 1 | stage 2 | stage 3 | stage 3, checkpointed |", "|---|---|---|---|---|"]
+    for name in TABLE:
+        cells = [f"{stage(name, n, BATCH, LENGTH, True, False):.1f}" for n in (1, 2, 3)]
+        cells.append(f"{stage(name, 3, BATCH, LENGTH, True, True):.1f}")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
