@@ -15,6 +15,7 @@ zeros.) Each iteration answers a batch of prompts, scores the answers, and impro
       tokens, prompt_len, length, ended              (B, T) (B,) …        1 rollout
       logp, ref_logp, values, entropy, mask, score   (B, R) … (B,)        2 read
       rewards, advantages, returns, final_score      (B, R) … (B,)        3 estimate
+      ratio, of the last epoch                       (B, R)               4 update
 
 tokens are right-padded. Columns of the (B, R) tensors are response tokens: column r is about the token at position
 prompt_len + r, and R is the longest response. These tensors are 0 outside the response; mask is true inside it. In a
@@ -38,7 +39,7 @@ import common
 import data
 import fast
 from data import InputError, tales
-from evaluate import Judge, Texts, best_of, best_of_sizes, evaluate, report, rollout_metrics, summary
+from evaluate import Judge, Texts, best_of, best_of_sizes, by_token, evaluate, paired, report, rollout_metrics, summary
 from model import GPT, ScalarModel, response_window
 
 Batch = dict[str, Tensor]
@@ -243,6 +244,7 @@ def update(
     None. The value net learns at `value_lr`, or at `lr` if that is None. Losses are means over the tokens of the whole
     minibatch (all micro-batches, all processes), so how it is split changes nothing.
     """
+    batch["ratio"] = batch["mask"].float()
     value_optimizer = value_optimizer if value is not None else None
     value_lr = lr if value_lr is None else value_lr
     sums = dict.fromkeys(STANDING_STILL, 0.0)
@@ -265,6 +267,7 @@ def update(
                     with torch.no_grad():
                         approxkl = 0.5 * (logp - part["logp"]).square()
                         clipped = pg_losses > -part["advantages"] * ratio
+                        batch["ratio"][fast.to_device(rows[index], mask.device), : mask.shape[1]] = ratio * mask
                         sums["loss/policy_avg"] += pg_loss
                         sums["policy/approxkl_avg"] += (approxkl * mask).sum() / n_tokens
                         sums["policy/clipfrac_avg"] += (clipped * mask).sum() / n_tokens
@@ -453,6 +456,7 @@ def train(cfg: Config) -> None:
         if step % 20 == 0 or last:
             run.sample(step + 1, f"[{batch['score'][0].item():+.2f}] {''.join(pairs[0])}")
         if run.must_save(step, (step + 1) % cfg.save_every == 0):
+            run.write("rollout.json", by_token(batch, pairs, encoding, step + 1, metrics["kl_coef"]))
             run.save(step + 1, policy, encoding, {"kl_coef": kl_coef}, **saved)
 
     if not cfg.iterations:
@@ -460,7 +464,7 @@ def train(cfg: Config) -> None:
         common.check_vocabulary(f"--out {cfg.out}", out_encoding, encoding, cfg.init)
     before = evaluate(partial(answer, "before", start), held_out, judges)
     after = evaluate(partial(answer, "after", policy), held_out, judges)
-    common.say(report(before, after, judges))
+    run.report(report(before, after, judges), paired(before, after, judges))
     if sizes:
         common.say(best_of(partial(answer, "best of", ref), held_out, judges, sizes))
     if cfg.iterations:

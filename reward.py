@@ -269,7 +269,7 @@ def train(cfg: Config) -> None:
         last = step + 1 == steps
         if last:
             found, table = evaluate(model, held_out, cfg, device, autocast)
-            common.say(agreement_report(found, table))
+            run.report(agreement_report(found, table), {"metrics": found, "calibration": table})
             metrics |= found
             normalize(model, sample_policy(policy, prompts, cfg, autocast), device, autocast)
             how = f"(gain {model.gain:.3f}, bias {model.bias:.3f})"
