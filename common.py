@@ -70,13 +70,14 @@ class _Parser(argparse.ArgumentParser):
 def parse(config: type, argv: list[str] | None = None, positional: str = "") -> Any:
     """A `config` dataclass from the command line. Each field is an option; the comment behind it is its help.
 
-    With `positional`, returns (config, that argument). Raises InputError for what does not parse.
+    With `positional`, returns (config, that argument); in brackets it may be left out, and is then None. Raises
+    InputError for what does not parse.
     """
     comments = dict(re.findall(r"^\s+(\w+): .*#\s*(.*)$", inspect.getsource(config), re.MULTILINE))
     doc = (sys.modules[config.__module__].__doc__ or "").split("\n")[0]
     parser = _Parser(description=doc, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     if positional:
-        parser.add_argument(positional, help="a run folder")
+        parser.add_argument(positional.strip("[]"), nargs="?" if "[" in positional else None, help="a run folder")
     for field in dataclasses.fields(config):
         kind = field.type.__args__[0] if isinstance(field.type, UnionType) else field.type
         how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind, "metavar": kind.__name__}
@@ -84,7 +85,7 @@ def parse(config: type, argv: list[str] | None = None, positional: str = "") -> 
             f"--{field.name}", default=field.default, help=comments.get(field.name, " ").replace("%", "%%"), **how
         )
     options = vars(parser.parse_args(argv))
-    folder = options.pop(positional, None)
+    folder = options.pop(positional.strip("[]"), None)
     for name, value in options.items():
         if not isinstance(value, (int, float)):
             continue
