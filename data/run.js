@@ -145,6 +145,8 @@ function prepare() {
   }
 }
 
+const tell = (key, x) => key === "ratio" && finite(x) ? x.toFixed(3) : number(x, key === "kl" || key === "advantages" || key === "rewards");
+
 function paint(key, x) {
   const [centre, reach] = scales[key], t = Math.max(-1, Math.min(1, (x - centre) / reach)) * QUANTITIES[key][2];
   if (!finite(t) || Math.abs(t) < 0.03) return "transparent";
@@ -166,7 +168,7 @@ function whole_character(tokens, i) {  // the character that a token of bytes is
 function read_out(answer, i) {
   const token = answer.tokens[i], part = Array.isArray(token) ? ` (bytes in “${whole_character(answer.tokens, i)}”)` : "";
   const facts = Object.entries(QUANTITIES).filter(([key]) => answer[key]).map(([key, [name]]) =>
-    h("div", {}, h("dt", {}, name), h("dd", {}, number(answer[key][i], key !== "ratio" && key !== "entropy"))));
+    h("div", {}, h("dt", {}, name), h("dd", {}, tell(key, answer[key][i]))));
   const p = h("div", {}, h("dt", {}, "probability under π, π₀"), h("dd", {}, `${number(Math.exp(answer.logp[i]))}, ${number(Math.exp(answer.ref_logp[i]))}`));
   document.getElementById("readout").replaceChildren(
     h("div", {}, h("code", { class: "text" }, `“${spelled(token)}”`), h("span", { class: "soft" }, `${part} token ${i + 1} of ${answer.tokens.length}`)),
@@ -183,8 +185,8 @@ function token_table(answer) {
   const keys = Object.keys(QUANTITIES).filter(key => answer[key]);
   const order = ["logp", "ref_logp", "kl", "rewards", "values", "advantages", "returns", "ratio", "entropy"].filter(key => keys.includes(key));
   const rows = answer.tokens.map((token, i) => h("tr", {}, h("td", {}, h("code", {}, token_name(token))),
-    order.map(key => h("td", { css: { background: paint(key, answer[key][i]) } }, number(answer[key][i])))));
-  const sums = order.map(key => h("td", {}, QUANTITIES[key][3] ? number(sum(answer[key])) : `mean ${number(mean(answer[key]))}`));
+    order.map(key => h("td", { css: { background: paint(key, answer[key][i]) } }, tell(key, answer[key][i])))));
+  const sums = order.map(key => h("td", {}, QUANTITIES[key][3] ? tell(key, sum(answer[key])) : `mean ${tell(key, mean(answer[key]))}`));
   return h("div", { class: "scroll" }, h("table", { class: "sticky" },
     h("thead", {}, h("tr", {}, h("th", {}, "token"), order.map(key => h("th", {}, QUANTITIES[key][0])))),
     h("tbody", {}, rows), h("tfoot", {}, h("tr", {}, h("td", {}, "sum"), sums))));
@@ -196,7 +198,7 @@ function answer_card(answer, number_of, rollout) {
   const spans = answer.tokens.map((token, i) => {
     const key = JSON.stringify(token), enter = () => read_out(answer, i);
     const span = h("span", { class: [typeof token === "string" ? "" : "name", key === view.alike ? "alike" : ""].join(" ").trim() || null,
-      "data-x": view.numbers ? number(answer[view.colour][i]) : null, css: { background: paint(view.colour, answer[view.colour][i]) },
+      "data-x": view.numbers ? tell(view.colour, answer[view.colour][i]) : null, css: { background: paint(view.colour, answer[view.colour][i]) },
       onpointerenter: enter, onclick: event => select(event.currentTarget) }, spelled(token).replace(/^ +(?=.)/, "").replace(/^ +$/, blank => "␣".repeat(blank.length)));
     const space = typeof token === "string" && /^ +(?=.)/.exec(token);  // outside, so that a line breaks there
     return [space && space[0], span, typeof token === "string" && /[\n\r\u2028\u2029]/.test(token) && h("br")];
