@@ -53,6 +53,7 @@ SHOWN += ["eval/score", "eval/judge", "eval/kl"]
 
 @dataclass
 class Config:
+    # data and models
     data: str = ""  # JSONL "prompt"; empty: the tales' prompts
     eval_data: str = ""  # held-out JSONL "prompt"; empty: a part of --data (the tales have their own)
     init: str = "out/sft"  # run folder of the starting policy; its frozen copy is the reference
@@ -60,11 +61,18 @@ class Config:
     reward: str = "out/reward"  # run folder of the reward model, or FILE.py:function to train on
     judge: str = ""  # FILE.py:function, never trained on; of several (commas) the first is measured in training too
     out: str = "out/ppo"  # run folder to write
+    block_size: int = 0  # longest prompt and answer together, in tokens; 0: the model's context
+    drop_long: bool = False  # leave out prompts that with the answer exceed that
+    # run
     seed: int = 0  # of prompts, samples and minibatches
     device: str = "auto"  # auto, cpu, cuda or mps
     dtype: str = "auto"  # auto, float32 or bfloat16 (autocast)
     compile: bool = False  # torch.compile of the blocks, after a minute of compiling
     checkpoint_activations: bool = False  # in training keep less and compute more
+    save_every: int = 20  # iterations between checkpoints
+    resume: bool = False  # continue the run in --out; more --iterations than before prolong it
+    tensorboard: bool = False  # write the metrics for TensorBoard too, into --out
+    # training
     iterations: int = 48  # rounds of answer → score → update; 0: only evaluate
     batch_size: int = 128  # prompts an iteration, over all processes
     epochs: int = 2  # passes over an iteration's answers
@@ -76,6 +84,7 @@ class Config:
     value_lr: float = 1e-3  # of the value net, annealed to 0
     value_warmup: int | None = None  # first iterations, in which only the value net learns; default 4, or a quarter
     lr_warmup: int | None = None  # iterations after these, in which the policy's rate rises; default 16, or a third
+    # PPO
     kl_coef: float = 0.05  # β: reward charged per nat of KL to the frozen copy
     kl_target: float = 0.0  # nats a response; above 0, β adapts towards it (Ziegler et al. 2019, section 2.2)
     kl_stop: float = 0.0  # nats a response; an iteration above this ends the run, because it has left the language
@@ -88,13 +97,10 @@ class Config:
     max_grad_norm: float = 1.0  # gradients are clipped to this, each net's by itself; 0: not clipped
     score_clip: float = 0.0  # scores are clipped to ± this; 0: not clipped
     unended_cap: float | None = None  # highest score without EOS; default −1, or inf for a function
-    block_size: int = 0  # longest prompt and answer together, in tokens; 0: the model's context
-    drop_long: bool = False  # leave out prompts that with the answer exceed that
+    # evaluation
     eval_prompts: int = 512  # held-out prompts to evaluate on
     eval_every: int = 0  # evaluate every so many iterations and keep the best policy as best.pt; 0: only at the end
     best_of: str = ""  # such as 1,4,16: at the end, show the best of so many answers of the reference too
-    save_every: int = 20  # iterations between checkpoints
-    resume: bool = False  # continue the run in --out; more --iterations than before prolong it
 
 
 # --- 1 rollout --------------------------------------------------------------------------------------------------------

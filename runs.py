@@ -33,7 +33,7 @@ from model import GPT, ScalarModel
 from processes import RANK, WORLD, say
 
 INPUTS = ("data", "eval_data", "init", "ref", "reward", "judge")  # options that name what a run reads
-MAY_DIFFER = ("resume", "device", "iterations", "best_of", "out", *INPUTS)  # options that a resumed run may change
+MAY_DIFFER = ("resume", "device", "iterations", "best_of", "out", "tensorboard", *INPUTS)  # in a resumed run
 OURS = r"(metrics\.jsonl|(model|state|best)\.pt|samples\.txt|curves\.png|tokens|comparisons\.jsonl"
 OURS += r"|(config|rollout|report)\.json|report\.txt|(run|compare)\.html)(\..*tmp)?|metrics\.tmp"
 OURS += r"|events\.out\.tfevents\..*"
@@ -111,6 +111,7 @@ class Run:
     def __init__(self, cfg: Any):
         self.cfg, self.folder, self.step, self.steps = cfg, Path(cfg.out), 0, 0
         self.times: dict[str, float] = {}
+        self.board: Any = None  # TensorBoard's writer
         self.about: dict[str, Any] = {}  # what model.pt says besides
         self.files: dict[str, Path] = {}  # what was made before the start: its name in the folder → where it is
         self.created = self.saved_at = time.time()
@@ -118,6 +119,8 @@ class Run:
         trains = getattr(cfg, "iterations", 1) > 0
         if trains:
             check_out(cfg)
+        if cfg.tensorboard and importlib.util.find_spec("tensorboard") is None:
+            raise InputError("--tensorboard: needs the package of that name; pip install tensorboard")
         self.lock = lock(self.folder) if trains and RANK == 0 else None
         self.inputs = {name: fingerprint(getattr(cfg, name, "")) for name in INPUTS}
         self.state = self._read_state() if cfg.resume and trains else None
@@ -189,10 +192,13 @@ class Run:
                 self._open()
             except OSError as error:
                 raise cannot_write(self.folder, error) from None
-            self.origin = origin(
-                self.cfg, next(parts["model"].parameters()).device, self.folder if self.state else None
-            )
+            device = next(parts["model"].parameters()).device
+            self.origin = origin(self.cfg, device, self.folder if self.state else None)
             self._describe()
+            if self.cfg.tensorboard:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.board = SummaryWriter(self.folder, purge_step=self.step)
         self.started = self.begun = self.saved_at = time.time()
         processes.finish_the_step(self.step < steps)
 
@@ -226,6 +232,10 @@ class Run:
         if RANK > 0:
             return
         self._append("metrics.jsonl", json.dumps({"step": step} | metrics))
+        if self.board:
+            for name, x in metrics.items():
+                self.board.add_scalar(name, x, step)
+            self.board.flush()
         if show:
             left = (time.time() - self.started) / (step + 1 - self.step) * (self.steps - step - 1)
             width = len(str(self.steps))

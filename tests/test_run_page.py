@@ -2,21 +2,27 @@
 
 import copy
 import http.client
+import importlib
 import json
 import re
+import subprocess
+import sys
 import threading
+import types
 
+import numpy as np
 import pytest
 import torch
 
 import common
 import ppo
 import reward
+import runs
 import sft
 from data import InputError, page
 from evaluate import by_token
 from model import ScalarModel
-from tests.conftest import make_gpt, write
+from tests.conftest import ROOT, make_gpt, write
 from tests.test_page import CHROMIUM, needs_chromium
 
 playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright drives the browser")
@@ -87,7 +93,73 @@ def run_ppo(folders, monkeypatch, out, **more):
     (folders["tmp"] / "judge.py").write_text("def judge(prompt, response):\n    return float(len(response) % 7)\n")
     given = dict(data="prompts.jsonl", init="sft", reward="reward", judge="judge.py:judge", iterations=4, out=out)
     given |= dict(batch_size=16, minibatch_size=8, response_len=8, eval_prompts=8, value_warmup=1) | more
-    ppo.train(common.parse(ppo.Config, [str(word) for name, x in given.items() for word in (f"--{name}", x)]))
+    words = [[f"--{name}"] if x is True else [f"--{name}", str(x)] for name, x in given.items()]
+    ppo.train(common.parse(ppo.Config, sum(words, [])))
+
+
+def test_a_run_says_what_it_was_and_counts_its_seconds_on(folders, monkeypatch):
+    given = ["ppo.py", "--out", "out/x", "--kl_coef", "0.3"]
+    monkeypatch.setattr(sys, "argv", given)
+    run_ppo(folders, monkeypatch, "out/x", kl_coef=0.3)
+    found = json.loads((folders["tmp"] / "out/x/config.json").read_text())
+    assert found["command"] == " ".join(given) and found["stage"] == "ppo" and found["device"].startswith("cpu")
+    assert found["options"]["kl_coef"] == 0.3 and found["options"].keys() == ppo.Config.__dataclass_fields__.keys()
+    assert found["torch"] == torch.__version__ and found["python"] == ".".join(map(str, sys.version_info[:3]))
+    if (ROOT / ".git").exists():
+        head = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+        assert found["commit"] == head and isinstance(found["clean"], bool)
+    found["seconds"] = 1000.0
+    (folders["tmp"] / "out/x/config.json").write_text(json.dumps(found))
+    run_ppo(folders, monkeypatch, "out/x", kl_coef=0.3, iterations=5, resume=True)
+    again = json.loads((folders["tmp"] / "out/x/config.json").read_text())
+    assert 1000 < again["seconds"] < 1600 and again["options"]["iterations"] == 5
+
+
+def test_outside_of_a_checkout_a_run_names_no_commit(monkeypatch, tmp_path):
+    monkeypatch.setattr(runs, "__file__", str(tmp_path / "runs.py"))
+    assert runs.git("rev-parse", "HEAD") is None
+    about = runs.origin(ppo.Config(), torch.device("cpu"), None)
+    assert about["commit"] is None and about["clean"] is None
+
+
+def test_the_report_is_kept_as_it_is_printed_and_with_all_its_numbers(folders, monkeypatch, capsys):
+    run_ppo(folders, monkeypatch, "out/x", lr=0.01)
+    folder = folders["tmp"] / "out/x"
+    assert (folder / "report.txt").read_text().strip() in capsys.readouterr().out
+    found = json.loads((folder / "report.json").read_text())
+    assert len(found["answers"]) == 8 and list(found["table"])[:2] == ["judge.py:judge", "score"]
+    for name, row in found["table"].items():
+        before, after = (np.array([answer[side][name] for answer in found["answers"]]) for side in ("before", "after"))
+        for side, x in (("before", before), ("after", after), ("change", after - before)):
+            assert row[side] == pytest.approx([x.mean(), x.std(ddof=1) / 8**0.5])
+        assert f"{row['after'][0]:.3f} ± {row['after'][1]:.3f}" in (folder / "report.txt").read_text()
+    won = [(a["after"]["judge.py:judge"] - a["before"]["judge.py:judge"]) for a in found["answers"]]
+    assert found["win_rate"][0] == pytest.approx(np.mean(np.sign(won) / 2 + 0.5))
+
+
+def test_tensorboard_gets_what_metrics_jsonl_gets_and_is_asked_for_where_it_is_missing(folders, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match="--tensorboard: needs the package of that name; pip install tensorboard"):
+        run_ppo(folders, monkeypatch, "out/x", tensorboard=True)
+    assert not (folders["tmp"] / "out/x").exists()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "tensorboard" or None)
+    written = {}
+
+    class SummaryWriter:
+        def __init__(self, folder, purge_step):
+            written["opened"] = str(folder), purge_step
+
+        def add_scalar(self, name, x, step):
+            written[name, step] = x
+
+        def flush(self):
+            pass
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=SummaryWriter))
+    run_ppo(folders, monkeypatch, "out/x", tensorboard=True)
+    assert written.pop("opened") == ("out/x", 0)
+    rows = common.read_metrics(folders["tmp"] / "out/x")
+    assert written == {(name, row["step"]): x for row in rows for name, x in row.items() if name != "step"}
 
 
 # --- the page as a file -----------------------------------------------------------------------------------------------
