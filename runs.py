@@ -211,8 +211,9 @@ class Run:
                 lines = samples.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
                 with replacing(samples) as file:
                     file.writelines(line for line in lines if line.endswith("\n") and sampled_at(line) <= self.step)
-            for left in self.folder.glob("*.tmp"):
-                left.unlink()
+            old = [self.folder / name for name in ("report.txt", "report.json") if self.step < self.steps]
+            for left in [*self.folder.glob("*.tmp"), *old]:
+                left.unlink(missing_ok=True)
             self._move_in()
         elif self.folder.exists() and any(self.folder.iterdir()):
             old = next(name for n in count(1) if not (name := Path(f"{self.folder}.{n}")).exists())

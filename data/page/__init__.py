@@ -5,7 +5,7 @@
     python -m data.page out/ppo --watch                  serve the page on this machine, and follow the run
 
 It shows what a run folder holds: options, curves, samples, the report, and of stage 3 the last rollout, token by token.
-run.js draws everything from one JSON object; run.html is what stands around it. Nothing in that object can become
+page.js draws everything from one JSON object; page.html is what stands around it. Nothing in that object can become
 markup or code: `<` is escaped, the script writes text alone, and the page's own policy lets no other script run.
 """
 
@@ -24,7 +24,7 @@ import common
 import plots
 from data.files import InputError, replacing
 
-TEMPLATE = Path(__file__).with_name("run.html")
+FILES = [Path(__file__).with_name(name) for name in ("page.html", "page.js", "curves.js", "tokens.js")]
 READ = ("config.json", "metrics.jsonl", "samples.txt", "report.json", "rollout.json")  # what a page is made of
 MOST_POINTS, MOST_SAMPLES, MOST_ANSWERS = 600, 40, 40  # of a curve, of samples.txt, of report.json
 
@@ -119,7 +119,8 @@ def dumps(content: Any, source: str) -> str:
 
 def page(folders: list[str], watched: bool = False) -> str:
     """The page of some run folders. A page that is watched may ask the server that it came from, and nobody else."""
-    template, script = (TEMPLATE.with_suffix(kind).read_text(encoding="utf-8") for kind in (".html", ".js"))
+    template, *scripts = (path.read_text(encoding="utf-8") for path in FILES)
+    script = "\n".join([*scripts, "start();\n"])
     style = re.search("<style>(.*?)</style>", template, re.DOTALL)[1]
     policy = f"default-src 'none'; script-src {source_hash(script)}; style-src {source_hash(style)}"
     policy += "; base-uri 'none'; form-action 'none'" + ("; connect-src 'self'" if watched else "")
@@ -216,8 +217,3 @@ def main() -> None:
     print(f"Open {server.address}\nThe page follows the run. Ctrl-C stops.", flush=True)
     with server:
         server.serve_forever()
-
-
-if __name__ == "__main__":
-    sys.argv[0] = "data.page"
-    common.run_main(main)
