@@ -47,7 +47,7 @@ def contents(folder):
             ]
         elif path.name == "config.json":
             found[path.name] = json.loads(path.read_text())
-            for name in ("seconds", "command", "options"):
+            for name in ("seconds", "command", "options", "commit", "clean"):  # the checkout may change meanwhile
                 found[path.name].pop(name)
         elif path.suffix != ".png":
             found[path.name] = path.read_bytes()
