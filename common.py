@@ -6,6 +6,7 @@ functions.py (judges and rewards of the user); every name is reached by `common`
 
 import argparse
 import dataclasses
+import difflib
 import inspect
 import math
 import os
@@ -73,21 +74,38 @@ class _Parser(argparse.ArgumentParser):
 def parse(config: type, argv: list[str] | None = None, positional: str = "") -> Any:
     """A `config` dataclass from the command line. Each field is an option; the comment behind it is its help.
 
-    With `positional`, returns (config, that argument). Raises InputError for what does not parse.
+    A comment on a line of its own is the heading of the options below it. The module's docstring down to its examples
+    opens the help. With `positional`, returns (config, that argument); in brackets it may be left out, and is then
+    None. Raises InputError for what does not parse.
     """
-    comments = dict(re.findall(r"^\s+(\w+): .*#\s*(.*)$", inspect.getsource(config), re.MULTILINE))
-    doc = (sys.modules[config.__module__].__doc__ or "").split("\n")[0]
-    parser = _Parser(description=doc, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    module = sys.modules[config.__module__]
+    doc = "\n\n".join((module.__doc__ or "").split("\n\n")[:2])
+    parser = _Parser(
+        usage=f"%(prog)s {positional} [--option value …]".replace("  ", " "),
+        description=doc,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     if positional:
-        parser.add_argument(positional, help="a run folder")
+        parser.add_argument(positional.strip("[]"), nargs="?" if "[" in positional else None, help="a run folder")
+    heading, described, groups = "", {}, {"": parser}  # by name: heading and comment; by heading: the group
+    line = re.compile(r"^    (?:# (.*)|(\w+): .*?(?:#\s*(.*))?)$", re.MULTILINE)
+    for title, name, comment in line.findall(inspect.getsource(config)):
+        heading = title or heading
+        described[name] = heading, comment
     for field in dataclasses.fields(config):
+        heading, comment = described.get(field.name, ("", ""))
+        if heading not in groups:
+            groups[heading] = parser.add_argument_group(heading)
         kind = field.type.__args__[0] if isinstance(field.type, UnionType) else field.type
         how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind, "metavar": kind.__name__}
-        parser.add_argument(
-            f"--{field.name}", default=field.default, help=comments.get(field.name, " ").replace("%", "%%"), **how
+        if field.default not in ("", None) and kind is not bool:
+            comment += f" (default: {field.default})"
+        groups[heading].add_argument(
+            f"--{field.name}", default=field.default, help=comment.replace("%", "%%") or " ", **how
         )
-    options = vars(parser.parse_args(argv))
-    folder = options.pop(positional, None)
+    options = vars(parser.parse_args(spelled(sys.argv[1:] if argv is None else argv, parser)))
+    folder = options.pop(positional.strip("[]"), None)
     for name, value in options.items():
         if not isinstance(value, (int, float)):
             continue
@@ -102,6 +120,27 @@ def parse(config: type, argv: list[str] | None = None, positional: str = "") -> 
         if name == "temperature" and 0 < value < 0.01:
             raise InputError(f"--temperature {value}: give 0, or at least 0.01")
     return (config(**options), folder) if positional else config(**options)
+
+
+def spelled(argv: list[str], parser: argparse.ArgumentParser) -> list[str]:
+    """The words of a command line, with `-` inside the name of an option as `_`.
+
+    Raises InputError for an option that there is not, and names the nearest one.
+    """
+    known, words = list(parser._option_string_actions), []
+    for i, word in enumerate(argv):
+        if word == "--":
+            return words + argv[i:]
+        name, equals, value = word.partition("=")
+        if name.startswith("--") and " " not in name and name not in known:
+            name = f"--{name[2:].replace('-', '_')}"
+            name = f"--no-{name[5:]}" if name.startswith("--no_") else name
+            if name not in known:
+                near = difflib.get_close_matches(name, known, 1)
+                advice = f"did you mean {near[0]}?" if near else f"{parser.prog} --help lists the options"
+                raise InputError(f"{word.partition('=')[0]}: no such option; {advice}")
+        words.append(name + equals + value)
+    return words
 
 
 def context(cfg: Any, model: GPT) -> int:

@@ -6,6 +6,7 @@ Nothing here changes a net. Every mean is printed with its standard error (±).
 import math
 from collections.abc import Callable
 
+import tiktoken
 import torch
 from torch import Tensor
 
@@ -14,6 +15,7 @@ from data import Group, InputError
 from functions import Judge, ask
 
 Texts = list[tuple[str, str]]  # (prompt, response)
+BY_TOKEN = ("logp", "ref_logp", "entropy", "rewards", "values", "advantages", "returns", "ratio")
 Answer = Callable[[list[list[int]], int], tuple[dict[str, Tensor], Texts]]  # see `evaluate`
 
 
@@ -57,6 +59,37 @@ def rollout_metrics(batch: dict[str, Tensor], judged: list[float], kl_coef: floa
         found["value/explained_variance"] = 1 - error / spread
     numbers = torch.stack([x.float() for x in found.values()]).tolist()  # one wait for the device
     return dict(zip(found, numbers)) | {"kl_coef": kl_coef}
+
+
+def by_token(
+    batch: dict[str, Tensor], pairs: Texts, encoding: tiktoken.Encoding, iteration: int, kl_coef: float
+) -> dict:
+    """A rollout as plain lists, for rollout.json: each answer with what the step made of each of its tokens.
+
+    At most 256 answers and about 65,536 tokens, of this process alone. Numbers have five digits.
+    """
+    mask, answers = batch["mask"].cpu(), []
+    n = min(len(mask), 256, max(1, 65_536 // mask.shape[1]))
+    columns = {name: batch[name][:n].tolist() for name in BY_TOKEN if name in batch}
+    heads = [batch[name][:n].tolist() for name in ("tokens", "prompt_len", "length", "ended", "score", "final_score")]
+    for i, (row, start, end, ended, score, final_score) in enumerate(zip(*heads)):
+        answer = {"prompt": pairs[i][0], "response": pairs[i][1], "ended": ended, "score": score}
+        answer |= {"final_score": final_score, "tokens": [spelled(token, encoding) for token in row[start:end]]}
+        for name, column in columns.items():
+            answer[name] = [float(f"{x:.5g}") for x in column[i][: end - start]]
+        answers.append(answer)
+    return {"iteration": iteration, "kl_coef": kl_coef, "answers": answers}
+
+
+def spelled(token: int, encoding: tiktoken.Encoding) -> str | list[int] | dict[str, str]:
+    """A token for JSON: its text, its bytes if they are only a part of a character, or {"special": its name}."""
+    raw = encoding.decode_single_token_bytes(token)
+    if token in encoding._special_tokens.values():
+        return {"special": raw.decode("utf-8", "replace")}
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return list(raw)
 
 
 def correlation(x: Tensor, y: Tensor) -> Tensor:
@@ -106,10 +139,38 @@ def summary(columns: dict[str, list], judges: dict[str, Judge], kl_coef: float) 
     return metrics, metrics["eval/judge"]
 
 
-def mean_and_error(column: list[float]) -> str:
+def mean_and_error(column: list[float]) -> tuple[float, float]:
     x = torch.tensor(column, dtype=torch.float64)
-    error = x.std() / len(x) ** 0.5 if len(x) > 1 else 0.0
-    return f"{x.mean():8.3f} ± {error:.3f}"
+    return x.mean().item(), x.std().item() / len(x) ** 0.5 if len(x) > 1 else 0.0
+
+
+def cell(column: list[float]) -> str:
+    mean, error = mean_and_error(column)
+    return f"{mean:8.3f} ± {error:.3f}"
+
+
+def paired(before: dict[str, list], after: dict[str, list], judges: dict[str, Judge]) -> dict:
+    """The numbers of `report` and every answer, for report.json. A pair of numbers is a mean and its ±."""
+    names = [name for name in before if name != "texts"]
+    rows, measure = {}, next(iter(judges), "score")
+    for name in names:
+        columns = before[name], after[name], differences(before[name], after[name])
+        rows[name] = dict(zip(("before", "after", "change"), map(mean_and_error, columns)))
+    answers = []
+    for i, ((prompt, first), (_, second)) in enumerate(zip(before["texts"], after["texts"])):
+        sides = {"before": (first, before), "after": (second, after)}
+        sides = {side: {"text": text} | {n: column[n][i] for n in names} for side, (text, column) in sides.items()}
+        answers.append({"prompt": prompt} | sides)
+    won = mean_and_error(wins(before[measure], after[measure]))
+    return {"table": rows, "win_rate": won, "by": measure, "answers": answers}
+
+
+def differences(before: list[float], after: list[float]) -> list[float]:
+    return [b - a for a, b in zip(before, after)]
+
+
+def wins(before: list[float], after: list[float]) -> list[float]:
+    return [(b > a) + 0.5 * (b == a) for a, b in zip(before, after)]
 
 
 def report(before: dict[str, list], after: dict[str, list], judges: dict[str, Judge]) -> str:
@@ -123,12 +184,11 @@ def report(before: dict[str, list], after: dict[str, list], judges: dict[str, Ju
     for name in before:
         if name == "texts":
             continue
-        change = [b - a for a, b in zip(before[name], after[name])]
-        cells = [mean_and_error(column) for column in (before[name], after[name], change)]
-        lines.append(f"{name:<28}" + "  ".join(f"{cell:>18}" for cell in cells))
+        cells = [cell(column) for column in (before[name], after[name], differences(before[name], after[name]))]
+        lines.append(f"{name:<28}" + "  ".join(f"{text:>18}" for text in cells))
     measure = next(iter(judges), "score")
-    wins = [(b > a) + 0.5 * (b == a) for a, b in zip(before[measure], after[measure])]
-    lines.append(f"{'win rate against the start':<28}{'':>18}  {mean_and_error(wins):>18}  (by {measure}, ties half)\n")
+    won = cell(wins(before[measure], after[measure]))
+    lines.append(f"{'win rate against the start':<28}{'':>18}  {won:>18}  (by {measure}, ties half)\n")
     for (prompt, first), (_, second) in list(zip(before["texts"], after["texts"]))[:4]:
         lines += [f"  {prompt.strip()}", f"    before  {first.strip()}", f"    after   {second.strip()}"]
     return "\n".join(lines)
@@ -170,9 +230,9 @@ def best_of(answer: Answer, prompts: list[list[int]], judges: dict[str, Judge], 
     columns = {name: torch.tensor(found[name]).view(len(prompts), N) for name in [*judges, "score"]}
     lines = [f"\n{'best of n by the score':<24}{'KL (nats)':>10}  " + "  ".join(f"{name:>24}" for name in columns)]
     for n in sizes:
-        cells = [mean_and_error(expected_at_best(columns["score"], x, n).tolist()) for x in columns.values()]
+        cells = [cell(expected_at_best(columns["score"], x, n).tolist()) for x in columns.values()]
         kl = math.log(n) - (n - 1) / n
-        lines.append(f"{n:<24}{kl:>10.2f}  " + "  ".join(f"{cell:>24}" for cell in cells))
+        lines.append(f"{n:<24}{kl:>10.2f}  " + "  ".join(f"{text:>24}" for text in cells))
     return "\n".join(lines)
 
 

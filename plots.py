@@ -21,7 +21,7 @@ PPO = [
     ("score and reward", "score", SCORE),
     ("judge, never trained on", "judge", {"objective/judge": "rollouts", "eval/judge": "held out"}),
     ("KL to the frozen copy", "nats a response", {"objective/kl": "mean", "eval/kl": "held out"}),
-    ("score against KL, later iterations darker", "score", {}),
+    ("score against KL", "score, early iterations pale", {}),
     ("largest KL of a response", "nats", {"objective/kl_max": ""}),
     ("how far an update goes", "share, or nats", UPDATE),
     ("ratio of new to old policy", "mean ratio", {"val/ratio": ""}),
@@ -46,10 +46,9 @@ def curves(lines: list[dict], target: Path, title: str = "", calibration: list[l
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    names = set().union(*lines) if lines else set()
-    kind = PPO if "objective/kl" in names else REWARD if "accuracy" in names else SFT
+    kind = kind_of(lines)
     panels = [panel for panel in kind if not panel[2] or any(varies(lines, name) for name in panel[2])]
-    if "objective/kl" in names and not varies(lines, "objective/kl"):
+    if kind is PPO and not varies(lines, "objective/kl"):
         panels = [panel for panel in panels if panel[2]]
     n = len(panels) + bool(calibration)
     columns = 2 if n <= 4 else 3
@@ -80,6 +79,12 @@ def curves(lines: list[dict], target: Path, title: str = "", calibration: list[l
         axis.axis("off")
     figure.savefig(target, dpi=100)
     pyplot.close(figure)
+
+
+def kind_of(lines: list[dict]) -> list[tuple]:
+    """The panels of the stage that wrote these metrics."""
+    names = set().union(*lines)
+    return PPO if "objective/kl" in names else REWARD if "accuracy" in names else SFT
 
 
 def values(lines: list[dict], name: str) -> list[tuple[int, float]]:

@@ -15,6 +15,7 @@ zeros.) Each iteration answers a batch of prompts, scores the answers, and impro
       tokens, prompt_len, length, ended              (B, T) (B,) …        1 rollout
       logp, ref_logp, values, entropy, mask, score   (B, R) … (B,)        2 read
       rewards, advantages, returns, final_score      (B, R) … (B,)        3 estimate
+      ratio, of the last epoch                       (B, R)               4 update
 
 tokens are right-padded. Columns of the (B, R) tensors are response tokens: column r is about the token at position
 prompt_len + r, and R is the longest response. These tensors are 0 outside the response; mask is true inside it. In a
@@ -38,7 +39,7 @@ import common
 import data
 import fast
 from data import InputError, tales
-from evaluate import Judge, Texts, best_of, best_of_sizes, evaluate, report, rollout_metrics, summary
+from evaluate import Judge, Texts, best_of, best_of_sizes, by_token, evaluate, paired, report, rollout_metrics, summary
 from model import GPT, ScalarModel, response_window
 
 Batch = dict[str, Tensor]
@@ -52,6 +53,7 @@ SHOWN += ["eval/score", "eval/judge", "eval/kl"]
 
 @dataclass
 class Config:
+    # data and models
     data: str = ""  # JSONL "prompt"; empty: the tales' prompts
     eval_data: str = ""  # held-out JSONL "prompt"; empty: a part of --data (the tales have their own)
     init: str = "out/sft"  # run folder of the starting policy; its frozen copy is the reference
@@ -59,12 +61,19 @@ class Config:
     reward: str = "out/reward"  # run folder of the reward model, or FILE.py:function to train on
     judge: str = ""  # FILE.py:function, never trained on; of several (commas) the first is measured in training too
     out: str = "out/ppo"  # run folder to write
+    block_size: int = 0  # longest prompt and answer together, in tokens; 0: the model's context
+    drop_long: bool = False  # leave out prompts that with the answer exceed that
+    # run
     seed: int = 0  # of prompts, samples and minibatches
     device: str = "auto"  # auto, cpu, cuda or mps
     dtype: str = "auto"  # auto, float32 or bfloat16 (autocast)
     compile: bool = False  # torch.compile of the blocks, after a minute of compiling
     checkpoint_activations: bool = False  # in training keep less and compute more
     shard: bool = False  # divide the nets over the processes of torchrun, where one GPU cannot hold them
+    save_every: int = 20  # iterations between checkpoints
+    resume: bool = False  # continue the run in --out; more --iterations than before prolong it
+    tensorboard: bool = False  # write the metrics for TensorBoard too, into --out
+    # training
     iterations: int = 48  # rounds of answer → score → update; 0: only evaluate
     batch_size: int = 128  # prompts an iteration, over all processes
     epochs: int = 2  # passes over an iteration's answers
@@ -76,6 +85,7 @@ class Config:
     value_lr: float = 1e-3  # of the value net, annealed to 0
     value_warmup: int | None = None  # first iterations, in which only the value net learns; default 4, or a quarter
     lr_warmup: int | None = None  # iterations after these, in which the policy's rate rises; default 16, or a third
+    # PPO
     kl_coef: float = 0.05  # β: reward charged per nat of KL to the frozen copy
     kl_target: float = 0.0  # nats a response; above 0, β adapts towards it (Ziegler et al. 2019, section 2.2)
     kl_stop: float = 0.0  # nats a response; an iteration above this ends the run, because it has left the language
@@ -88,13 +98,10 @@ class Config:
     max_grad_norm: float = 1.0  # gradients are clipped to this, each net's by itself; 0: not clipped
     score_clip: float = 0.0  # scores are clipped to ± this; 0: not clipped
     unended_cap: float | None = None  # highest score without EOS; default −1, or inf for a function
-    block_size: int = 0  # longest prompt and answer together, in tokens; 0: the model's context
-    drop_long: bool = False  # leave out prompts that with the answer exceed that
+    # evaluation
     eval_prompts: int = 512  # held-out prompts to evaluate on
     eval_every: int = 0  # evaluate every so many iterations and keep the best policy as best.pt; 0: only at the end
     best_of: str = ""  # such as 1,4,16: at the end, show the best of so many answers of the reference too
-    save_every: int = 20  # iterations between checkpoints
-    resume: bool = False  # continue the run in --out; more --iterations than before prolong it
 
 
 # --- 1 rollout --------------------------------------------------------------------------------------------------------
@@ -247,6 +254,7 @@ def update(
     None. The value net learns at `value_lr`, or at `lr` if that is None. Losses are means over the tokens of the whole
     minibatch (all micro-batches, all processes), so how it is split changes nothing.
     """
+    batch["ratio"] = batch["mask"].float()
     value_optimizer = value_optimizer if value is not None else None
     value_lr = lr if value_lr is None else value_lr
     sums = dict.fromkeys(STANDING_STILL, 0.0)
@@ -269,6 +277,7 @@ def update(
                     with torch.no_grad():
                         approxkl = 0.5 * (logp - part["logp"]).square()
                         clipped = pg_losses > -part["advantages"] * ratio
+                        batch["ratio"][fast.to_device(rows[index], mask.device), : mask.shape[1]] = ratio * mask
                         sums["loss/policy_avg"] += pg_loss
                         sums["policy/approxkl_avg"] += (approxkl * mask).sum() / n_tokens
                         sums["policy/clipfrac_avg"] += (clipped * mask).sum() / n_tokens
@@ -458,6 +467,7 @@ def train(cfg: Config) -> None:
         if step % 20 == 0 or last:
             run.sample(step + 1, f"[{batch['score'][0].item():+.2f}] {''.join(pairs[0])}")
         if run.must_save(step, (step + 1) % cfg.save_every == 0):
+            run.write("rollout.json", by_token(batch, pairs, encoding, step + 1, metrics["kl_coef"]))
             run.save(step + 1, policy, encoding, {"kl_coef": kl_coef}, **saved)
 
     if not cfg.iterations:
@@ -466,7 +476,7 @@ def train(cfg: Config) -> None:
         policy = common.shard(policy, cfg)
     before = evaluate(partial(answer, "before", start or ref), held_out, judges)
     after = evaluate(partial(answer, "after", policy), held_out, judges)
-    common.say(report(before, after, judges))
+    run.report(report(before, after, judges), paired(before, after, judges))
     if sizes:
         common.say(best_of(partial(answer, "best of", ref), held_out, judges, sizes))
     if cfg.iterations:

@@ -32,31 +32,36 @@ from model import GPT, ScalarModel
 
 @dataclass
 class Config:
+    # data and model
     data: str = ""  # JSONL comparisons, or JSONL prompts to sample and judge; empty: the tales' prompts
     init: str = "out/sft"  # run folder of the policy: it is sampled from, and its trunk becomes the reward model
     out: str = "out/reward"  # run folder to write
     evaluate: str = ""  # run folder of a reward model to measure on all of --data, in place of training one
+    block_size: int = 0  # longest prompt and response together, in tokens; 0: the model's context
+    drop_long: bool = False  # leave out comparisons longer than that
+    # sampling and comparing
     judge: str = ""  # the simulated person, FILE.py:function, where --data holds prompts alone; the tales have theirs
     label_temperature: float = 0.1  # of the simulated person's choices: 0.1 judges 0.1 better right in 73%
     samples: int = 8  # responses sampled for each prompt, where --data holds prompts alone
     n_prompts: int = 0  # use the first so many prompts of --data; 0: all
+    response_len: int = 64  # longest sampled response, in tokens
+    temperature: float = 1.0  # of the samples
+    # run
     seed: int = 0  # of samples, labels, head and data order
     device: str = "auto"  # auto, cpu, cuda or mps
     dtype: str = "auto"  # auto, float32 or bfloat16 (autocast)
     compile: bool = False  # torch.compile of the blocks, after a minute of compiling
     checkpoint_activations: bool = False  # in training keep less and compute more
     shard: bool = False  # divide the nets over the processes of torchrun, where one GPU cannot hold them
-    response_len: int = 64  # longest sampled response, in tokens
-    temperature: float = 1.0  # of the samples
+    resume: bool = False  # continue the run in --out
+    tensorboard: bool = False  # write the metrics for TensorBoard too, into --out
+    # training
     batch_size: int = 4  # prompts a step, each with all its responses, over all processes
     micro_batch_size: int = 0  # prompts in one forward; 0: the whole batch
     lr: float = 1e-3  # peak of the learning rate
     warmup: int = 10  # steps of warm-up
     weight_decay: float = 0.0  # on matrices
     max_grad_norm: float = 1.0  # gradients are clipped to this; 0: not clipped
-    block_size: int = 0  # longest prompt and response together, in tokens; 0: the model's context
-    drop_long: bool = False  # leave out comparisons longer than that
-    resume: bool = False  # continue the run in --out
 
 
 # --- 1 comparisons ----------------------------------------------------------------------------------------------------
@@ -272,7 +277,7 @@ def train(cfg: Config) -> None:
         last = step + 1 == steps
         if last:
             found, table = evaluate(model, held_out, cfg, device, autocast)
-            common.say(agreement_report(found, table))
+            run.report(agreement_report(found, table), {"metrics": found, "calibration": table})
             metrics |= found
             normalize(model, sample_policy(policy, prompts, cfg, autocast), device, autocast)
             how = f"(gain {model.gain:.3f}, bias {model.bias:.3f})"

@@ -7,10 +7,14 @@ import importlib.util
 import json
 import math
 import os
+import platform
 import re
+import shlex
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -30,10 +34,10 @@ from model import GPT, ScalarModel
 from processes import RANK, WORLD, say
 
 INPUTS = ("data", "eval_data", "init", "ref", "reward", "judge")  # options that name what a run reads
-MAY_DIFFER = ("resume", "device", "iterations", "best_of", "out", *INPUTS)  # options that a resumed run may change
-OURS = (
-    r"(metrics\.jsonl|(model|state|best)\.pt|samples\.txt|curves\.png|tokens|comparisons\.jsonl)(\..*tmp)?|metrics\.tmp"
-)
+MAY_DIFFER = ("resume", "device", "iterations", "best_of", "out", "tensorboard", *INPUTS)  # in a resumed run
+OURS = r"(metrics\.jsonl|(model|state|best)\.pt|samples\.txt|curves\.png|tokens|comparisons\.jsonl"
+OURS += r"|(config|rollout|report)\.json|report\.txt|(run|compare)\.html)(\..*tmp)?|metrics\.tmp"
+OURS += r"|events\.out\.tfevents\..*"
 SAVE_SECONDS = 60  # a run saves this often at least, if that takes less than a twentieth of its time
 
 
@@ -99,7 +103,7 @@ def started_from(out: str, init: str) -> bool:
 
 
 class Run:
-    """A run folder: model.pt, state.pt, metrics.jsonl, samples.txt, curves.png.
+    """A run folder: model.pt, state.pt, metrics.jsonl, samples.txt, curves.png and, as JSON, config, rollout, report.
 
     It is locked from here on. `start` opens it, once all input has been checked: an earlier run there is resumed, or
     renamed FOLDER.1, FOLDER.2, ….
@@ -108,13 +112,17 @@ class Run:
     def __init__(self, cfg: Any):
         self.cfg, self.folder, self.step, self.steps = cfg, Path(cfg.out), 0, 0
         self.times: dict[str, float] = {}
+        self.board: Any = None  # TensorBoard's writer
         self.about: dict[str, Any] = {}  # what model.pt says besides
         self.files: dict[str, Path] = {}  # what was made before the start: its name in the folder → where it is
-        self.saved_at, self.save_took = time.time(), 0.0
+        self.created = self.saved_at = time.time()
+        self.save_took = 0.0
         sharding.check(cfg)
         trains = getattr(cfg, "iterations", 1) > 0
         if trains:
             check_out(cfg)
+        if cfg.tensorboard and importlib.util.find_spec("tensorboard") is None:
+            raise InputError("--tensorboard: needs the package of that name; pip install tensorboard")
         self.lock = lock(self.folder) if trains and RANK == 0 else None
         self.inputs = {name: fingerprint(getattr(cfg, name, "")) for name in INPUTS}
         self.state = self._read_state() if cfg.resume and trains else None
@@ -186,6 +194,13 @@ class Run:
                 self._open()
             except OSError as error:
                 raise cannot_write(self.folder, error) from None
+            device = next(parts["model"].parameters()).device
+            self.origin = origin(self.cfg, device, self.folder if self.state else None)
+            self._describe()
+            if self.cfg.tensorboard:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.board = SummaryWriter(self.folder, purge_step=self.step)
         self.started = self.begun = self.saved_at = time.time()
         processes.finish_the_step(self.step < steps)
 
@@ -198,8 +213,9 @@ class Run:
                 lines = samples.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
                 with replacing(samples) as file:
                     file.writelines(line for line in lines if line.endswith("\n") and sampled_at(line) <= self.step)
-            for left in self.folder.glob("*.tmp"):
-                left.unlink()
+            old = [self.folder / name for name in ("report.txt", "report.json") if self.step < self.steps]
+            for left in [*self.folder.glob("*.tmp"), *old]:
+                left.unlink(missing_ok=True)
             self._move_in()
         elif self.folder.exists() and any(self.folder.iterdir()):
             old = next(name for n in count(1) if not (name := Path(f"{self.folder}.{n}")).exists())
@@ -219,6 +235,10 @@ class Run:
         if RANK > 0:
             return
         self._append("metrics.jsonl", json.dumps({"step": step} | metrics))
+        if self.board:
+            for name, x in metrics.items():
+                self.board.add_scalar(name, x, step)
+            self.board.flush()
         if show:
             left = (time.time() - self.started) / (step + 1 - self.step) * (self.steps - step - 1)
             width = len(str(self.steps))
@@ -290,6 +310,7 @@ class Run:
             about["tokenizer"] = encoding_state(encoding)
             save_file(about | values | saved, self.folder / "state.pt")
             self._move_in()
+            self._describe()
         self.saved_at = time.time()
         self.save_took = self.saved_at - began
         if step == self.steps:
@@ -304,6 +325,25 @@ class Run:
         except OSError as error:
             raise cannot_write(self.folder / name, error) from None
 
+    def _describe(self) -> None:
+        """Write config.json: what this run is, and the seconds that it has taken."""
+        seconds = self.origin["seconds"] + time.time() - self.created
+        self.write("config.json", self.origin | {"seconds": round(seconds, 1)})
+
+    def write(self, name: str, content: Any) -> None:
+        """Write a JSON file into the folder."""
+        if RANK == 0:
+            with replacing(self.folder / name) as file:
+                json.dump(content, file)
+
+    def report(self, text: str, content: dict) -> None:
+        """Print a report and, if this run trains, keep it as report.txt and, with all its numbers, report.json."""
+        say(text)
+        if self.lock:
+            self.write("report.json", content)
+            with replacing(self.folder / "report.txt") as file:
+                file.write(text.strip("\n") + "\n")
+
     def sample(self, step: int, text: str) -> None:
         """Append a sample to samples.txt and print it, with its line breaks shown as ⏎."""
         if RANK == 0:
@@ -315,6 +355,7 @@ class Run:
         """Print the peak memory. Draw curves.png from metrics.jsonl if matplotlib is installed."""
         if RANK > 0:
             return
+        self._describe()
         say(f"peak memory: {peak_memory(device):.2f} GiB")
         if self.step >= self.steps:
             return  # nothing new to draw
@@ -324,6 +365,33 @@ class Run:
         if hasattr(self.cfg, "kl_coef"):
             title += f", β = {self.cfg.kl_coef:g}"
         plots.curves(read_metrics(self.folder), self.folder / "curves.png", title, calibration)
+
+
+def origin(cfg: Any, device: torch.device, resumed: Path | None) -> dict:
+    """What made a run, for config.json. The seconds are those that a resumed run had taken before."""
+    about = {"stage": type(cfg).__module__, "options": dataclasses.asdict(cfg), "command": shlex.join(sys.argv)}
+    if about["stage"] == "__main__":
+        about["stage"] = Path(sys.argv[0]).stem
+    about |= {"commit": git("rev-parse", "HEAD"), "clean": None}
+    if about["commit"]:
+        about["clean"] = git("status", "--porcelain", "--untracked-files=no") == ""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    about |= {"python": platform.python_version(), "torch": torch.__version__, "device": f"{device.type} ({name})"}
+    about |= {"processes": WORLD, "threads": torch.get_num_threads(), "seconds": 0.0}
+    if resumed:
+        with suppress(OSError, ValueError, TypeError, KeyError):
+            about["seconds"] += json.loads((resumed / "config.json").read_text(encoding="utf-8"))["seconds"]
+    return about
+
+
+def git(*words: str) -> str | None:
+    """What git says of the folder of this file; None if it is no checkout."""
+    try:
+        command = ["git", "--no-optional-locks", "-C", str(Path(__file__).parent), *words]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def read_metrics(folder: str | Path) -> list[dict]:

@@ -23,15 +23,23 @@ from model import GPT, GPTConfig
 
 @dataclass
 class Config:
+    # data
     data: str = ""  # .txt, JSONL "text", or JSONL "prompt" and "completion"; empty: both, on the tales
     init: str = ""  # run folder to start from; empty: random weights
     out: str = "out/sft"  # run folder to write
+    block_size: int = 0  # longest row, in tokens; 0: the context of --init. Without --init the context; 0: 128
+    drop_long: bool = False  # leave out rows longer than that
+    # run
     seed: int = 0  # of weights, data order and samples
     device: str = "auto"  # auto, cpu, cuda or mps
     dtype: str = "auto"  # auto, float32 or bfloat16 (autocast)
     compile: bool = False  # torch.compile of the blocks, after a minute of compiling
     checkpoint_activations: bool = False  # in training keep less and compute more
     shard: bool = False  # divide the nets over the processes of torchrun, where one GPU cannot hold them
+    evals: int = 5  # times that held-out loss and a sample are shown and the run is saved
+    resume: bool = False  # continue the run in --out
+    tensorboard: bool = False  # write the metrics for TensorBoard too, into --out
+    # training
     epochs: float = 1.0  # passes over the data
     batch_size: int = 16  # rows a step, over all processes; a row of plain text is block_size tokens
     micro_batch_size: int = 0  # rows in one forward; 0: the whole batch
@@ -39,16 +47,13 @@ class Config:
     warmup: int = 20  # steps of warm-up
     weight_decay: float = 0.1  # on matrices
     max_grad_norm: float = 1.0  # gradients are clipped to this; 0: not clipped
-    block_size: int = 0  # longest row, in tokens; 0: the context of --init. Without --init the context; 0: 128
-    drop_long: bool = False  # leave out rows longer than that
-    evals: int = 5  # times that held-out loss and a sample are shown and the run is saved
-    vocab_size: int = 1024  # of the byte-level BPE learned from --data; 0: GPT-2's vocabulary (without --init)
-    arch: str = "gpt2"  # gpt2, or llama: rotary positions, RMSNorm, SwiGLU, no biases (without --init)
-    n_layer: int = 2  # (without --init)
-    n_head: int = 4  # (without --init)
-    n_embd: int = 192  # (without --init)
-    dropout: float = 0.0  # in training (without --init)
-    resume: bool = False  # continue the run in --out
+    # model, without --init
+    vocab_size: int = 1024  # of the byte-level BPE learned from --data; 0: GPT-2's vocabulary
+    arch: str = "gpt2"  # gpt2, or llama: rotary positions, RMSNorm, SwiGLU, no biases
+    n_layer: int = 2  #
+    n_head: int = 4  #
+    n_embd: int = 192  #
+    dropout: float = 0.0  # in training
 
 
 # --- 1 data and model -------------------------------------------------------------------------------------------------

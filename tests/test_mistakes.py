@@ -672,7 +672,7 @@ def test_no_response_is_compared_with_an_equal_one_and_the_reader_says_how_many_
 
 # 33
 @mistake("ppo.py", 'partial(answer, "after", policy)', 'partial(answer, "before", policy)')
-@mistake("evaluate.py", 'return f"{x.mean():8.3f} ± {error:.3f}"', 'return f"{x.mean():8.3f}"')
+@mistake("evaluate.py", 'return f"{mean:8.3f} ± {error:.3f}"', 'return f"{mean:8.3f}"')
 def test_a_policy_wins_half_of_its_games_against_itself_by_draws_of_its_own(folders, capsys):
     tmp = folders["tmp"]
     (tmp / "mine.py").write_text("def length(prompt, response):\n    return len(response)\n")

@@ -50,6 +50,7 @@ def test_every_option_that_a_page_names_is_one():
         "rdzv_backend",
         "rdzv_endpoint",
         "local-dir",
+        "logdir",
         "shutdown-timeout",
     }
     for page in PAGES:

@@ -13,6 +13,7 @@ import common
 import ppo
 import reward
 import sft
+from data import InputError
 from tests.conftest import ROOT, flat, run, write
 
 CPU = torch.device("cpu")
@@ -157,10 +158,27 @@ def test_bad_input_is_one_sentence_and_exit_code_2(folders, script, options, nam
 def test_the_help_shows_every_option_with_its_comment(stage):
     done = run(f"{stage.__name__}.py", "--help")
     shown = "".join(done.stdout.split())
-    lines = (ROOT / f"{stage.__name__}.py").read_text().split("class Config:")[1].split("\n\n\n")[0].strip().split("\n")
-    assert done.returncode == 0 and len(lines) == len(dataclasses.fields(stage.Config))
+    lines = (ROOT / f"{stage.__name__}.py").read_text().split("class Config:\n")[1].split("\n\n\n")[0].split("\n")
+    headings = [line for line in lines if line.startswith("    # ")]
+    assert done.returncode == 0 and len(lines) - len(headings) == len(dataclasses.fields(stage.Config))
     for line in lines:
-        assert "".join(line.partition("  # ")[2].split()) in shown, line
+        assert "".join(line.partition("# ")[2].split()) in shown, line
+    for heading in headings:
+        assert heading[6:] + ":" in done.stdout.splitlines()
+    example = stage.__doc__.split("\n")[2]  # as it stands, with its blanks
+    assert example in done.stdout.splitlines()
+    assert "default: )" not in done.stdout and "default: None" not in done.stdout
+
+
+def test_an_option_may_be_written_with_dashes_and_a_misspelt_one_is_told_the_nearest():
+    cfg = common.parse(ppo.Config, ["--kl-coef", "0.3", "--no-drop-long", "--max-grad-norm=2", "--judge", "a-b.py:f"])
+    assert (cfg.kl_coef, cfg.drop_long, cfg.max_grad_norm, cfg.judge) == (0.3, False, 2.0, "a-b.py:f")
+    with pytest.raises(InputError, match=r"^--kl_cof: no such option; did you mean --kl_coef\?$"):
+        common.parse(ppo.Config, ["--kl_cof", "0.3"])
+    with pytest.raises(InputError, match="^--qqq: no such option; .* --help lists the options$"):
+        common.parse(ppo.Config, ["--qqq=0.3"])
+    done = run("ppo.py", "--kl-cof", 0.3)
+    assert done.returncode == 2 and done.stderr == "ppo.py: --kl-cof: no such option; did you mean --kl_coef?\n"
 
 
 def test_the_sampler_prints_two_models_side_by_side(folders):

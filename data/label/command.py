@@ -21,6 +21,7 @@ from data.tokenizer import encode_prompt
 
 @dataclass
 class Config:
+    # questions
     init: str = "out/sft"  # run folder of the model that answers; several, separated by commas, take turns
     prompts: str = ""  # JSONL "prompt"
     out: str = "comparisons.jsonl"  # answers are appended to this file
@@ -32,10 +33,12 @@ class Config:
     people: int = 1  # how many people answer each question
     seed: int = 0  # of the samples and of the order on the page
     device: str = "auto"  # auto, cpu, cuda or mps
+    # page
     host: str = "127.0.0.1"  # address to serve on; 0.0.0.0: every network of this machine
     port: int = 8000  # 0: any free port
     allow_host: str = ""  # other names of this machine that a proxy or a browser uses, separated by commas
     instructions: str = ""  # text file that is shown to the annotators
+    # without a page
     terminal: bool = False  # ask in the terminal instead of on a page
     annotator: str = ""  # name for --terminal; empty: the login name
     judge: str = ""  # a simulated person, FILE.py:function

@@ -1,0 +1,398 @@
+"""A run as one page: what stage 3 keeps for it, and the page in a real browser, a headless Chromium."""
+
+import copy
+import http.client
+import importlib
+import json
+import re
+import subprocess
+import sys
+import threading
+import types
+
+import numpy as np
+import pytest
+import torch
+
+import common
+import ppo
+import reward
+import runs
+import sft
+from data import InputError, page
+from evaluate import by_token
+from model import ScalarModel
+from tests.conftest import ROOT, make_gpt, write
+from tests.test_page import CHROMIUM, needs_chromium
+
+playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright drives the browser")
+OFF = torch.autocast("cpu", enabled=False)
+HOSTILE = (
+    "<script>document.title = 'owned'</script></script><img src=x onerror=\"document.title='owned'\">"
+    "<!--\u2028\u2029\u202etxet\u0000 ]]> </style> ${1} POLICY SCRIPT CONTENT"
+)
+
+
+# --- what stage 3 keeps -----------------------------------------------------------------------------------------------
+
+
+def learned(epochs, lr=0.05):
+    """A batch of six answers after `update`, the nets, and the policy before it."""
+    cfg = ppo.Config(response_len=12, minibatch_size=6, micro_batch_size=2, epochs=epochs, cliprange=10.0)
+    policy = make_gpt()
+    before = copy.deepcopy(policy)
+    value = ScalarModel(copy.deepcopy(policy)).eval()
+    batch = ppo.rollout(policy, [[1], [2, 3], [4], [5, 6, 7], [8], [9]], cfg, torch.Generator().manual_seed(0))
+    batch |= ppo.read(batch, policy, before, value, lambda part: torch.ones(len(part["tokens"])), cfg)
+    batch |= ppo.estimate(batch, 0.1, -1.0, cfg)
+    optimizers = [torch.optim.SGD(net.parameters(), lr=lr) for net in (policy, value)]
+    ppo.update(policy, value, *optimizers, batch, lr, cfg, OFF, seed=0)
+    return batch, policy
+
+
+def test_the_ratio_that_is_kept_is_that_of_the_last_epoch():
+    once, after_one_step = learned(epochs=1)
+    assert torch.equal(once["ratio"], once["mask"].float())  # no step had been taken
+    twice, _ = learned(epochs=2)
+    logp = after_one_step.logprobs(twice["tokens"], twice["prompt_len"], twice["length"])
+    expected = torch.where(twice["mask"], (logp - twice["logp"]).exp(), 0.0)
+    assert torch.allclose(twice["ratio"], expected, atol=1e-5)
+    assert (twice["ratio"] - twice["mask"].float()).abs().max() > 1e-3
+
+
+def test_a_rollout_is_kept_token_by_token_and_adds_up(folders, monkeypatch, encoding):
+    run_ppo(folders, monkeypatch, "out/ppo", kl_coef=0.3, lr=0.01)
+    kept = json.loads((folders["tmp"] / "out/ppo/rollout.json").read_text())
+    assert kept["iteration"] == 4 and kept["kl_coef"] == 0.3 and len(kept["answers"]) == 16
+    last = common.read_metrics(folders["tmp"] / "out/ppo")[-1]
+    kl = [sum(a["logp"]) - sum(a["ref_logp"]) for a in kept["answers"]]
+    assert sum(kl) / 16 == pytest.approx(last["objective/kl"], abs=1e-3) and last["objective/kl"] > 0.01
+    for answer, each in zip(kept["answers"], kl):
+        n = len(answer["tokens"])
+        assert {len(answer[name]) for name in ("logp", "values", "rewards", "advantages", "returns", "ratio")} == {n}
+        assert sum(answer["rewards"]) == pytest.approx(answer["final_score"] - 0.3 * each, abs=1e-3)
+        assert answer["ended"] == isinstance(answer["tokens"][-1], dict)
+        raw = [bytes(t) if isinstance(t, list) else t.encode() for t in answer["tokens"] if not isinstance(t, dict)]
+        assert b"".join(raw).decode(errors="replace") == answer["response"]
+    assert any(isinstance(t, list) for a in kept["answers"] for t in a["tokens"])  # bytes of a part of a character
+
+
+def test_what_is_kept_of_a_rollout_is_bounded(encoding):
+    B, R = 300, 512
+    mask = torch.ones(B, R, dtype=torch.bool)
+    batch = {"mask": mask, "logp": mask * -0.5, "score": torch.ones(B), "final_score": torch.ones(B)}
+    batch |= {"tokens": torch.full((B, R + 1), 65), "prompt_len": torch.ones(B).long()}
+    batch |= {"length": torch.full((B,), R + 1), "ended": torch.zeros(B, dtype=torch.bool)}
+    assert len(by_token(batch, [("a", "b")] * B, encoding, 1, 0.1)["answers"]) == 128
+    short = batch | {"mask": mask[:, :3], "length": torch.full((B,), 4)}
+    assert len(by_token(short, [("a", "b")] * B, encoding, 1, 0.1)["answers"]) == 256
+
+
+def run_ppo(folders, monkeypatch, out, **more):
+    monkeypatch.chdir(folders["tmp"])
+    (folders["tmp"] / "judge.py").write_text("def judge(prompt, response):\n    return float(len(response) % 7)\n")
+    given = dict(data="prompts.jsonl", init="sft", reward="reward", judge="judge.py:judge", iterations=4, out=out)
+    given |= dict(batch_size=16, minibatch_size=8, response_len=8, eval_prompts=8, value_warmup=1) | more
+    words = [[f"--{name}"] if x is True else [f"--{name}", str(x)] for name, x in given.items()]
+    ppo.train(common.parse(ppo.Config, sum(words, [])))
+
+
+def test_a_run_says_what_it_was_and_counts_its_seconds_on(folders, monkeypatch):
+    given = ["ppo.py", "--out", "out/x", "--kl_coef", "0.3"]
+    monkeypatch.setattr(sys, "argv", given)
+    run_ppo(folders, monkeypatch, "out/x", kl_coef=0.3)
+    found = json.loads((folders["tmp"] / "out/x/config.json").read_text())
+    assert found["command"] == " ".join(given) and found["stage"] == "ppo" and found["device"].startswith("cpu")
+    assert found["options"]["kl_coef"] == 0.3 and found["options"].keys() == ppo.Config.__dataclass_fields__.keys()
+    assert found["torch"] == torch.__version__ and found["python"] == ".".join(map(str, sys.version_info[:3]))
+    if (ROOT / ".git").exists():
+        head = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+        assert found["commit"] == head and isinstance(found["clean"], bool)
+    found["seconds"] = 1000.0
+    (folders["tmp"] / "out/x/config.json").write_text(json.dumps(found))
+    run_ppo(folders, monkeypatch, "out/x", kl_coef=0.3, iterations=5, resume=True)
+    again = json.loads((folders["tmp"] / "out/x/config.json").read_text())
+    assert 1000 < again["seconds"] < 1600 and again["options"]["iterations"] == 5
+
+
+def test_outside_of_a_checkout_a_run_names_no_commit(monkeypatch, tmp_path):
+    monkeypatch.setattr(runs, "__file__", str(tmp_path / "runs.py"))
+    assert runs.git("rev-parse", "HEAD") is None
+    about = runs.origin(ppo.Config(), torch.device("cpu"), None)
+    assert about["commit"] is None and about["clean"] is None
+
+
+def test_the_report_is_kept_as_it_is_printed_and_with_all_its_numbers(folders, monkeypatch, capsys):
+    run_ppo(folders, monkeypatch, "out/x", lr=0.01)
+    folder = folders["tmp"] / "out/x"
+    assert (folder / "report.txt").read_text().strip() in capsys.readouterr().out
+    found = json.loads((folder / "report.json").read_text())
+    assert len(found["answers"]) == 8 and list(found["table"])[:2] == ["judge.py:judge", "score"]
+    for name, row in found["table"].items():
+        before, after = (np.array([answer[side][name] for answer in found["answers"]]) for side in ("before", "after"))
+        for side, x in (("before", before), ("after", after), ("change", after - before)):
+            assert row[side] == pytest.approx([x.mean(), x.std(ddof=1) / 8**0.5])
+        assert f"{row['after'][0]:.3f} ± {row['after'][1]:.3f}" in (folder / "report.txt").read_text()
+    won = [(a["after"]["judge.py:judge"] - a["before"]["judge.py:judge"]) for a in found["answers"]]
+    assert found["win_rate"][0] == pytest.approx(np.mean(np.sign(won) / 2 + 0.5))
+
+
+def test_tensorboard_gets_what_metrics_jsonl_gets_and_is_asked_for_where_it_is_missing(folders, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match="--tensorboard: needs the package of that name; pip install tensorboard"):
+        run_ppo(folders, monkeypatch, "out/x", tensorboard=True)
+    assert not (folders["tmp"] / "out/x").exists()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "tensorboard" or None)
+    written = {}
+
+    class SummaryWriter:
+        def __init__(self, folder, purge_step):
+            written["opened"] = str(folder), purge_step
+
+        def add_scalar(self, name, x, step):
+            written[name, step] = x
+
+        def flush(self):
+            pass
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=SummaryWriter))
+    run_ppo(folders, monkeypatch, "out/x", tensorboard=True)
+    assert written.pop("opened") == ("out/x", 0)
+    rows = common.read_metrics(folders["tmp"] / "out/x")
+    assert written == {(name, row["step"]): x for row in rows for name, x in row.items() if name != "step"}
+
+
+# --- the page as a file -----------------------------------------------------------------------------------------------
+
+
+def test_nothing_of_a_run_can_leave_its_script_element(folders, monkeypatch):
+    folder = hostile_run(folders, monkeypatch)
+    whole = page.page([str(folder)])
+    assert whole.count("<script") == whole.count("</script") == 2 and whole.count("</style") == 1
+    assert not any(character in whole for character in "\u2028\u2029\u202e\x00")
+    found = json.loads(whole.split('id="content">')[1].split("</script>")[0])["runs"][0]
+    assert HOSTILE in found["samples"][-1]["text"] and found["rollout"]["answers"][0]["prompt"] == HOSTILE
+
+
+def test_a_folder_of_no_run_and_a_damaged_file_are_refused_in_a_sentence(folders, monkeypatch, tmp_path):
+    with pytest.raises(InputError, match="nowhere: no step in a metrics.jsonl there; name the folder of a run"):
+        page.page(["nowhere"])
+    write(tmp_path / "metrics.jsonl", [{"step": 0, "loss/train": 1.0}])
+    for content, said in (("{", "cannot be read"), ("[]", "not a JSON object"), ('{"a": 1e999}', "not finite")):
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(InputError, match=said):
+            page.page([str(tmp_path)])
+    (tmp_path / "config.json").write_text('{"options": {"x": NaN}}')
+    assert '"x": null' in page.page([str(tmp_path)])
+
+
+def hostile_run(folders, monkeypatch, out="out/hostile"):
+    """A run of stage 3 with a hostile text in every place that holds text."""
+    run_ppo(folders, monkeypatch, out)
+    folder = folders["tmp"] / out
+    with open(folder / "samples.txt", "a") as file:
+        file.write(f"step 4  {HOSTILE}\n")
+    for name, change in {
+        "config.json": lambda x: x["options"].update(data=HOSTILE) or x.update(command=HOSTILE),
+        "rollout.json": lambda x: (
+            x["answers"][0].update(prompt=HOSTILE, score=99.0) or x["answers"][0]["tokens"].__setitem__(0, HOSTILE)
+        ),
+        "report.json": lambda x: (
+            x["answers"][0].update(prompt=HOSTILE)
+            or x["answers"][0]["after"].update(text=HOSTILE)
+            or x["table"].update({HOSTILE: x["table"]["score"]})
+        ),
+    }.items():
+        content = json.loads((folder / name).read_text())
+        change(content)
+        (folder / name).write_text(json.dumps(content))
+    return folder
+
+
+# --- the page in a browser --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def browser_page():
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1280, "height": 900}, color_scheme="light")
+        page.problems = []
+        page.on("pageerror", lambda error: page.problems.append(str(error)))
+        page.on("console", lambda message: message.type == "error" and page.problems.append(message.text))
+        own = ("file:", "http://127.0.0.1:")
+        page.on("request", lambda request: request.url.startswith(own) or page.problems.append(request.url))
+        yield page
+        browser.close()
+
+
+def show(browser_page, *folders):
+    target = folders[0] / "run.html"
+    target.write_text(page.page([str(folder) for folder in folders]))
+    browser_page.goto(f"file://{target}")
+
+
+def heads(browser_page, name):
+    """A number of each answer that is shown, from its heading."""
+    facts = [each.locator("> span").all_text_contents() for each in browser_page.locator(".answer header").all()]
+    return [float(dict(fact.rsplit(" ", 1) for fact in each)[name].replace("−", "-")) for each in facts]
+
+
+def press(browser_page, group, label):
+    buttons = browser_page.locator("#tools .choice").nth(["colour", "sort"].index(group)).get_by_role("button")
+    buttons.filter(has_text=re.compile(rf"^{label}( [↓↑])?$")).click()
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_answers_are_sorted_and_tokens_coloured_by_what_is_chosen(folders, monkeypatch, browser_page):
+    run_ppo(folders, monkeypatch, "out/ppo", lr=0.01)
+    folder = folders["tmp"] / "out/ppo"
+    answers = json.loads((folder / "rollout.json").read_text())["answers"]
+    for answer in answers:
+        answer["kl"] = [a - b for a, b in zip(answer["logp"], answer["ref_logp"])]
+    show(browser_page, folder)
+    assert heads(browser_page, "score") == pytest.approx(
+        sorted([a["score"] for a in answers], reverse=True)[:12], abs=0.06
+    )
+    browser_page.get_by_role("button", name="show more").click()
+    columns = {"KL": [sum(a["kl"]) for a in answers], "tokens": [len(a["tokens"]) for a in answers]}
+    for name, values in columns.items():
+        press(browser_page, "sort", name.replace("tokens", "length"))
+        assert heads(browser_page, name) == pytest.approx(sorted(values, reverse=True), abs=0.06)
+        press(browser_page, "sort", name.replace("tokens", "length"))  # again: the other way round
+        assert heads(browser_page, name) == pytest.approx(sorted(values), abs=0.06)
+    press(browser_page, "sort", "as sampled")
+    for label, quantity, warm in (("advantage", "advantages", -1), ("KL", "kl", 1), ("reward", "rewards", -1)):
+        press(browser_page, "colour", label)
+        spans = browser_page.locator(".tokens").first.locator("span")
+        painted = spans.evaluate_all("all => all.map(span => span.style.background)")
+        values = answers[0][quantity]
+        assert len(painted) == len(values) and any("--hot" in each or "--cold" in each for each in painted)
+        for x, each in zip(values, painted):
+            assert "--hot" not in each or x * warm > 0
+            assert "--cold" not in each or x * warm < 0
+    assert not browser_page.problems
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_a_token_tells_its_numbers_and_a_table_their_sums(folders, monkeypatch, browser_page):
+    run_ppo(folders, monkeypatch, "out/ppo", lr=0.01)
+    answers = json.loads((folders["tmp"] / "out/ppo/rollout.json").read_text())["answers"]
+    show(browser_page, folders["tmp"] / "out/ppo")
+    press(browser_page, "sort", "as sampled")
+    card = browser_page.locator(".answer").first
+    card.locator(".tokens span").nth(1).click()
+    readout = browser_page.locator("#readout")
+    assert f"token 2 of {len(answers[0]['tokens'])}" in readout.text_content()
+    browser_page.keyboard.press("ArrowRight")
+    shown = dict(zip(readout.locator("dt").all_text_contents(), readout.locator("dd").all_text_contents()))
+    for label, name in (("log π", "logp"), ("log π₀", "ref_logp"), ("value", "values"), ("ratio", "ratio")):
+        assert float(shown[label].replace("−", "-")) == pytest.approx(answers[0][name][2], abs=0.006)
+    card.get_by_role("button", name="table").click()
+    names = browser_page.locator(".answer").first.locator("thead th").all_text_contents()[1:]
+    assert {"log π", "log π₀", "KL", "reward", "value", "advantage", "return", "ratio"} <= set(names)
+    sums = dict(zip(names, browser_page.locator(".answer").first.locator("tfoot td").all_text_contents()[1:]))
+    for label, name in (("log π", "logp"), ("reward", "rewards"), ("advantage", "advantages")):
+        assert float(sums[label].replace("−", "-")) == pytest.approx(sum(answers[0][name]), rel=0.01, abs=0.006)
+    assert not browser_page.problems
+
+
+@pytest.mark.slow
+@needs_chromium
+@pytest.mark.parametrize("width, scheme", [(1280, "light"), (390, "dark")])
+def test_it_fits_a_wide_and_a_narrow_window(folders, monkeypatch, browser_page, width, scheme):
+    folder = hostile_run(folders, monkeypatch)
+    browser_page.set_viewport_size({"width": width, "height": 844})
+    browser_page.emulate_media(color_scheme=scheme)
+    show(browser_page, folder)
+    browser_page.locator(".answer").first.get_by_role("button", name="table").click()
+    assert browser_page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    cards = [card.bounding_box() for card in browser_page.locator("#curves .card").all()[:2]]
+    assert (cards[0]["y"] == cards[1]["y"]) == (width > 700)  # side by side where there is room
+    for control in browser_page.locator("button:visible, a:visible, summary:visible").all():
+        assert control.evaluate("b => (b.getAttribute('aria-label') || b.textContent).trim()")
+    background = lambda: browser_page.evaluate("getComputedStyle(document.body).backgroundColor")  # noqa: E731
+    before = background()
+    assert before == {"light": "rgb(251, 250, 247)", "dark": "rgb(22, 23, 26)"}[scheme]
+    browser_page.get_by_role("button", name="light or dark").click()
+    assert background() != before and not browser_page.problems
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_a_hostile_text_is_shown_and_runs_nothing(folders, monkeypatch, browser_page):
+    show(browser_page, hostile_run(folders, monkeypatch))
+    assert browser_page.title().endswith("out/hostile")
+    assert browser_page.locator("#main script, #main img, #main style").count() == 0
+    assert "<script>document.title = 'owned'</script>" in browser_page.locator(".answer .text").first.text_content()
+    assert "⟨U+202E⟩" in browser_page.locator("#samples").text_content()  # it would turn the line round
+    for section in ("tokens", "report", "samples", "options"):
+        assert "<img src=x" in browser_page.locator(f"#{section}").text_content()
+    code = "document.body.append(Object.assign(document.createElement('script'), {textContent: 'document.title = 1'}))"
+    browser_page.evaluate(code)  # even a script that found its way in is not run
+    assert browser_page.title().endswith("out/hostile")
+    assert [each for each in browser_page.problems if "Content Security Policy" not in each] == []
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_two_runs_stand_side_by_side_and_what_differs_is_marked(folders, monkeypatch, browser_page):
+    run_ppo(folders, monkeypatch, "out/a", kl_coef=0.3)
+    run_ppo(folders, monkeypatch, "out/b", kl_coef=0.0, iterations=6)
+    a, b = (folders["tmp"] / "out" / name for name in "ab")
+    show(browser_page, a, b)
+    panel = browser_page.locator("#curves .card").filter(has_text="judge, never trained on").locator("svg")
+    drawn = panel.locator("path").evaluate_all("all => all.map(path => path.getAttribute('stroke'))")
+    assert {"var(--c0)", "var(--c1)"} == set(drawn)
+    marked = browser_page.locator("tr.differs td:first-child").all_text_contents()
+    assert {"--kl_coef", "--iterations", "--out"} <= set(marked) and "--lr" not in marked
+    texts = [json.loads((x / "report.json").read_text())["answers"][0]["after"]["text"] for x in (a, b)]
+    shown = browser_page.locator("#pairs > div").first.locator(".card .text").all_text_contents()
+    assert len(shown) == 3 and texts[0] != texts[1]
+    plain = lambda text: re.sub(r"[^a-z.!?]", "", text)  # noqa: E731
+    assert [plain(text) for text in shown[1:]] == [plain(text) for text in texts]
+    assert "answers of iteration 4" in browser_page.locator("#tokens").text_content()
+    browser_page.locator("#tokens .choice").first.get_by_role("button", name="out/b").click()
+    assert "answers of iteration 6" in browser_page.locator("#tokens").text_content()
+    assert not browser_page.problems
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_runs_of_the_other_stages_have_a_page_too(folders, monkeypatch, browser_page):
+    monkeypatch.chdir(folders["tmp"])
+    sft.train(sft.Config(data="pairs.jsonl", init="sft", out="out/sft"))
+    reward.train(reward.Config(data="comparisons.jsonl", init="sft", out="out/reward", response_len=8))
+    for name, title in (("sft", "loss"), ("reward", "accuracy")):
+        show(browser_page, folders["tmp"] / "out" / name)
+        assert title in browser_page.locator("#curves h3").all_text_contents()
+        assert "--lr" in browser_page.locator("#options").text_content()
+    assert "held-out accuracy" in browser_page.locator("#head").text_content() and not browser_page.problems
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_a_page_that_is_watched_follows_the_run(folders, browser_page):
+    folder = folders["tmp"] / "run"
+    folder.mkdir()
+    lines = [{"step": i, "loss/train": 2.0 - 0.1 * i} for i in range(9)]
+    write(folder / "metrics.jsonl", lines[:4])
+    server = page.Server([str(folder)], 0)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        browser_page.goto(server.address)
+        browser_page.locator("#head", has_text="steps4").wait_for(timeout=9000)
+        write(folder / "metrics.jsonl", lines)
+        browser_page.locator("#head", has_text="steps9").wait_for(timeout=9000)
+        host, token = server.address.split("/")[2:4]
+        for path, name, code in (("/x/", host, 404), (f"/{token}/", "evil.example", 404), (f"/{token}/", host, 200)):
+            connection = http.client.HTTPConnection(host, timeout=9)
+            connection.request("GET", path, headers={"Host": name})
+            assert connection.getresponse().status == code
+            connection.close()
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert not browser_page.problems
