@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -11,14 +10,10 @@ import threading
 import pytest
 
 from data import label
-from tests.conftest import ROOT
+from tests.conftest import CHROMIUM, ROOT, needs_chromium
 
 playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright drives the browser")
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine (apt-get install chromium)"),
-]
+pytestmark = [pytest.mark.slow, needs_chromium]
 NASTY = "</script><script>document.title = 'owned'</script><img src=x onerror=\"document.title='owned'\">"
 NASTY += "' onmouseover='document.title=1' \u2028\u2029 <!-- ]]> ${document.title=1} {{1}} NONCE INSTRUCTIONS"
 SENTENCE = "The committee agreed on three points after a long debate about the budget of the coming year. "

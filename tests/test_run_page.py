@@ -22,8 +22,7 @@ import sft
 from data import InputError, page
 from evaluate import by_token
 from model import ScalarModel
-from tests.conftest import ROOT, make_gpt, write
-from tests.test_page import CHROMIUM, needs_chromium
+from tests.conftest import CHROMIUM, ROOT, make_gpt, needs_chromium, write
 
 playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright drives the browser")
 OFF = torch.autocast("cpu", enabled=False)
