@@ -12,6 +12,7 @@ asks for streams, which no build for the CPU has.
 
 import contextlib
 import ctypes
+import functools
 import traceback
 from pathlib import Path
 from unittest.mock import patch
@@ -19,7 +20,6 @@ from unittest.mock import patch
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 from tests.conftest import ROOT
 
@@ -59,16 +59,39 @@ class There(torch.Tensor):
     def data_ptr(self) -> int:
         return self.raw.data_ptr()
 
+    def __deepcopy__(self, memo: dict) -> "There":
+        copy = self.detach().clone()
+        memo[id(self)] = copy = torch.nn.Parameter(copy, self.requires_grad) if hasattr(self, "_is_param") else copy
+        return copy
+
     def tolist(self) -> list:
         return self.cpu().tolist()
 
 
+def each(function, x):
+    """x with every tensor in it, also in lists, replaced by what the function makes of it."""
+    if isinstance(x, (torch.Tensor, Address)):
+        return function(x)
+    return type(x)(each(function, y) for y in x) if isinstance(x, (list, tuple)) else x
+
+
 def tensors(x) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_leaves(x) if isinstance(leaf, torch.Tensor)]
+    found: list[torch.Tensor] = []
+    each(found.append, x)
+    return found
 
 
-def raw(x):
+def raw(x: torch.Tensor) -> torch.Tensor:
     return x.raw if isinstance(x, There) else x
+
+
+def storage(x: torch.Tensor) -> int:
+    return raw(x).untyped_storage().data_ptr()
+
+
+@functools.cache
+def is_composite(operator) -> bool:
+    return operator._can_decompose()
 
 
 class Address:
@@ -91,26 +114,22 @@ class Graph:
     def __init__(self):
         self.tape = []
         self.own: set[int] = set()  # the memory that it allocated
-        self.changed = []  # during the capture: (tensor, what it was before)
+        self.changed: list[tuple] = []  # during the capture: tensors, and what they were before
 
-    def record(self, call, args: tuple, out) -> None:
-        """One operator, with its arguments as the program gave them and its results on the CPU."""
-        before = {raw(x).untyped_storage().data_ptr() for x in tensors(args)}
-        self.own |= {x.untyped_storage().data_ptr() for x in tensors(out)} - before
-        self.tape.append((call, tree_map(self.known, args), tree_map(self.known, out)))
+    def record(self, operator, args: tuple, out) -> None:
+        """An operator, its arguments as the program gave them, its results."""
+        self.own |= {storage(x) for x in tensors([out])} - {storage(x) for x in tensors(args)}
+        self.tape.append((operator, each(self.remember, args), [x for x in tensors([out]) if storage(x) in self.own]))
 
-    def known(self, x):
-        if not isinstance(x, torch.Tensor):
-            return x
-        if not x.dim() and not isinstance(x, There) and raw(x).untyped_storage().data_ptr() not in self.own:
-            return x.clone()  # a number is part of the graph
-        return raw(x) if raw(x).untyped_storage().data_ptr() in self.own else Address(raw(x))
+    def remember(self, x: torch.Tensor) -> "torch.Tensor | Address":
+        is_number = x.device.type == "cpu" and x.dim() == 0
+        return raw(x).clone() if is_number else raw(x) if storage(x) in self.own else Address(raw(x))
 
     def replay(self) -> None:
-        for call, args, out in self.tape:
-            again = call(*tree_map(lambda x: x.read() if isinstance(x, Address) else x, args))
-            for old, new in zip(tree_leaves(out), tree_leaves(again)):
-                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+        for operator, args, out in self.tape:
+            again = operator(*each(lambda x: x.read() if isinstance(x, Address) else x, args))
+            for old, new in zip(out, tensors([again])):
+                if old.data_ptr() != new.data_ptr():
                     old.copy_(new)
 
 
@@ -147,23 +166,23 @@ class Device(TorchDispatchMode):
         return device is not None and torch.device(device).type == self.device.type
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        kwargs, given = kwargs or {}, tensors((args, kwargs))
-        with self:  # in inference mode what is made of other operators arrives whole
-            if (parts := operator.decompose(*args, **kwargs)) is not NotImplemented:
-                return parts
+        kwargs = kwargs or {}
+        if is_composite(operator):  # in inference mode such operators arrive whole
+            with self:
+                return operator.decompose(*args, **kwargs)
         if operator is aten.is_pinned.default:
             return hasattr(args[0], "pinned")
         if operator is aten._pin_memory.default:
             copy = args[0].clone()
             copy.pinned = True
             return copy
-        there = [x for x in given if isinstance(x, There)]
+        there = [x for x in tensors((args, *kwargs.values())) if isinstance(x, There)]
         to_cpu = "device" in kwargs and not self.is_here(kwargs["device"])
         if not there and not self.is_here(kwargs.get("device")):
             return operator(*args, **kwargs)
         self.check(operator, args, kwargs, to_cpu)
 
-        options = tree_map(raw, kwargs)
+        options = {name: each(raw, x) for name, x in kwargs.items()}
         options.pop("non_blocking", None)
         if "device" in options:
             options["device"] = torch.device("cpu")
@@ -171,18 +190,18 @@ class Device(TorchDispatchMode):
         if self.capturing:
             written = [x for x, a in zip(args, operator._schema.arguments) if a.alias_info and a.alias_info.is_write]
             self.graphs[-1].changed += [(x.raw, x.raw.clone()) for x in written]
-        out = call(*tree_map(raw, args))
+        out = call(*each(raw, args))
         if self.capturing:
             self.graphs[-1].record(call, args, out)
         if to_cpu:
             return out
         known = {id(x.raw): x for x in there}  # an operator in place returns what it was given
         wrap = lambda x: known[id(x)] if id(x) in known else There(x, self.device)  # noqa: E731
-        return tree_map(lambda x: wrap(x) if isinstance(x, torch.Tensor) else x, out)
+        return each(wrap, out)
 
     def check(self, operator, args, kwargs, to_cpu: bool) -> None:
         """Count a wait; raise where devices mix."""
-        elsewhere = [x for x in tensors((args, kwargs)) if not isinstance(x, There)]
+        elsewhere = [x for x in tensors((args, *kwargs.values())) if not isinstance(x, There)]
         if operator in WAITS:
             self.wait(operator.name())
         elif operator in COPIES:
