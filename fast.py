@@ -11,13 +11,12 @@ import functools
 import math
 import sys
 from collections.abc import Callable
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.utils.weak import WeakIdKeyDictionary, WeakTensorKeyDictionary
 
 CHUNK = 2**23  # logits that exist at a time on a CPU: glibc still takes 32 MiB from memory that it has
 GPU_CHUNK = 2**27  # 512 MiB, for a GPU wants products of many rows
@@ -26,7 +25,7 @@ SHORT = 128  # a CPU attends to up to this many keys by plain products
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")  # private operators:
 REORDERS = ONEDNN and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")  # another torch may lack one, or both
 ROUNDED = WeakTensorKeyDictionary()  # weight → (dtype, device) → what `pack` has rounded it to
-DECODES = WeakKeyDictionary()  # model → key → the tensors of a decode, and the graph of its step once there is one
+DECODES = WeakIdKeyDictionary()  # model → key → the tensors of a decode, and the graph of its step once there is one
 
 
 # --- products ---------------------------------------------------------------------------------------------------------
@@ -269,10 +268,9 @@ def decoding(generate: Callable) -> Callable:
     def decorated(model: nn.Module, *args, **options) -> tuple[Tensor, ...]:
         was_training = model.training
         layers = [layer for layer in model.h.modules() if isinstance(layer, Linear)]
-        compiled = getattr(model, "compiled", False)
-        stance = torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
+        eager = torch.compiler.set_stance("force_eager") if hasattr(model, "compiled") else contextlib.nullcontext()
         try:
-            with torch.inference_mode(), stance:  # a compiled block would be compiled anew for every token
+            with torch.inference_mode(), eager:  # a compiled block would be compiled anew for every token
                 for layer in layers:
                     layer.packed = [pack(x, model.static_decode) for x in layer.parameters()]
                 result = generate(model.eval(), *args, **options)
@@ -337,9 +335,8 @@ def static(model: nn.Module, constants: tuple, tensors: tuple[Tensor, ...]) -> t
 
 def prompt_width(model: nn.Module, prompts: list[list[int]], n_new: int) -> int:
     """`max(map(len, prompts))`. Static decoding rounds it up, so that a graph serves prompts of other lengths too."""
-    longest = max(map(len, prompts))
-    rounded = min(-(-longest // 32) * 32, model.config.block_size - n_new)
-    return max(longest, rounded) if model.static_decode else longest
+    longest, room = max(map(len, prompts)), model.config.block_size - n_new
+    return max(longest, min(-(-longest // 32) * 32, room)) if model.static_decode else longest
 
 
 def all_true(x: Tensor, t: int) -> bool:

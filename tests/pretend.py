@@ -19,6 +19,7 @@ from unittest.mock import patch
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.conftest import ROOT
@@ -27,9 +28,7 @@ aten = torch.ops.aten
 WAITS = {aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default, aten.equal.default}
 INDEXED = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
 COPIES = {aten._to_copy.default, aten.copy_.default}
-INSTEAD = {  # what the CPU has no kernel of
-    aten.mm.dtype: lambda a, b, dtype: a.to(dtype) @ b.to(dtype),
-}
+INSTEAD = {aten.mm.dtype: lambda a, b, dtype: a.to(dtype) @ b.to(dtype)}  # what the CPU has no kernel of
 GUARDS = "_ZN3c104impl26device_guard_impl_registryE"  # by device type, what sets the current device
 CUDA, MPS, META = 1, 13, 14  # device types
 
@@ -109,7 +108,7 @@ class Address:
 
 
 class Graph:
-    """Stands for torch.cuda.CUDAGraph: a tape of (operator, arguments, results)."""
+    """Stands for torch.cuda.CUDAGraph: a tape of operators, each with its arguments and its results."""
 
     def __init__(self):
         self.tape = []
@@ -221,6 +220,22 @@ class Device(TorchDispatchMode):
             raise RuntimeError(f"{operator}: {self.device} and cpu mix, at {[tuple(x.shape) for x in elsewhere]}")
 
 
+class First(TorchFunctionMode):
+    """`x.to("cuda")` is `x.to("cuda:0")`: torch would ask for the current device, which nothing sets here."""
+
+    def __init__(self, device: torch.device):
+        super().__init__()
+        self.device = device
+
+    def is_bare(self, x) -> bool:
+        return isinstance(x, (str, torch.device)) and str(x) == self.device.type
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.Tensor.to:
+            args = [self.device if self.is_bare(x) else x for x in args]
+        return function(*args, **(kwargs or {}))
+
+
 def attention(q, k, v, mask=None, dropout=0.0, is_causal=False, enable_gqa=False):
     """Stands for F.scaled_dot_product_attention, which looks for a kernel of the device before it can be seen."""
     return aten._scaled_dot_product_attention_math(q, k, v, mask, dropout, is_causal, enable_gqa=enable_gqa)[0]
@@ -253,4 +268,5 @@ def pretended(name: str):
             guards[kind] = guards[META]  # for which there is nothing to set
         for changed, value in changes.items():
             stack.enter_context(patch(changed, value))
+        stack.enter_context(First(device.device))
         yield stack.enter_context(device)

@@ -24,17 +24,11 @@ OFF = torch.autocast("cpu", enabled=False)
 CFG = ppo.Config(response_len=16, minibatch_size=3)
 
 
-def small(family: str = "gpt2", module=model) -> model.GPT:
-    """A tiny GPT, of `module`'s code, that ends many of its responses."""
-    made = make_gpt(block_size=64, **FAMILIES[family])
+def small(family: str = "gpt2", n_layer: int = 1) -> model.GPT:
+    """A tiny GPT that ends many of its responses."""
+    made = make_gpt(block_size=64, n_layer=n_layer, **FAMILIES[family])
     made.config.eos = 7
-    return made if module is model else copied(made, module)
-
-
-def copied(made: model.GPT, module) -> model.GPT:
-    again = module.GPT(module.GPTConfig(**vars(made.config))).eval()
-    again.load_state_dict(made.state_dict())
-    return again
+    return made
 
 
 def sample(gpt: model.GPT, n: int, prompts=PROMPTS, **how) -> list[list]:
@@ -42,14 +36,26 @@ def sample(gpt: model.GPT, n: int, prompts=PROMPTS, **how) -> list[list]:
     return [x.tolist() for x in gpt.generate(prompts, n, generator=torch.Generator().manual_seed(1), **how)]
 
 
+@torch.no_grad()
+def change(net: model.GPT) -> None:
+    """An update of weights and biases, in place."""
+    net.h[0].mlp.c_fc.weight.mul_(-1)
+    net.h[0].attn.c_proj.bias.add_(0.5)
+    net.wte.weight.mul_(0.9)
+
+
 def bf16() -> torch.autocast:
     return torch.autocast("cuda", torch.bfloat16, cache_enabled=False)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3", "llama3.1"])
+OTHERS = [name for name in FAMILIES if name not in ("gpt2", "llama")]
+LAYERS = [("gpt2", 1), ("llama", 1), *(pytest.param(name, 2, marks=pytest.mark.slow) for name in OTHERS)]
+
+
+@pytest.mark.parametrize("family, n_layer", LAYERS)
 @pytest.mark.parametrize("kind, static", [("cuda:0", False), ("cuda:0", True), ("mps:0", False)])
-def test_a_device_samples_the_tokens_of_the_cpu(kind, static, family):
-    gpt = small(family)
+def test_a_device_samples_the_tokens_of_the_cpu(kind, static, family, n_layer):
+    gpt = small(family, n_layer)
     expected = [sample(gpt, n) for n in (1, 2, 17, 33)]
     with pretended(kind) as device:
         gpt.to(kind).static_decode = static
@@ -59,15 +65,14 @@ def test_a_device_samples_the_tokens_of_the_cpu(kind, static, family):
 
 def test_a_response_costs_one_wait_and_a_look_at_every_sixteenth_token():
     gpt = small()
-    for static in (False, True):
-        for n in (2, 17, 33):
-            with pretended("cuda:0") as device:
-                there = copy.deepcopy(gpt).to("cuda:0")
-                there.static_decode = static
+    with pretended("cuda:0") as device:
+        gpt.to("cuda:0")
+        for gpt.static_decode in (False, True):
+            for n in (2, 33):
                 device.waits.clear()
-                there.generate([[1]] * 40, n, generator=torch.Generator().manual_seed(1))
-            looks = [line for line in device.waits if "x.all()" in line]
-            assert len(looks) == (n - 1) // 16 and len(device.waits) == len(looks) + 1
+                gpt.generate([[1]] * 40, n, generator=torch.Generator().manual_seed(1))
+                looks = [line for line in device.waits if "x.all()" in line]
+                assert len(looks) == (n - 1) // 16 and len(device.waits) == len(looks) + 1
 
 
 def test_a_graph_serves_every_later_call_of_its_shapes_and_sees_new_weights():
@@ -80,12 +85,9 @@ def test_a_graph_serves_every_later_call_of_its_shapes_and_sees_new_weights():
             device.graphs.clear()
             for prompts in (PROMPTS, [[5] * 9] * 4, PROMPTS):
                 with autocast:
-                    assert sample(gpt, 20, prompts) == sample(plain, 20, prompts)
+                    assert sample(gpt, 7, prompts) == sample(plain, 7, prompts)
                 for net in (gpt, plain):
-                    with torch.no_grad():
-                        net.h[0].mlp.c_fc.weight.mul_(-1)
-                        net.h[0].attn.c_proj.bias.add_(0.5)
-                        net.wte.weight.mul_(0.9)
+                    change(net)
             assert len(device.graphs) == 1
 
 
@@ -95,11 +97,11 @@ def test_another_temperature_or_moved_weights_get_another_graph_and_four_are_kep
         gpt.to("cuda:0").static_decode = True
         for temperature in (1.0, 0.5, 0.0):
             gpt.static_decode = False
-            plain = sample(gpt, 9, temperature=temperature)
+            plain = sample(gpt, 5, temperature=temperature)
             gpt.static_decode = True
-            assert sample(gpt, 9, temperature=temperature) == plain
+            assert sample(gpt, 5, temperature=temperature) == plain
         gpt.wpe.weight = torch.nn.Parameter(gpt.wpe.weight * 2)
-        for n in (9, 9, 10, 11):
+        for n in (5, 5, 6, 7):
             sample(gpt, n)
         assert len(device.graphs) == 6 and len(fast.DECODES[gpt]) == 4
         copy.deepcopy(gpt)  # as ppo.py copies its policy
@@ -173,18 +175,18 @@ def test_the_options_of_a_run_find_the_device_and_its_precision(kind, tmp_path):
         pretend.waits.clear()
         fast.to_device(torch.ones(3), device)
         fast.to_device(fast.to_device(torch.ones(3), device), device)
-        assert len(pretend.waits) == (device.type == "mps")
+        assert len(pretend.waits) == (2 if device.type == "mps" else 0)  # which has no pinned memory
 
 
 def test_log_probabilities_under_autocast_are_summed_in_float32_by_either_product(monkeypatch):
     gpt = small()
     where = gpt.generate(PROMPTS, 9, generator=torch.Generator().manual_seed(1))
-    found, calls, mm = [], [], torch.mm
+    found, calls, refusals, mm = [], [], [], torch.mm
 
     def older(*given, **options):
         calls.append(options)
-        if refusal and options:
-            raise refusal
+        if refusals and options:
+            raise refusals[0]
         return mm(*given, **options)
 
     monkeypatch.setattr(torch, "mm", older)
@@ -192,12 +194,14 @@ def test_log_probabilities_under_autocast_are_summed_in_float32_by_either_produc
         where = where[0].to("cuda:0"), *where[1:]
         gpt.to("cuda:0")
         # torch 2.6 does not know the argument, another build has no kernel for it
-        for refusal in (None, TypeError("unexpected keyword"), NotImplementedError("no kernel")):
+        for error in (None, TypeError("unexpected keyword"), NotImplementedError("no kernel")):
+            refusals[:] = [error] if error else []
             with bf16(), torch.no_grad():
-                found.append((gpt.logprobs(*where).tolist(), sample(gpt, 9)))
-    assert found[0] == found[1] == found[2] and all("out_dtype" in options for options in calls)
-    exact = small().logprobs(where[0].raw, *where[1:])
-    torch.testing.assert_close(torch.tensor(found[0][0]), exact, rtol=0.05, atol=0.05)
+                found.append((gpt.logprobs(*where).cpu(), sample(gpt, 5)))
+    assert calls.count({"out_dtype": torch.float32}) == len(found) * (1 + 5)
+    assert found[0][1] == found[1][1] == found[2][1]
+    for logp, _ in found:
+        torch.testing.assert_close(logp, found[0][0], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("missing", [["REORDERS"], ["REORDERS", "ONEDNN"]])
@@ -209,7 +213,7 @@ def test_without_private_operators_large_matrices_give_the_same_tokens(missing, 
     assert sample(gpt, 9) == expected
 
 
-# --- mistakes: each must be seen ---------------------------------------------------------------------------------------
+# --- mistakes: each must be seen --------------------------------------------------------------------------------------
 
 
 def mistaken(file: str, changes: dict[str, str], monkeypatch) -> types.ModuleType:
@@ -226,34 +230,26 @@ def mistaken(file: str, changes: dict[str, str], monkeypatch) -> types.ModuleTyp
 
 
 def check(module: types.ModuleType, how: str) -> None:
-    """The module's tokens on a device are the right ones, in two calls of like shapes and other weights."""
-    right = small()
-    kind = "mps:0" if how == "mps" else "cuda:0"
-    with pretended(kind):
-        right.to(kind)
-        gpt = small(module=module).to(kind)
-        gpt.static_decode = kind == "cuda:0"
-        for temperature in (1.0, 1.0, 0.5):
-            with torch.autocast(kind[:4].strip(":"), torch.bfloat16, enabled=how == "bfloat16", cache_enabled=False):
-                assert sample(gpt, 20, temperature=temperature) == sample(right, 20, temperature=temperature), "tokens"
-            for net in (gpt, right):
-                with torch.no_grad():
-                    net.h[0].mlp.c_fc.weight.mul_(-1)
+    """Two calls of like shapes, with weights that change in between, give the right tokens on a device."""
+    right, kind = small(), "mps" if how == "mps" else "cuda"
+    gpt = module.GPT(module.GPTConfig(**vars(right.config))).eval()
+    gpt.load_state_dict(right.state_dict())
+    with pretended(f"{kind}:0"):
+        gpt.to(kind).static_decode = kind == "cuda"
+        right.to(kind if how == "bfloat16" else "cpu")  # which rounds elsewhere
+        for temperature in (1.0, 0.5 if how == "temperature" else 1.0):
+            with torch.autocast(kind, torch.bfloat16, enabled=how == "bfloat16", cache_enabled=False):
+                found, expected = (sample(net, 7, temperature=temperature) for net in (gpt, right))
+            assert found == expected, "other tokens"
+            change(gpt), change(right)
 
 
-NUMBER = {"            graphs.append(graph)\n": "            graphs.append(graph)\n            t = 2\n"}
+JUST_SO = "                step(time)\n                time.add_(1)\n"  # in the graph
+DRAW = "u * cdf[:, -1:], right=True)[:, 0].clamp"
 MISTAKES = {
+    "a step that is not counted": ("float32", "fast.py", {JUST_SO: "                step(time)\n"}, "other tokens"),
     "a Python number in the graph": (
-        "float32",
-        "fast.py",
-        {"time.add_(1)\n            graphs": "0\n            graphs"},
-        "tokens",
-    ),
-    "a number of the step in the graph": (
-        "float32",
-        "fast.py",
-        {"                step(time)\n                time.add_(1)": "                step(torch.full_like(time, t))"},
-        "tokens",
+        "float32", "fast.py", {JUST_SO: "                step(torch.full_like(time, t))\n"}, "other tokens",
     ),
     "a rebound buffer": (
         "float32",
@@ -262,60 +258,30 @@ MISTAKES = {
             'from the hidden states (B, C) before it."""\n': 'from the hidden states"""\n            nonlocal done\n',
             "done.logical_or_(torch.isin(token, ends))": "done = done | torch.isin(token, ends)",
         },
-        "tokens",
+        "has been freed|other tokens",
     ),
     "an item() in the draw": (
-        "float32",
-        "fast.py",
-        {"u * cdf[:, -1:], right=True)[:, 0].clamp": "u * cdf[:, -1:].max().item(), right=True)[:, 0].clamp"},
-        "while a graph is captured",
+        "float32", "fast.py", {DRAW: DRAW.replace("],", "].max().item(),")}, "while a graph is captured"
     ),
-    "a mask on the CPU": (
-        "float32",
-        "fast.py",
-        {"torch.arange(gap.shape[-1], device=gap.device)": "torch.arange(gap.shape[-1])"},
-        "mix",
-    ),
-    "an index on the CPU": (
-        "float32",
-        "fast.py",
-        {"to_device(index.flatten(), x.device)": "index.flatten()"},
-        "mix",
-    ),
-    "float64 on MPS": (
-        "mps",
-        "fast.py",
-        {'to_device(numbers, device) if device.type == "cuda" else numbers': "to_device(numbers, device)"},
-        "no float64",
-    ),
+    "a mask on the CPU": ("float32", "fast.py", {"gap.shape[-1], device=gap.device)": "gap.shape[-1])"}, "cpu mix"),
+    "an index on the CPU": ("float32", "fast.py", {"to_device(index.flatten(), x.device)": "index.flatten()"}, "mix"),
+    "float64 on MPS": ("mps", "fast.py", {' if device.type == "cuda" else numbers\n': "\n"}, "no float64"),
     "rounded weights that the graph outlives": (
-        "bfloat16",
-        "fast.py",
-        {"if not keep or rounded is plain": "if True"},
-        "has been freed",
+        "bfloat16", "fast.py", {"if not keep or rounded is plain": "if True"}, "has been freed"
     ),
     "rounded weights that stay as they were": (
-        "bfloat16",
-        "fast.py",
-        {"rounded.device), rounded).copy_(rounded)": "rounded.device), rounded)"},
-        "tokens",
+        "bfloat16", "fast.py", {"rounded).copy_(rounded)": "rounded)"}, "other tokens"
     ),
     "buffers that a later call does not fill": (
-        "float32",
-        "fast.py",
-        {"        old.copy_(new)\n": "        pass\n"},
-        "tokens",
+        "float32", "fast.py", {"        old.copy_(new)\n": "        pass\n"}, "out of bounds|other tokens"
     ),
     "a temperature that the graph keeps": (
-        "float32",
-        "fast.py",
-        {"(model.config, constants, weights,": "(model.config, weights,"},
-        "tokens",
+        "temperature", "fast.py", {"(model.config, constants, weights,": "(model.config, weights,"}, "other tokens"
     ),
-}
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("how", ["float32", "bfloat16", "mps"])
+@pytest.mark.parametrize("how", ["float32", "temperature", "bfloat16", "mps"])
 def test_the_code_as_it_is_passes_the_check_of_mistakes(how, monkeypatch):
     check(mistaken("", {}, monkeypatch), how)
 
@@ -323,5 +289,5 @@ def test_the_code_as_it_is_passes_the_check_of_mistakes(how, monkeypatch):
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_is_seen_on_the_pretended_device(name, monkeypatch):
     how, file, changes, seen = MISTAKES[name]
-    with pytest.raises((AssertionError, RuntimeError, TypeError), match=seen):
+    with pytest.raises((AssertionError, IndexError, RuntimeError, TypeError), match=seen):
         check(mistaken(file, changes, monkeypatch), how)
