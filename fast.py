@@ -16,25 +16,28 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary, WeakTensorKeyDictionary
 
-PRIVATE = ("_linear_pointwise", "_reorder_linear_weight")  # operators of oneDNN; another torch may lack them
-ONEDNN = torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in PRIVATE)
 CHUNK = 2**23  # logits that exist at a time on a CPU: glibc still takes 32 MiB from memory that it has
 GPU_CHUNK = 2**27  # 512 MiB, for a GPU wants products of many rows
 KEPT = 4  # chunks of logits that the backward need not compute again
 SHORT = 128  # a CPU attends to up to this many keys by plain products
+ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")  # private operators:
+REORDERS = ONEDNN and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")  # another torch may lack one, or both
+ROUNDED = WeakTensorKeyDictionary()  # weight → (dtype, device) → what `pack` has rounded it to
+DECODES = WeakIdKeyDictionary()  # model → key → the tensors of a decode, and the graph of its step once there is one
 
 
 # --- products ---------------------------------------------------------------------------------------------------------
 
 
 class Linear(nn.Linear):
-    """`nn.Linear`. Its large matrix is packed while the model generates (see `decoding`)."""
+    """`nn.Linear`. While the model generates, its weight and bias are packed (see `decoding`)."""
 
-    packed: Tensor | None = None
+    packed: list[Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight if self.packed is None else self.packed, self.bias)
+        return linear(x, self.weight, self.bias) if self.packed is None else linear(x, *self.packed)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -76,10 +79,18 @@ def refuse_second_derivative(mine: str, plain: str) -> None:
         raise RuntimeError(f"{mine} has no second derivative; use {plain} in its place")
 
 
-def pack(weight: Tensor) -> Tensor:
-    """`weight`, under autocast in its dtype; a large matrix in the order that oneDNN reads fastest for a few rows."""
-    weight = weight.to(compute_dtype(weight))
-    return torch.ops.mkldnn._reorder_linear_weight(weight.detach()) if for_onednn(weight) else weight
+def pack(weight: Tensor, keep: bool = False) -> Tensor:
+    """`weight`, under autocast in its dtype; a large matrix in the order that oneDNN reads fastest for a few rows.
+
+    With `keep` it is rounded into the same memory every time, because a graph reads it there.
+    """
+    plain = weight.detach()
+    if REORDERS and for_onednn(weight):
+        return torch.ops.mkldnn._reorder_linear_weight(plain)
+    rounded = plain.to(compute_dtype(weight))
+    if not keep or rounded is plain:
+        return rounded
+    return ROUNDED.setdefault(weight, {}).setdefault((rounded.dtype, rounded.device), rounded).copy_(rounded)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -95,7 +106,8 @@ def linear_float32(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
     scores that are close would be equal.
     """
     if x.is_cuda and x.dtype == weight.dtype == torch.bfloat16 and bias is None:
-        return torch.mm(x, weight.T, out_dtype=torch.float32)
+        with contextlib.suppress(RuntimeError, TypeError):  # torch before 2.8 cannot, nor can every GPU
+            return torch.mm(x, weight.T, out_dtype=torch.float32)
     with torch.autocast(x.device.type, enabled=False):
         return linear(at_least_float32(x), at_least_float32(weight), None if bias is None else at_least_float32(bias))
 
@@ -250,25 +262,19 @@ def draw(probs: Tensor, uniform: Tensor) -> Tensor:
 
 
 def decoding(generate: Callable) -> Callable:
-    """`torch.no_grad()(generate)`, with the model in eval mode meanwhile, its large matrices packed."""
+    """`torch.no_grad()(generate)`, with the model in eval mode meanwhile, the weights of its linear layers packed."""
 
     @functools.wraps(generate)
     def decorated(model: nn.Module, *args, **options) -> tuple[Tensor, ...]:
-        was_training, kind = model.training, model.wte.weight.device.type
-        rounds = torch.is_autocast_enabled(kind)
+        was_training = model.training
         layers = [layer for layer in model.h.modules() if isinstance(layer, Linear)]
-        # Inference mode is faster than no_grad, but under autocast would round all weights for every token.
-        grad_mode = torch.no_grad() if rounds else torch.inference_mode()
-        autocast = torch.autocast(kind, torch.get_autocast_dtype(kind), rounds, cache_enabled=True)
-        compiled = getattr(model, "compiled", False)
-        stance = torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
+        eager = torch.compiler.set_stance("force_eager") if hasattr(model, "compiled") else contextlib.nullcontext()
         try:
-            with grad_mode, autocast, stance:  # a compiled block would be compiled anew for every token
+            with torch.inference_mode(), eager:  # a compiled block would be compiled anew for every token
                 for layer in layers:
-                    layer.packed = pack(layer.weight) if for_onednn(layer.weight) else None
+                    layer.packed = [pack(x, model.static_decode) for x in layer.parameters()]
                 result = generate(model.eval(), *args, **options)
         finally:
-            torch.clear_autocast_cache()  # the weights may change before they are needed again
             for layer in layers:
                 layer.packed = None
             model.train(was_training)
@@ -280,7 +286,7 @@ def decoding(generate: Callable) -> Callable:
 def uniform(*size: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
     """`torch.rand(size, dtype=torch.float64)`, from a CPU generator, on a device that has float64."""
     numbers = torch.rand(size, dtype=torch.float64, generator=generator)
-    return numbers.to(device) if device.type == "cuda" else numbers
+    return to_device(numbers, device) if device.type == "cuda" else numbers
 
 
 def up_to(kv: Tensor, gap: Tensor, place: int | Tensor) -> tuple[Tensor, slice | Tensor, Tensor]:
@@ -294,24 +300,43 @@ def up_to(kv: Tensor, gap: Tensor, place: int | Tensor) -> tuple[Tensor, slice |
     return kv, place, gap.masked_fill(later, -math.inf)
 
 
-def static(step: Callable[[Tensor], None], device: torch.device) -> Callable[[int], None]:
-    """`step`, called for t = 1, 2, 3 … in turn, with t in a tensor; on CUDA the second call becomes a graph."""
-    time, graphs = torch.ones(1, dtype=torch.long, device=device), []
+def static(model: nn.Module, constants: tuple, tensors: tuple[Tensor, ...]) -> tuple[list[Tensor], Callable]:
+    """`tensors, lambda step, t: step(t)`: what a step of the decode reads and writes, and what takes steps 1, 2, 3 …
 
-    def advance() -> None:
+    In static decoding t is a tensor, and on CUDA the second step becomes a graph. A later call puts its tensors into
+    the memory that a graph of these shapes, constants and weights already reads: to capture one costs many steps.
+    """
+    if not model.static_decode:
+        return tensors, lambda step, t: step(t)
+    weights = [x.data_ptr() for p in model.parameters() for x in (p, *ROUNDED.get(p, {}).values())]
+    key = str((model.config, constants, weights, [(x.shape, x.dtype) for x in tensors]))
+    fresh = (*tensors, torch.ones(1, dtype=torch.long, device=tensors[0].device))
+    decodes = DECODES.setdefault(model, {})
+    (*kept, time), graphs = decodes[key] = decodes.pop(key, (fresh, []))
+    if len(decodes) > 4:  # for each holds keys and values
+        del decodes[next(iter(decodes))]
+    for old, new in zip((*kept, time), fresh):
+        old.copy_(new)
+
+    def take(step: Callable[[Tensor], None], t: int) -> None:
+        if time.is_cuda and t > 1 and not graphs:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                step(time)
+                time.add_(1)
+            graphs.append(graph)
+        if graphs:
+            return graphs[0].replay()
         step(time)
         time.add_(1)
 
-    def replay(t: int) -> None:
-        if t == 1 or device.type != "cuda":
-            return advance()
-        if not graphs:
-            graphs.append(torch.cuda.CUDAGraph())
-            with torch.cuda.graph(graphs[0]):
-                advance()
-        graphs[0].replay()
+    return kept, take
 
-    return replay
+
+def prompt_width(model: nn.Module, prompts: list[list[int]], n_new: int) -> int:
+    """`max(map(len, prompts))`. Static decoding rounds it up, so that a graph serves prompts of other lengths too."""
+    longest, room = max(map(len, prompts)), model.config.block_size - n_new
+    return max(longest, min(-(-longest // 32) * 32, room)) if model.static_decode else longest
 
 
 def all_true(x: Tensor, t: int) -> bool:

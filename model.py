@@ -271,36 +271,37 @@ class GPT(nn.Module):
 
         Returns tokens (B, T) right-padded, and on the CPU prompt_len (B,), length (B,). A response that ended has EOS
         as its last token; one that `max_new_tokens` cut has not. An empty prompt gets EOS as its first token.
-        `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 are off. `generator` is a CPU generator on every device; all
-        random numbers are drawn at the start, one per row and step. Raises ValueError if the longest prompt and
-        `max_new_tokens` exceed the context.
+        `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 are off. `generator` is a CPU generator on every device: one
+        number per row and step, drawn at the start. Raises ValueError if a prompt and `max_new_tokens` are too long.
         """
         eos, device = self.config.eos, self.wte.weight.device
-        ends = torch.tensor(self.config.ends, device=device)
         prompts = [prompt or [eos] for prompt in prompts]
-        B, P, N = len(prompts), max(map(len, prompts)), max_new_tokens
+        B, P, N = len(prompts), fast.prompt_width(self, prompts, max_new_tokens), max_new_tokens
         if N < 1:
             raise ValueError(f"max_new_tokens {N}: give at least 1")
         if P + N > self.config.block_size:
             raise ValueError(f"a prompt of {P} and {N} new tokens do not fit the context of {self.config.block_size}")
-        prompt_len = torch.tensor([len(prompt) for prompt in prompts], device=device)  # (B,)
-        tokens = torch.tensor([prompt + [eos] * (P + N - len(prompt)) for prompt in prompts], device=device)
+        prompt_len = torch.tensor([len(p) for p in prompts])  # (B,)
+        start = fast.to_device(prompt_len, device)
+        tokens = fast.to_device(torch.tensor([p + [eos] * (P + N - len(p)) for p in prompts]), device)
+        ends = fast.to_device(torch.tensor(self.config.ends), device)
         new = torch.full((N, B), eos, device=device)  # the responses
-        n_new = torch.zeros_like(prompt_len)
+        n_new = torch.zeros_like(start)
         done = torch.zeros(B, dtype=torch.bool, device=device)
         uniform = fast.uniform(N, B, generator=generator, device=device)
-        output_weight = fast.pack(self.output_weight)
+        output_weight = fast.pack(self.output_weight, self.static_decode)
 
         # 1 Prefill. Prompts take places 0…P−1 of the cache, new token t takes place P + t. A short prompt leaves a gap.
-        n_kv_head = self.h[0].attn.n_kv_head
-        shape = (len(self.h), 2, B, n_kv_head, P + N, self.config.head_size)
+        shape = (len(self.h), 2, B, self.h[0].attn.n_kv_head, P + N, self.config.head_size)
         kv = torch.zeros(shape, device=device, dtype=fast.compute_dtype(output_weight))
         place = torch.arange(P + N, device=device)
-        in_gap = (place >= prompt_len[:, None]) & (place < P)  # (B, P + N)
+        in_gap = (place >= start[:, None]) & (place < P)  # (B, P + N)
         gap = torch.zeros(B, 1, 1, P + N, device=device, dtype=kv.dtype).masked_fill(in_gap[:, None, None], -math.inf)
-        prompt_cache = Cache(kv[..., :P, :], slice(0, P), mask=None, position=torch.arange(P, device=device))
+        state = start, ends, uniform, new, n_new, done, gap, kv
+        (start, ends, uniform, new, n_new, done, gap, kv), take = fast.static(self, (temperature, top_k, top_p), state)
+        prompt_cache = Cache(kv[..., :P, :], slice(0, P), mask=None, position=place[:P])
         hidden = self.hidden(tokens[:, :P], prompt_cache)  # (B, P, C)
-        hidden = fast.pick(hidden, torch.arange(B, device=device), prompt_len - 1)  # (B, C) at the end of each prompt
+        hidden = fast.pick(hidden, torch.arange(B), prompt_len - 1)  # (B, C) at the end of each prompt
 
         def add_token(hidden: Tensor, t: int | Tensor) -> None:
             """Token t of every row, from the hidden states (B, C) before it."""
@@ -315,19 +316,18 @@ class GPT(nn.Module):
         def step(t: int | Tensor) -> None:
             """Read token t − 1 of every row, then add token t."""
             seen, newest, mask = fast.up_to(kv, gap, P + t - 1)
-            cache = Cache(seen, newest, mask, position=(prompt_len + t - 1)[:, None])
+            cache = Cache(seen, newest, mask, position=(start + t - 1)[:, None])
             add_token(self.hidden(new[t - 1].view(B, 1), cache)[:, 0], t)
 
         add_token(hidden, 0)
-        take_step = fast.static(step, device) if self.static_decode else step
         for t in range(1, N):
             # 4 Stop where every row has ended.
             if fast.all_true(done, t):
                 break
-            take_step(t)
+            take(step, t)
 
-        tokens.scatter_(1, prompt_len[:, None] + torch.arange(N, device=device), new.T)
-        prompt_len, length = prompt_len.cpu(), (prompt_len + n_new).cpu()
+        tokens.scatter_(1, start[:, None] + place[:N], new.T)
+        length = prompt_len + n_new.cpu()
         return tokens[:, : int(length.max())], prompt_len, length
 
 

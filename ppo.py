@@ -113,7 +113,7 @@ def rollout(policy: GPT, prompts: list[list[int]], cfg: Config, generator: torch
         prompts, cfg.response_len, temperature=cfg.temperature, generator=generator
     )
     last = fast.pick(tokens, torch.arange(len(tokens)), length - 1)  # (B,)
-    ended = torch.isin(last, torch.tensor(policy.config.ends, device=last.device))
+    ended = torch.isin(last, fast.to_device(torch.tensor(policy.config.ends), last.device))
     return {"tokens": tokens, "prompt_len": prompt_len, "length": length, "ended": ended}
 
 

@@ -127,7 +127,7 @@ def score_groups(model: ScalarModel, groups: list[data.Group], device: torch.dev
     for group in groups:
         pairs += [(offset + winner, offset + loser) for winner, loser in group.pairs]
         offset += len(group.rows)
-    winner, loser = torch.tensor(pairs, device=device).T
+    winner, loser = fast.to_device(torch.tensor(pairs), device).T
     return model.scores(tokens, length), winner, loser
 
 

@@ -180,7 +180,7 @@ def test_a_row_is_the_same_alone_and_beside_longer_rows(nets, short, monkeypatch
 
 
 # 7
-@mistake("model.py", "(prompt_len + t - 1)[:, None]", "torch.full_like(prompt_len, P + t - 1)[:, None]")
+@mistake("model.py", "(start + t - 1)[:, None]", "torch.full_like(start, P + t - 1)[:, None]")
 @mistake("model.py", ".masked_fill(in_gap[:, None, None], -math.inf)", "")
 def test_a_ragged_batch_is_decoded_as_each_prompt_is_alone(nets):
     policy = nets[0]

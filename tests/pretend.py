@@ -1,0 +1,272 @@
+"""A GPU that is pretended: tensors that say they are on `cuda:0` or `mps:0`, with their numbers on the CPU.
+
+    with pretended("cuda:0") as device:
+        model.to("cuda:0").generate(…)
+        device.waits                        what made the CPU wait for the device, and at which line
+
+It raises where devices mix, where MPS is given float64, and where the CPU would wait while a graph is captured. What is
+captured takes no effect; a replay runs the recorded operators on the memory that they were recorded with, and raises if
+that has been freed. The kernels are the CPU's, so that results can be compared with it. Only a forward runs: autograd
+asks for streams, which no build for the CPU has.
+"""
+
+import contextlib
+import ctypes
+import functools
+import traceback
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.conftest import ROOT
+
+aten = torch.ops.aten
+WAITS = {aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default, aten.equal.default}
+INDEXED = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
+COPIES = {aten._to_copy.default, aten.copy_.default}
+INSTEAD = {aten.mm.dtype: lambda a, b, dtype: a.to(dtype) @ b.to(dtype)}  # what the CPU has no kernel of
+GUARDS = "_ZN3c104impl26device_guard_impl_registryE"  # by device type, what sets the current device
+CUDA, MPS, META = 1, 13, 14  # device types
+
+
+class There(torch.Tensor):
+    """A tensor on the pretended device; `raw` has its numbers."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, raw: torch.Tensor, device: torch.device):
+        if device.type == "mps" and raw.dtype == torch.float64:
+            raise TypeError("MPS has no float64")
+        kind = dict(dtype=raw.dtype, device=device, strides=raw.stride(), storage_offset=raw.storage_offset())
+        with torch.inference_mode(False):  # a view of a tensor from outside that mode may not be of it
+            there = torch.Tensor._make_wrapper_subclass(cls, raw.size(), **kind)
+        there.raw = raw
+        return there
+
+    @classmethod
+    def __torch_dispatch__(cls, operator, types, args=(), kwargs=None):
+        raise RuntimeError(f"{operator}: the pretended device is off")
+
+    def __repr__(self) -> str:
+        return f"There({self.raw})"
+
+    def data_ptr(self) -> int:
+        return self.raw.data_ptr()
+
+    def __deepcopy__(self, memo: dict) -> "There":
+        copy = self.detach().clone()
+        memo[id(self)] = copy = torch.nn.Parameter(copy, self.requires_grad) if hasattr(self, "_is_param") else copy
+        return copy
+
+    def tolist(self) -> list:
+        return self.cpu().tolist()
+
+
+def each(function, x):
+    """x with every tensor in it, also in lists, replaced by what the function makes of it."""
+    if isinstance(x, (torch.Tensor, Address)):
+        return function(x)
+    return type(x)(each(function, y) for y in x) if isinstance(x, (list, tuple)) else x
+
+
+def tensors(x) -> list[torch.Tensor]:
+    found: list[torch.Tensor] = []
+    each(found.append, x)
+    return found
+
+
+def raw(x: torch.Tensor) -> torch.Tensor:
+    return x.raw if isinstance(x, There) else x
+
+
+def storage(x: torch.Tensor) -> int:
+    return raw(x).untyped_storage().data_ptr()
+
+
+@functools.cache
+def is_composite(operator) -> bool:
+    return operator._can_decompose()
+
+
+class Address:
+    """What a graph knows of a tensor that is not its own: where it lies. Nothing keeps that memory for the graph."""
+
+    def __init__(self, x: torch.Tensor):
+        self.storage, self.dtype = StorageWeakRef(x.untyped_storage()), x.dtype
+        self.layout = x.storage_offset(), x.size(), x.stride()
+
+    def read(self) -> torch.Tensor:
+        storage = torch.UntypedStorage._new_with_weak_ptr(self.storage.cdata)
+        if storage is None:
+            raise RuntimeError("a graph reads memory that has been freed")
+        return torch.empty(0, dtype=self.dtype).set_(storage, *self.layout)
+
+
+class Graph:
+    """Stands for torch.cuda.CUDAGraph: a tape of operators, each with its arguments and its results."""
+
+    def __init__(self):
+        self.tape = []
+        self.own: set[int] = set()  # the memory that it allocated
+        self.changed: list[tuple] = []  # during the capture: tensors, and what they were before
+
+    def record(self, operator, args: tuple, out) -> None:
+        """An operator, its arguments as the program gave them, its results."""
+        self.own |= {storage(x) for x in tensors([out])} - {storage(x) for x in tensors(args)}
+        self.tape.append((operator, each(self.remember, args), [x for x in tensors([out]) if storage(x) in self.own]))
+
+    def remember(self, x: torch.Tensor) -> "torch.Tensor | Address":
+        is_number = x.device.type == "cpu" and x.dim() == 0
+        return raw(x).clone() if is_number else raw(x) if storage(x) in self.own else Address(raw(x))
+
+    def replay(self) -> None:
+        for operator, args, out in self.tape:
+            again = operator(*each(lambda x: x.read() if isinstance(x, Address) else x, args))
+            for old, new in zip(out, tensors([again])):
+                if old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+class Device(TorchDispatchMode):
+    def __init__(self, name: str):
+        super().__init__()
+        self.device = torch.device(name)
+        self.waits: list[str] = []
+        self.graphs: list[Graph] = []
+        self.capturing = False
+
+    def wait(self, what: str) -> None:
+        """The CPU waits for the device."""
+        frames = [frame for frame in traceback.extract_stack() if Path(frame.filename).parent == ROOT]
+        line = f"{Path(frames[-1].filename).name}: {frames[-1].line}" if frames else ""
+        if self.capturing:
+            raise RuntimeError(f"{what} while a graph is captured, {line}")
+        self.waits.append(f"{what}, {line}")
+
+    @contextlib.contextmanager
+    def capture(self, graph: Graph):
+        """Stands for torch.cuda.graph."""
+        self.graphs.append(graph)
+        self.capturing = True
+        try:
+            yield
+        finally:
+            self.capturing = False
+            for changed, before in reversed(graph.changed):
+                changed.copy_(before)
+            graph.changed.clear()
+
+    def is_here(self, device) -> bool:
+        return device is not None and torch.device(device).type == self.device.type
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if is_composite(operator):  # in inference mode such operators arrive whole
+            with self:
+                return operator.decompose(*args, **kwargs)
+        if operator is aten.is_pinned.default:
+            return hasattr(args[0], "pinned")
+        if operator is aten._pin_memory.default:
+            copy = args[0].clone()
+            copy.pinned = True
+            return copy
+        there = [x for x in tensors((args, *kwargs.values())) if isinstance(x, There)]
+        to_cpu = "device" in kwargs and not self.is_here(kwargs["device"])
+        if not there and not self.is_here(kwargs.get("device")):
+            return operator(*args, **kwargs)
+        self.check(operator, args, kwargs, to_cpu)
+
+        options = {name: each(raw, x) for name, x in kwargs.items()}
+        options.pop("non_blocking", None)
+        if "device" in options:
+            options["device"] = torch.device("cpu")
+        call = lambda *args: INSTEAD.get(operator, operator)(*args, **options)  # noqa: E731
+        if self.capturing:
+            written = [x for x, a in zip(args, operator._schema.arguments) if a.alias_info and a.alias_info.is_write]
+            self.graphs[-1].changed += [(x.raw, x.raw.clone()) for x in written]
+        out = call(*each(raw, args))
+        if self.capturing:
+            self.graphs[-1].record(call, args, out)
+        if to_cpu:
+            return out
+        known = {id(x.raw): x for x in there}  # an operator in place returns what it was given
+        wrap = lambda x: known[id(x)] if id(x) in known else There(x, self.device)  # noqa: E731
+        return each(wrap, out)
+
+    def check(self, operator, args, kwargs, to_cpu: bool) -> None:
+        """Count a wait; raise where devices mix."""
+        elsewhere = [x for x in tensors((args, *kwargs.values())) if not isinstance(x, There)]
+        if operator in WAITS:
+            self.wait(operator.name())
+        elif operator in COPIES:
+            pinned = elsewhere and hasattr(elsewhere[0], "pinned")
+            asynchronous = pinned and (kwargs.get("non_blocking") or True in args[2:])
+            if to_cpu or elsewhere and not asynchronous:
+                self.wait("a copy between the devices")
+        elif operator in INDEXED:
+            for x in tensors(args[1]):
+                if isinstance(x, There) and not isinstance(args[0], There):
+                    raise RuntimeError("a tensor on the CPU by an index that is not")
+                if not isinstance(x, There) or x.dtype == torch.bool:
+                    self.wait("an index on the CPU, or of booleans")
+            if any(not isinstance(x, There) for x in tensors(args[2:])):
+                self.wait("a value on the CPU")
+        elif any(x.dim() for x in elsewhere):
+            raise RuntimeError(f"{operator}: {self.device} and cpu mix, at {[tuple(x.shape) for x in elsewhere]}")
+
+
+class First(TorchFunctionMode):
+    """`x.to("cuda")` is `x.to("cuda:0")`: torch would ask for the current device, which nothing sets here."""
+
+    def __init__(self, device: torch.device):
+        super().__init__()
+        self.device = device
+
+    def is_bare(self, x) -> bool:
+        return isinstance(x, (str, torch.device)) and str(x) == self.device.type
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.Tensor.to:
+            args = [self.device if self.is_bare(x) else x for x in args]
+        return function(*args, **(kwargs or {}))
+
+
+def attention(q, k, v, mask=None, dropout=0.0, is_causal=False, enable_gqa=False):
+    """Stands for F.scaled_dot_product_attention, which looks for a kernel of the device before it can be seen."""
+    return aten._scaled_dot_product_attention_math(q, k, v, mask, dropout, is_causal, enable_gqa=enable_gqa)[0]
+
+
+@contextlib.contextmanager
+def pretended(name: str):
+    """A `Device` of that name, cuda:0 or mps:0, inside the block."""
+    device, tensor, cuda = Device(name), torch.tensor, name == "cuda:0"
+    library = ctypes.CDLL(next(str(path) for path in Path(torch.__file__).parent.glob("lib/libc10.*")))
+    guards = (ctypes.c_void_p * 20).in_dll(library, GUARDS)
+    changes = {
+        "torch.tensor": lambda data, device=None, **kind: tensor(data, **kind).to(device or "cpu"),
+        "torch.__future__._overwrite_module_params_on_conversion": True,  # a moved parameter is another object
+        "torch.nn.functional.scaled_dot_product_attention": attention,
+        "torch.cuda._lazy_init": lambda: None,
+        "torch.cuda.is_available": lambda: cuda,
+        "torch.cuda.is_initialized": lambda: cuda,
+        "torch.cuda.is_bf16_supported": lambda **how: cuda,
+        "torch.cuda.set_device": lambda device: None,
+        "torch.cuda.synchronize": lambda: device.wait("synchronize"),
+        "torch.cuda.CUDAGraph": Graph,
+        "torch.cuda.graph": device.capture,
+        "torch.backends.mps.is_available": lambda: not cuda,
+        "torch.mps.synchronize": lambda: device.wait("synchronize"),
+    }
+    with contextlib.ExitStack() as stack:
+        for kind in (CUDA, MPS):
+            stack.callback(guards.__setitem__, kind, guards[kind])
+            guards[kind] = guards[META]  # for which there is nothing to set
+        for changed, value in changes.items():
+            stack.enter_context(patch(changed, value))
+        stack.enter_context(First(device.device))
+        yield stack.enter_context(device)
