@@ -161,6 +161,7 @@ def run_main(main: Callable[[], None]) -> None:
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     processes.listen()
     try:
+        processes.check_torch()
         main()
     except InputError as error:
         code, said = 2, str(error)

@@ -423,7 +423,7 @@ def train(cfg: Config) -> None:
     def answer(purpose: str, model: GPT, some: list[list[int]], first: int) -> tuple[Batch, Texts]:
         """`model` answers some held-out prompts, with random numbers of this purpose alone."""
         with autocast:
-            batch = rollout(common.whole(model), some, cfg, common.generator(purpose, cfg.seed, first))
+            batch = rollout(common.whole(model, autocast), some, cfg, common.generator(purpose, cfg.seed, first))
             batch |= read(batch, model, ref, None, score, cfg)
         return batch, texts(batch, encoding, model.config.eos)
 
@@ -431,8 +431,9 @@ def train(cfg: Config) -> None:
         run.begin_step()
         # 1 The policy answers a batch of prompts.
         ids = common.share(data.shuffled(prompts, cfg.batch_size, cfg.seed, None, step))
+        chance = common.generator("rollout", cfg.seed, step, common.RANK)
         with run.timed("rollout"), autocast:
-            batch = rollout(common.whole(policy), ids, cfg, common.generator("rollout", cfg.seed, step, common.RANK))
+            batch = rollout(common.whole(policy, autocast), ids, cfg, chance)
         with run.timed("score"), autocast:
             # 2 Reward model, frozen copy and value net read the answers.
             batch |= read(batch, policy, ref, value, score, cfg)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from data.files import InputError
 from fast import keep_memory
 
+OLDEST_TORCH = (2, 6)
 RANK = int(os.environ.get("RANK", 0))  # of this process
 WORLD = int(os.environ.get("WORLD_SIZE", 1))  # how many there are
 
@@ -65,6 +66,14 @@ def agree(yes: bool) -> bool:
         return yes
     device = f"cuda:{torch.cuda.current_device()}" if dist.get_backend() == "nccl" else "cpu"
     return bool(total(torch.tensor(float(yes), device=device)))
+
+
+def check_torch() -> None:
+    """Raises InputError if this torch is older than any that the tests have passed on."""
+    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    if version < OLDEST_TORCH:
+        oldest = ".".join(map(str, OLDEST_TORCH))
+        raise InputError(f"torch {torch.__version__}: is too old; pip install -r requirements.txt, or torch>={oldest}")
 
 
 def pick_device(name: str) -> torch.device:

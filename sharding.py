@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map
 
 import processes
 from data.files import InputError
+from fast import Linear
 from model import GPT, ScalarModel
 
 used = False  # whether a net has been divided
@@ -86,14 +87,24 @@ def full(x: Any) -> Any:
     return x.full_tensor() if is_divided(x) else x
 
 
-def whole(net: GPT | ScalarModel) -> GPT | ScalarModel:
-    """The net itself, or where it is divided, a whole copy in eval mode. All processes must ask together."""
+def whole(net: GPT | ScalarModel, autocast: torch.autocast | None = None) -> GPT | ScalarModel:
+    """The net itself, or where it is divided, a whole copy in eval mode. All processes must ask together.
+
+    A copy that is only run under `autocast` has its linear layers in autocast's dtype (see common.freeze).
+    """
     if not is_sharded(net):
         return net
     with torch.device("meta"):
         copy = GPT(net.config)
         copy = ScalarModel(copy) if isinstance(net, ScalarModel) else copy
-    copy.load_state_dict({name: full(x) for name, x in net.state_dict().items()}, assign=True)
+    rounded = set()
+    if autocast is not None and autocast._enabled:
+        layers = [name for name, module in copy.named_modules() if isinstance(module, Linear)]
+        rounded = {f"{name}.{kind}" for name in layers for kind in ("weight", "bias")}
+    weights = {}
+    for name, x in net.state_dict().items():
+        weights[name] = full(x).to(autocast.fast_dtype) if name in rounded else full(x)
+    copy.load_state_dict(weights, assign=True)
     return copy.eval()
 
 

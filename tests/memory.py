@@ -98,6 +98,23 @@ def stage(name: str, stage: int, batch: int, length: int, bf16: bool, checkpoint
     return (nets(name, stage, bf16) + activations(name, batch, length, bf16, checkpointed, stage != 2, kind)) / GIB
 
 
+def sharded(name: str, processes: int, batch: int, length: int) -> tuple[float, float, float]:
+    """GiB of each process in stage 3 with --shard, bfloat16 and checkpoints: at rest, in the rollout, in the update.
+
+    The rollout gathers the policy, its linear layers in bfloat16. The update gathers what is in no block, and two
+    blocks at a time, in float32, and has their gradients whole. The cache of the rollout comes on top.
+    """
+    rest = nets(name, 3, True) / processes
+    count, linear = parameters(name)
+    config = config_of(name)
+    with torch.device("meta"):
+        in_block = sum(p.numel() for p in GPT(config).h[0].parameters())
+    outside = count - config.n_layer * in_block
+    rollout = rest + 4 * count - 2 * linear
+    update = rest + 2 * 4 * (outside + 2 * in_block) + activations(name, batch, length, True, True)
+    return rest / GIB, rollout / GIB, update / GIB
+
+
 def table() -> str:
     """Memory by shape and stage, in Markdown."""
     lines = [
@@ -123,5 +140,9 @@ def table() -> str:
     for name in TABLE:
         cells = [f"{stage(name, n, BATCH, LENGTH, True, False):.1f}" for n in (1, 2, 3)]
         cells.append(f"{stage(name, 3, BATCH, LENGTH, True, True):.1f}")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    lines += ["", "| shape, over 8 processes | at rest | rollout | update |", "|---|---|---|---|"]
+    for name in TABLE:
+        cells = [f"{x:.1f}" for x in sharded(name, 8, BATCH, LENGTH)]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -127,6 +127,15 @@ def test_a_sharded_run_that_was_stopped_goes_on_to_the_same_weights(folders):
         assert all(torch.equal(x, theirs["model"][key]) for key, x in mine["model"].items())
 
 
+def test_an_old_torch_is_refused_in_one_sentence(monkeypatch, capsys):
+    monkeypatch.setattr(torch, "__version__", "2.5.1+cpu")
+    with pytest.raises(SystemExit) as end:
+        common.run_main(lambda: None)
+    assert end.value.code == 2 and "torch 2.5.1+cpu: is too old" in capsys.readouterr().err
+    monkeypatch.setattr(torch, "__version__", "2.10.0a0+git1")
+    common.run_main(lambda: None)
+
+
 def test_sharding_is_refused_where_it_cannot_be(folders):
     alone = stage(folders, "ppo.py", "prompts", "--shard", "--out", folders["tmp"] / "x", processes=1)
     assert alone.returncode == 2 and "start several" in alone.stderr
