@@ -105,11 +105,22 @@ def linear_float32(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
     Rounded to bfloat16, whose steps are 0.5 from 64 to 128, log-probabilities would be off by more than PPO's ε, and
     scores that are close would be equal.
     """
-    if x.is_cuda and x.dtype == weight.dtype == torch.bfloat16 and bias is None:
-        with contextlib.suppress(RuntimeError, TypeError):  # torch before 2.8 cannot, nor can every GPU
-            return torch.mm(x, weight.T, out_dtype=torch.float32)
+    both_bfloat16 = x.dtype == weight.dtype == torch.bfloat16
+    if x.is_cuda and both_bfloat16 and bias is None and sums_in_float32(x.device):
+        return torch.mm(x, weight.T, out_dtype=torch.float32)
     with torch.autocast(x.device.type, enabled=False):
         return linear(at_least_float32(x), at_least_float32(weight), None if bias is None else at_least_float32(bias))
+
+
+@functools.cache
+def sums_in_float32(device: torch.device) -> bool:
+    """Whether this torch and this GPU give the product of two bfloat16 matrices in float32: torch before 2.8 cannot."""
+    x = torch.ones(16, 16, dtype=torch.bfloat16, device=device)
+    try:
+        torch.mm(x, x, out_dtype=torch.float32)
+    except (RuntimeError, TypeError):
+        return False
+    return True
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -312,11 +323,13 @@ def static(model: nn.Module, constants: tuple, tensors: tuple[Tensor, ...]) -> t
     key = str((model.config, constants, weights, [(x.shape, x.dtype) for x in tensors]))
     fresh = (*tensors, torch.ones(1, dtype=torch.long, device=tensors[0].device))
     decodes = DECODES.setdefault(model, {})
-    (*kept, time), graphs = decodes[key] = decodes.pop(key, (fresh, []))
-    if len(decodes) > 4:  # for each holds keys and values
+    kept, graphs = decodes.pop(key, (fresh, []))
+    decodes[key] = kept, graphs  # the newest stands last
+    if len(decodes) > 4:  # each holds keys and values
         del decodes[next(iter(decodes))]
-    for old, new in zip((*kept, time), fresh):
+    for old, new in zip(kept, fresh):
         old.copy_(new)
+    *tensors, time = kept
 
     def take(step: Callable[[Tensor], None], t: int) -> None:
         if time.is_cuda and t > 1 and not graphs:
@@ -330,7 +343,7 @@ def static(model: nn.Module, constants: tuple, tensors: tuple[Tensor, ...]) -> t
         step(time)
         time.add_(1)
 
-    return kept, take
+    return tensors, take
 
 
 def prompt_width(model: nn.Module, prompts: list[list[int]], n_new: int) -> int:
