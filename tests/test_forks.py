@@ -24,7 +24,7 @@ import ppo
 from experiments.forks import HERE, dpo, hunks, patched
 from model import GPT
 from tests import test_optimum as letters
-from tests.conftest import ROOT, flat, make_gpt, ragged
+from tests.conftest import ROOT, flat, make_gpt, ragged, write
 
 CPU, OFF = torch.device("cpu"), torch.autocast("cpu", enabled=False)
 DIFFS = sorted(path.stem for path in HERE.glob("*.diff"))
@@ -49,8 +49,8 @@ def fork(*names: str):
 def train(stage, folders, **options):
     """A fork on the tiny folders; the rows of its metrics.jsonl."""
     given = {"data": folders["tmp"] / "prompts.jsonl", "init": folders["sft"], "reward": folders["reward"]}
-    given |= {"iterations": 3, "batch_size": 8, "minibatch_size": 4, "response_len": 8, "eval_prompts": 8}
-    given |= {"out": folders["tmp"] / "fork", "lr": 0.01} | options
+    given |= {"iterations": 2, "batch_size": 8, "minibatch_size": 4, "response_len": 8, "eval_prompts": 4}
+    given |= {"out": folders["tmp"] / "fork", "lr": 0.01, "value_warmup": 0} | options
     words = [str(word) for name, value in given.items() for word in (f"--{name}", value)]
     stage.train(common.parse(stage.Config, words))
     return common.read_metrics(given["out"])
@@ -96,11 +96,11 @@ def test_a_fork_trains_and_leaves_no_name_undefined(folders, names, monkeypatch)
     if "rule" in names:
         monkeypatch.setattr(stage, "rule", lambda prompt, response: len(response) / 10)  # these prompts ask for no tale
     lines = train(stage, folders)
-    assert [line["step"] for line in lines] == [0, 1, 2] and lines[-1]["policy/grad_norm"] > 0
+    assert [line["step"] for line in lines] == [0, 1] and lines[-1]["policy/grad_norm"] > 0
     state = torch.load(folders["tmp"] / "fork" / "state.pt", weights_only=True)
     grouped = {"rloo", "grpo"} & set(names)
     if grouped:
-        for ids in asked[:3]:  # each prompt 4 times in a row; the rest are of the closing table
+        for ids in asked[:2]:  # each prompt 4 times in a row; the rest are of the closing table
             assert len(ids) == 8 and all(ids[i] == ids[i // 4 * 4] for i in range(8)) and ids[0] != ids[4]
     assert ("value" in state) == ("value_optimizer" in state) == (not grouped)
     assert (lines[-1]["value/grad_norm"] == 0) == bool(grouped)
@@ -283,8 +283,10 @@ def test_dpo_loss_and_gradient_equal_the_papers_equation_in_float64(encoding):
     assert (a - b).norm() < 1e-4 * b.norm()
 
 
-def train_dpo(folders, **options):
-    given = {"data": folders["tmp"] / "comparisons.jsonl", "init": folders["sft"], "out": folders["tmp"] / "dpo"}
+def train_dpo(folders, n=24, **options):
+    """DPO on `n` tiny comparisons, four to a step; the rows of its metrics.jsonl."""
+    rows = data.read_jsonl(folders["tmp"] / "comparisons.jsonl", {})[:n]
+    given = {"data": write(folders["tmp"] / "some.jsonl", rows), "init": folders["sft"], "out": folders["tmp"] / "dpo"}
     given |= {"warmup": 0, "lr": 1e-3, "device": "cpu"} | options
     words = [str(word) for name, value in given.items() for word in (f"--{name}", value)]
     dpo.train(common.parse(dpo.Config, words))
@@ -293,9 +295,9 @@ def train_dpo(folders, **options):
 
 def test_dpo_starts_at_log_2_and_learns_which_answer_won(folders):
     before = flat(common.load_gpt(folders["sft"])[0])
-    lines = train_dpo(folders)
+    lines = train_dpo(folders, n=80)
     assert lines[0]["loss/train"] == pytest.approx(math.log(2), abs=1e-7) and lines[0]["rewards/margins"] == 0
-    assert lines[-1]["loss/train"] < 0.1 and lines[-1]["rewards/accuracies"] == 1  # " yes." wins each of these pairs
+    assert lines[-1]["loss/train"] < 0.3 and lines[-1]["rewards/accuracies"] == 1  # " yes." wins each of these pairs
     assert torch.equal(before, flat(common.load_gpt(folders["sft"])[0]))
 
 
@@ -309,7 +311,7 @@ def test_dpo_takes_the_same_step_by_micro_batches_of_any_size(folders):
 
 def test_dpo_stopped_and_resumed_is_the_run_that_was_not(folders, monkeypatch):
     train_dpo(folders, out=folders["tmp"] / "whole")
-    monkeypatch.setattr(common.Run, "must_save", lambda self, step, due: step in (9, self.steps - 1))
+    monkeypatch.setattr(common.Run, "must_save", lambda self, step, due: step in (2, self.steps - 1))
     save = common.Run.save
 
     def save_then_die(self, *args, **parts):
@@ -319,7 +321,7 @@ def test_dpo_stopped_and_resumed_is_the_run_that_was_not(folders, monkeypatch):
     monkeypatch.setattr(common.Run, "save", save_then_die)
     with pytest.raises(KeyboardInterrupt):
         train_dpo(folders)
-    assert len(common.read_metrics(folders["tmp"] / "dpo")) == 10
+    assert len(common.read_metrics(folders["tmp"] / "dpo")) == 3
     monkeypatch.setattr(common.Run, "save", save)
     monkeypatch.setattr(common, "parse", lambda *a, parse=common.parse: setattr(c := parse(*a), "resume", True) or c)
     train_dpo(folders)
@@ -331,26 +333,28 @@ def test_dpo_without_a_kl_term_is_refused_in_a_sentence(folders):
         train_dpo(folders, kl_coef=0.0)
 
 
-def compared(start: np.ndarray, n: int, target: Path) -> Path:
-    """`n` comparisons of two answers of π₀ in the world of letters; who wins is drawn from Bradley and Terry's model."""
+def ranked(start: np.ndarray, n: int, target: Path) -> Path:
+    """`n` rankings of eight answers of π₀ in the world of letters, drawn from Plackett and Luce's model.
+
+    In it the better of any two is drawn by Bradley and Terry's: i wins with probability σ(s_i − s_j). A ranking is the
+    order of s + Gumbel noise.
+    """
     rng = np.random.default_rng(0)
     words = letters.ENDED + letters.CUT
-    pairs = rng.choice(len(words), size=(n, 2), p=np.exp(start) / np.exp(start).sum())
-    first_wins = rng.random(n) < 1 / (1 + np.exp(letters.PAID[pairs[:, 1]] - letters.PAID[pairs[:, 0]]))
     with open(target, "w") as file:
-        for (a, b), won in zip(pairs.tolist(), first_wins.tolist()):
-            best, worst = (a, b) if won else (b, a)
-            row = {"prompt": "a", "ranked": [words[best], words[worst]]}
-            row["ranked_ended"] = [best < len(letters.ENDED), worst < len(letters.ENDED)]
+        for answers in rng.choice(len(words), size=(n, 8), p=np.exp(start) / np.exp(start).sum()):
+            best_first = answers[np.argsort(-letters.PAID[answers] - rng.gumbel(size=8))].tolist()
+            row = {"prompt": "a", "ranked": [words[i] for i in best_first]}
+            row["ranked_ended"] = [i < len(letters.ENDED) for i in best_first]
             file.write(json.dumps(row) + "\n")
     return target
 
 
 def dpo_in_the_world_of_letters(folder: Path, beta: float, n: int, **options) -> tuple[float, float, float, float]:
-    """TV(π₀, π*), TV(DPO, π*), the share of the way from J(π₀) to J*, and the KL, after `n` comparisons."""
+    """TV(π₀, π*), TV(DPO, π*), the share of the way from J(π₀) to J*, and the KL, after `n` rankings."""
     start = letters.log_probabilities(letters.world(folder))
-    given = {"data": compared(start, n, folder / "pairs.jsonl"), "init": folder / "start", "out": folder / "dpo"}
-    given |= {"kl_coef": beta, "batch_size": 1024, "lr": 1e-3, "epochs": 2, "device": "cpu"} | options
+    given = {"data": ranked(start, n, folder / "ranked.jsonl"), "init": folder / "start", "out": folder / "dpo"}
+    given |= {"kl_coef": beta, "batch_size": 32, "lr": 1e-3, "epochs": 4, "device": "cpu"} | options
     words = [str(word) for name, value in given.items() for word in (f"--{name}", value)]
     dpo.train(common.parse(dpo.Config, words))
     reached = letters.log_probabilities(folder / "dpo")
