@@ -20,7 +20,6 @@ from hypothesis import strategies as st
 
 import common
 import data
-import ppo
 from experiments.forks import HERE, dpo, hunks, patched
 from model import GPT
 from tests import test_optimum as letters

@@ -4,10 +4,10 @@
     python -m experiments.forks.dpo --data COMPARISONS.jsonl --init out/mine --out out/mine-dpo
     python ppo.py --iterations 0 --out out/dpo               measure it on held-out prompts, as PPO is measured
 
-The best policy under the KL term, π* ∝ π₀ exp(s / β), can be solved for the score: s = β log(π* / π₀) + β log Z. Z depends
-on the prompt alone, so it cancels between two answers. What remains is the loss of reward.py, −log σ(s_winner − s_loser),
-with β log(π / π₀) of the whole answer in the place of the score (Rafailov et al. 2023, arXiv 2305.18290, equation 7). All
-pairs of one prompt are one batch element, as in reward.py, and all prompts are trained on: none is held out.
+The best policy under the KL term, π* ∝ π₀ exp(s / β), can be solved for the score: s = β log(π* / π₀) + β log Z. Z
+depends on the prompt alone, so it cancels between two answers. What remains is the loss of reward.py,
+−log σ(s_winner − s_loser), with β log(π / π₀) of the whole answer in the place of the score (Rafailov et al. 2023, arXiv
+2305.18290, equation 7). All pairs of one prompt are one batch element, as in reward.py. No prompt is held out.
 """
 
 import copy
