@@ -4,7 +4,7 @@
     python -m experiments.forks --seeds 10 --only dpo --kl_coef 0.1               how each β was chosen
 
 A policy that has gone further from the start has a better judge for that alone, up to a point. So a fork that weighs
-the KL in another way than PPO has the β at which its final KL was nearest to PPO's on seed 10, of those that were tried.
+the KL in another way than PPO has the β at which its final KL was nearest to PPO's on seed 10, of those tried.
 What has run is kept in out/experiments/kl beside PPO's own runs; a stopped run goes on.
 """
 

@@ -6,7 +6,7 @@
 
 The best policy under the KL term, π* ∝ π₀ exp(s / β), can be solved for the score: s = β log(π* / π₀) + β log Z. Z
 depends on the prompt alone, so it cancels between two answers. What remains is the loss of reward.py,
-−log σ(s_winner − s_loser), with β log(π / π₀) of the whole answer in the place of the score (Rafailov et al. 2023, arXiv
+−log σ(s_winner − s_loser), with β log(π / π₀) of the whole answer as the score (Rafailov et al. 2023, arXiv
 2305.18290, equation 7). All pairs of one prompt are one batch element, as in reward.py. No prompt is held out.
 """
 
