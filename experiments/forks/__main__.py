@@ -1,11 +1,12 @@
-"""The forks of ppo.py and DPO beside PPO at a like KL: judge, KL and score of each, every seed.
+"""The forks of ppo.py and DPO beside PPO: judge, KL and score of each, every seed.
 
     python -m experiments.forks                   seeds 1 to 3, from the first two stages of `python -m experiments.kl`
-    python -m experiments.forks --seeds 10 --only dpo --kl_coef 0.1               how each β was chosen
+    python -m experiments.forks --seeds 10 --only dpo --kl_coef 0.1               how DPO's β was chosen
 
-A policy that has gone further from the start has a better judge for that alone, up to a point. So a fork that weighs
-the KL in another way than PPO has the β at which its final KL was nearest to PPO's on seed 10, of those tried.
-What has run is kept in out/experiments/kl beside PPO's own runs; a stopped run goes on.
+A policy that has gone further from the start has a better judge for that alone, up to a point: compare forks at a like
+KL. A β in the loss weighs the KL in another way than PPO's, so several are run and all are shown. DPO's is the one whose
+final KL was nearer to PPO's on seed 10, of 0.1 and 0.15. What has run is kept in out/experiments/kl beside PPO's own
+runs; a stopped run goes on.
 """
 
 import argparse
@@ -16,15 +17,15 @@ from experiments.forks import HERE, patched
 from experiments.harness import FOLDER, ROOT, closing_table, markdown, seconds, stage
 from experiments.kl import JUDGE, KL
 
-FORKS = {  # name → its diffs, and its β
-    "ppo": ([], 0.05),
-    "rloo": (["rloo"], 0.05),
-    "grpo": (["grpo"], 0.05),
-    "KL in the loss": (["kl_in_loss"], 0.05),
-    "grpo, KL in the loss": (["grpo", "kl_in_loss"], 0.05),
-    "clip-higher": (["clip_higher"], 0.05),
-    "rule": (["rule"], 0.01),
-    "dpo": ([], 0.15),
+FORKS = {  # name → its diffs, and each β that is run
+    "ppo": ([], [0.05]),
+    "rloo": (["rloo"], [0.05]),
+    "grpo": (["grpo"], [0.05]),
+    "grpo, KL in the loss": (["grpo", "kl_in_loss"], [0.05, 0.2]),
+    "KL in the loss": (["kl_in_loss"], [0.05, 0.1, 0.4]),
+    "clip-higher": (["clip_higher"], [0.05]),
+    "rule": (["rule"], [0.01]),
+    "dpo": ([], [0.15]),
 }
 
 
@@ -56,13 +57,16 @@ def main() -> None:
     parser.add_argument("--only", choices=FORKS, help="one fork alone")
     parser.add_argument("--kl_coef", type=float, help="another β than the fork's own")
     options = parser.parse_args()
-    forks = [options.only] if options.only else list(FORKS)
-    kl_coefs = {fork: FORKS[fork][1] if options.kl_coef is None else options.kl_coef for fork in forks}
-    found: dict[str, list[list[str]]] = {fork: [] for fork in forks}
+    runs = [(fork, kl_coef) for fork, (_, kl_coefs) in FORKS.items() for kl_coef in kl_coefs]
+    if options.only:
+        runs = [(fork, kl_coef) for fork, kl_coef in runs if fork == options.only]
+    if options.kl_coef is not None:
+        runs = list(dict.fromkeys((fork, options.kl_coef) for fork, _ in runs))
+    found: dict[tuple[str, float], list[list[str]]] = {each: [] for each in runs}
     for seed in options.seeds.split(","):
-        for fork in forks:
-            found[fork].append(run(fork, kl_coefs[fork], int(seed)))
-    lines = [[fork, kl_coefs[fork], *map(", ".join, zip(*found[fork]))] for fork in forks]
+        for fork, kl_coef in runs:
+            found[fork, kl_coef].append(run(fork, kl_coef, int(seed)))
+    lines = [[*each, *map(", ".join, zip(*found[each]))] for each in runs]
     print(markdown(["fork", "β", "judge", "KL", "score", "seconds"], lines))
 
 
