@@ -1,0 +1,376 @@
+"""The forks in experiments/forks apply, run, and compute what their papers say."""
+
+import copy
+import functools
+import importlib.util
+import itertools
+import json
+import math
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import common
+import data
+from experiments.forks import HERE, dpo, hunks, patched
+from model import GPT
+from tests import test_optimum as letters
+from tests.conftest import ROOT, flat, make_gpt, ragged, write
+
+CPU, OFF = torch.device("cpu"), torch.autocast("cpu", enabled=False)
+DIFFS = sorted(path.stem for path in HERE.glob("*.diff"))
+SOURCE = (ROOT / "ppo.py").read_text()
+FORKS = [(name,) for name in DIFFS] + [("grpo", "kl_in_loss")]  # the last is GRPO as its paper has it
+groups = st.tuples(st.integers(0, 2**32 - 1), st.integers(1, 4), st.integers(2, 5), st.integers(1, 6))
+
+
+@functools.cache
+def fork(*names: str):
+    """ppo.py with diffs applied, as a module of its own."""
+    folder = Path(tempfile.mkdtemp())
+    path = folder / f"{'_and_'.join(names)}.py"
+    path.write_text(patched(SOURCE, *names))
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module  # where dataclass and parse look for it
+    spec.loader.exec_module(module)
+    return module
+
+
+def train(stage, folders, **options):
+    """A fork on the tiny folders; the rows of its metrics.jsonl."""
+    given = {"data": folders["tmp"] / "prompts.jsonl", "init": folders["sft"], "reward": folders["reward"]}
+    given |= {"iterations": 2, "batch_size": 8, "minibatch_size": 4, "response_len": 8, "eval_prompts": 4}
+    given |= {"out": folders["tmp"] / "fork", "lr": 0.01, "value_warmup": 0} | options
+    words = [str(word) for name, value in given.items() for word in (f"--{name}", value)]
+    stage.train(common.parse(stage.Config, words))
+    return common.read_metrics(given["out"])
+
+
+# --- the diffs --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", DIFFS)
+def test_a_diff_changes_at_most_25_lines(name):
+    text = (HERE / f"{name}.diff").read_text()
+    lines = text[text.index("--- a/ppo.py\n") :].splitlines()[2:]
+    changed = [line for line in lines if line[0] in "+-"]
+    assert 0 < len(changed) <= 25
+
+
+@pytest.mark.parametrize("command", ["patch -p1 -i", "git apply"])
+@pytest.mark.parametrize("names", FORKS, ids="+".join)
+def test_a_diff_applies_by_hand_as_it_does_here(tmp_path, names, command):
+    if not shutil.which(command.split()[0]):
+        pytest.skip(f"needs {command.split()[0]}")
+    shutil.copy(ROOT / "ppo.py", tmp_path)
+    for name in names:
+        argv = [*command.split(), str(HERE / f"{name}.diff")]
+        done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "ppo.py").read_text() == patched(SOURCE, *names)
+
+
+@pytest.mark.parametrize("name", DIFFS)
+def test_a_diff_whose_old_lines_are_gone_is_refused(name):
+    for old, _ in hunks((HERE / f"{name}.diff").read_text()):
+        assert old in SOURCE
+        with pytest.raises(ValueError, match=f"{name}.diff does not apply"):
+            patched(SOURCE.replace(old, ""), name)
+
+
+@pytest.mark.parametrize("names", FORKS, ids="+".join)
+def test_a_fork_trains_and_leaves_no_name_undefined(folders, names, monkeypatch):
+    stage, asked = fork(*names), []
+    rollout = stage.rollout
+    monkeypatch.setattr(stage, "rollout", lambda policy, ids, *rest: asked.append(ids) or rollout(policy, ids, *rest))
+    if "rule" in names:
+        monkeypatch.setattr(stage, "rule", lambda prompt, response: len(response) / 10)  # these prompts ask for no tale
+    lines = train(stage, folders)
+    assert [line["step"] for line in lines] == [0, 1] and lines[-1]["policy/grad_norm"] > 0
+    state = torch.load(folders["tmp"] / "fork" / "state.pt", weights_only=True)
+    grouped = {"rloo", "grpo"} & set(names)
+    if grouped:
+        for ids in asked[:2]:  # each prompt 4 times in a row; the rest are of the closing table
+            assert len(ids) == 8 and all(ids[i] == ids[i // 4 * 4] for i in range(8)) and ids[0] != ids[4]
+    assert ("value" in state) == ("value_optimizer" in state) == (not grouped)
+    assert (lines[-1]["value/grad_norm"] == 0) == bool(grouped)
+
+
+def test_a_fork_without_value_net_goes_on_where_it_was_stopped(folders, monkeypatch):
+    stage, save = fork("rloo"), common.Run.save
+    whole = train(stage, folders, save_every=1, out=folders["tmp"] / "whole")
+
+    def save_then_die(self, *args, **parts):
+        save(self, *args, **parts)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(common.Run, "save", save_then_die)
+    with pytest.raises(KeyboardInterrupt):
+        train(stage, folders, save_every=1)
+    monkeypatch.setattr(common.Run, "save", save)
+    monkeypatch.setattr(common, "parse", lambda *a, parse=common.parse: setattr(c := parse(*a), "resume", True) or c)
+    resumed = train(stage, folders, save_every=1)
+    assert [line["objective/scores"] for line in resumed] == [line["objective/scores"] for line in whole]
+    assert torch.equal(*(flat(common.load_gpt(folders["tmp"] / name)[0]) for name in ("whole", "fork")))
+
+
+# --- advantages of a group --------------------------------------------------------------------------------------------
+
+
+def grouped(shape) -> tuple[dict[str, torch.Tensor], np.ndarray, int]:
+    """A random batch of P prompts with K answers each; R (P, K), what each answer got at β = 0.3 and a cap of −1."""
+    seed, P, K, columns = shape
+    batch = ragged(np.random.default_rng(seed), P * K, columns)
+    total = np.zeros(P * K)
+    for b in range(P * K):
+        score = float(batch["score"][b])
+        total[b] = score if batch["ended"][b] else min(score, -1.0)
+        for t in range(int(batch["mask"][b].sum())):
+            total[b] -= 0.3 * float(batch["logp"][b, t] - batch["ref_logp"][b, t])
+    return batch, total.reshape(P, K), K
+
+
+def same_for_every_token(got, expected, mask):
+    """Advantages (B, R) are `expected` (P, K) at each token of the answer, and 0 after it."""
+    whole = np.where(mask.numpy(), expected.reshape(-1, 1), 0.0)
+    np.testing.assert_allclose(got["advantages"].numpy(), whole, rtol=1e-6, atol=1e-6)
+
+
+@settings(deadline=None, max_examples=50)
+@given(groups)
+def test_rloo_advantages_are_the_papers_leave_one_out(shape):
+    """Ahmadian et al. 2024: R(y_i) − 1 / (K − 1) Σ_{j ≠ i} R(y_j)."""
+    batch, total, K = grouped(shape)
+    expected = np.zeros_like(total)
+    for p, i in np.ndindex(*total.shape):
+        expected[p, i] = total[p, i] - sum(total[p, j] for j in range(K) if j != i) / (K - 1)
+    stage = fork("rloo")
+    same_for_every_token(stage.estimate(batch, 0.3, -1.0, stage.Config(group=K)), expected, batch["mask"])
+
+
+@settings(deadline=None, max_examples=50)
+@given(groups)
+def test_grpo_advantages_are_in_standard_deviations_from_the_groups_mean(shape):
+    """Shao et al. 2024, section 4.1.2; the deviation is that of n − 1, plus 1e-4, as in TRL."""
+    batch, total, K = grouped(shape)
+    expected = np.zeros_like(total)
+    for p, i in np.ndindex(*total.shape):
+        mean = sum(total[p]) / K
+        deviation = math.sqrt(sum((x - mean) ** 2 for x in total[p]) / (K - 1))
+        expected[p, i] = (total[p, i] - mean) / (deviation + 1e-4)
+    stage = fork("grpo")
+    same_for_every_token(stage.estimate(batch, 0.3, -1.0, stage.Config(group=K)), expected, batch["mask"])
+
+
+def test_grpo_with_the_kl_in_the_loss_has_advantages_from_the_scores_alone():
+    batch = ragged(np.random.default_rng(0), 8) | {"ended": torch.ones(8, dtype=torch.bool)}
+    stage = fork("grpo", "kl_in_loss")
+    got = stage.estimate(batch, 0.3, -1.0, stage.Config())
+    score = batch["score"].numpy().reshape(2, 4)
+    expected = (score - score.mean(1, keepdims=True)) / (score.std(1, ddof=1, keepdims=True) + 1e-4)
+    same_for_every_token(got, expected, batch["mask"])
+
+
+# --- losses -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "advantage, ratio, learns",
+    [(1, 1.27, True), (1, 1.29, False), (1, 0.5, True), (-1, 0.81, True), (-1, 0.79, False), (-1, 1.5, True)],
+)
+def test_clip_higher_stops_a_gain_at_its_own_bound_and_a_loss_at_the_old_one(advantage, ratio, learns):
+    """Yu et al. 2025, section 3.1, with ε 0.2 and 0.28; through `update`, so that the option is seen to arrive."""
+    stage = fork("clip_higher")
+    cfg = stage.Config(response_len=8, epochs=1, minibatch_size=6, max_grad_norm=0.0)
+    policy = make_gpt()
+    batch = stage.rollout(policy, [[1], [2, 3], [4, 5, 6]] * 2, cfg, torch.Generator().manual_seed(0))
+    batch |= stage.read(batch, policy, policy, None, lambda part: torch.zeros(len(part["tokens"])), cfg)
+    batch["logp"] = (batch["logp"] - math.log(ratio)) * batch["mask"]
+    batch["advantages"] = float(advantage) * batch["mask"]
+    optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
+    found = stage.update(policy, None, optimizer, None, batch, 0.0, cfg, OFF, seed=0)
+    assert (found["policy/grad_norm"] > 0) == learns and (found["policy/clipfrac_avg"] == 0) == learns
+    bounded = min(max(ratio, 0.8), 1.28)
+    assert found["loss/policy_avg"] == pytest.approx(-min(advantage * ratio, advantage * bounded), abs=1e-4)
+
+
+def test_k3_in_the_loss_is_the_kl_as_a_number_and_has_the_gradient_of_the_kl_the_other_way_round():
+    """Answers of one token, all listed. The step is that of KL(π₀ ‖ π), and it is not that of KL(π ‖ π₀)."""
+    stage, n = fork("kl_in_loss"), 20_000
+    policy, ref = make_gpt(seed=5), common.freeze(make_gpt(), OFF)
+    cfg = stage.Config(response_len=1, minibatch_size=n, epochs=1, max_grad_norm=0.0, kl_coef=0.3)
+    batch = stage.rollout(policy, [[1, 2, 3]] * n, cfg, torch.Generator().manual_seed(0))
+    batch |= stage.read(batch, policy, ref, None, lambda part: torch.zeros(len(part["tokens"])), cfg)
+    batch |= stage.estimate(batch, 0.3, math.inf, cfg)
+    assert not batch["rewards"].any() and not batch["advantages"].any()  # so the loss is the KL alone
+    exact = []
+    for mean in (lambda p, q: (q.exp() * (q - p)).sum(), lambda p, q: (p.exp() * (p - q)).sum()):
+        logp, ref_logp = (net(torch.tensor([[1, 2, 3]]))[0, -1].log_softmax(-1) for net in (policy, ref))
+        kl = mean(logp, ref_logp)
+        exact.append(torch.cat([g.flatten() for g in torch.autograd.grad(0.3 * kl, list(policy.parameters()))]))
+    before = flat(policy)
+    found = stage.update(policy, None, torch.optim.SGD(policy.parameters(), lr=1.0), None, batch, 1.0, cfg, OFF, seed=0)
+    step = before - flat(policy)
+    forward, backward = exact  # of KL(π₀ ‖ π), of KL(π ‖ π₀)
+    assert found["loss/policy_avg"] == pytest.approx(0.3 * kl.item(), rel=0.03)
+    assert (step - forward).norm() < 0.1 * forward.norm()
+    assert (step - backward).norm() > 0.5 * backward.norm()
+
+
+def test_the_rule_reads_the_text_and_no_reward_model():
+    stage = fork("rule")
+    prompt = "Tell me about a shy owl who lost a red key near the lake."
+    story = " Once a shy owl lived near the lake. The owl dropped a red key by the lake. It went home alone."
+    assert stage.rule(prompt, story) == 0.75
+    assert stage.rule(prompt, story.replace("It went home alone.", "The owl smiled and went home.")) == 1
+    assert stage.rule(prompt, story.replace("owl", "cat").replace("key", "cake")) == 0.25
+    assert stage.rule(prompt, "") == 0
+    encoding = data.learn_bpe([prompt + story] * 9, 300)
+    row = data.encode_row(encoding, encoding.eot_token, prompt, story)
+    tokens, prompt_len, length = data.pad([row])
+    batch = {"tokens": tokens, "prompt_len": prompt_len, "length": length, "ended": torch.tensor([True])}
+    assert stage.scorer(None, encoding, encoding.eot_token)(batch).tolist() == [0.75]
+
+
+# --- DPO --------------------------------------------------------------------------------------------------------------
+
+
+def some_groups(encoding, eos) -> list[data.Group]:
+    """Two prompts, of 3 answers in a ranked list (3 pairs) and of 2, one of them without its end."""
+    texts = [("ask me", [" yes", " no", " a fox"]), ("tell me a tale", [" of a fox.", " no"])]
+    found = []
+    for prompt, answers in texts:
+        rows = [data.encode_row(encoding, eos, prompt, text, ended=text != " no") for text in answers]
+        pairs = list(itertools.combinations(range(len(rows)), 2))
+        found.append(data.Group(rows, pairs, [math.nan] * len(pairs)))
+    return found
+
+
+def test_dpo_loss_and_gradient_equal_the_papers_equation_in_float64(encoding):
+    """Rafailov et al. 2023, equation 7, one token at a time; the pairs of a prompt count as one prompt."""
+    shape = {"vocab_size": encoding.n_vocab, "eos": encoding.eot_token}
+    policy, ref = make_gpt(seed=5, **shape), make_gpt(**shape)
+    some = some_groups(encoding, encoding.eot_token)
+    rewards = 0.3 * dpo.log_ratios(policy, ref, some, CPU)
+    mine = dpo.pairwise_loss(dpo.margins(rewards, some), some)
+    mine.backward()
+
+    exact, frozen = copy.deepcopy(policy).double(), copy.deepcopy(ref).double()
+    exact.zero_grad()
+
+    def log_probability(net: GPT, row: data.Row) -> torch.Tensor:
+        logp = net(torch.tensor([row.tokens])).log_softmax(-1)[0]
+        return sum(logp[t - 1, row.tokens[t]] for t in range(row.prompt_len, len(row.tokens)))
+
+    expected = 0.0
+    for group in some:
+        h = [log_probability(exact, row) - log_probability(frozen, row).detach() for row in group.rows]
+        for winner, loser in group.pairs:
+            expected = expected - torch.log(torch.sigmoid(0.3 * h[winner] - 0.3 * h[loser])) / len(group.pairs)
+    expected.backward()
+    assert mine.item() == pytest.approx(expected.item(), rel=1e-5)
+    a, b = (torch.cat([p.grad.flatten().double() for p in net.parameters()]) for net in (policy, exact))
+    assert (a - b).norm() < 1e-4 * b.norm()
+
+
+def train_dpo(folders, n=24, **options):
+    """DPO on `n` tiny comparisons, four to a step; the rows of its metrics.jsonl."""
+    rows = data.read_jsonl(folders["tmp"] / "comparisons.jsonl", {})[:n]
+    given = {"data": write(folders["tmp"] / "some.jsonl", rows), "init": folders["sft"], "out": folders["tmp"] / "dpo"}
+    given |= {"warmup": 0, "lr": 1e-3, "device": "cpu"} | options
+    words = [str(word) for name, value in given.items() for word in (f"--{name}", value)]
+    dpo.train(common.parse(dpo.Config, words))
+    return common.read_metrics(given["out"])
+
+
+def test_dpo_starts_at_log_2_and_learns_which_answer_won(folders):
+    before = flat(common.load_gpt(folders["sft"])[0])
+    lines = train_dpo(folders, n=80)
+    assert lines[0]["loss/train"] == pytest.approx(math.log(2), abs=1e-7) and lines[0]["rewards/margins"] == 0
+    assert lines[-1]["loss/train"] < 0.3 and lines[-1]["rewards/accuracies"] == 1  # " yes." wins each of these pairs
+    assert torch.equal(before, flat(common.load_gpt(folders["sft"])[0]))
+
+
+def test_dpo_takes_the_same_step_by_micro_batches_of_any_size(folders):
+    found = []
+    for size in (0, 1, 3):
+        lines = train_dpo(folders, micro_batch_size=size, out=folders["tmp"] / f"dpo-{size}")
+        found.append([line["loss/train"] for line in lines])
+    assert found[1] == pytest.approx(found[0], rel=1e-3) and found[2] == pytest.approx(found[0], rel=1e-3)
+
+
+def test_dpo_stopped_and_resumed_is_the_run_that_was_not(folders, monkeypatch):
+    train_dpo(folders, out=folders["tmp"] / "whole")
+    monkeypatch.setattr(common.Run, "must_save", lambda self, step, due: step in (2, self.steps - 1))
+    save = common.Run.save
+
+    def save_then_die(self, *args, **parts):
+        save(self, *args, **parts)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(common.Run, "save", save_then_die)
+    with pytest.raises(KeyboardInterrupt):
+        train_dpo(folders)
+    assert len(common.read_metrics(folders["tmp"] / "dpo")) == 3
+    monkeypatch.setattr(common.Run, "save", save)
+    monkeypatch.setattr(common, "parse", lambda *a, parse=common.parse: setattr(c := parse(*a), "resume", True) or c)
+    train_dpo(folders)
+    assert torch.equal(*(flat(common.load_gpt(folders["tmp"] / name)[0]) for name in ("whole", "dpo")))
+
+
+def test_dpo_without_a_kl_term_is_refused_in_a_sentence(folders):
+    with pytest.raises(data.InputError, match="--kl_coef 0: .*; give a number above 0"):
+        train_dpo(folders, kl_coef=0.0)
+
+
+def compared(start: np.ndarray, n: int, target: Path) -> Path:
+    """`n` pairs of answers of π₀ in the world of letters; the better is drawn from Bradley and Terry's model."""
+    rng = np.random.default_rng(0)
+    words = letters.ENDED + letters.CUT
+    pairs = rng.choice(len(words), size=(n, 2), p=np.exp(start) / np.exp(start).sum())
+    first_wins = rng.random(n) < 1 / (1 + np.exp(letters.PAID[pairs[:, 1]] - letters.PAID[pairs[:, 0]]))
+    with open(target, "w") as file:
+        for pair, first in zip(pairs.tolist(), first_wins.tolist()):
+            best, worst = pair if first else reversed(pair)
+            row = {"prompt": "a", "chosen": words[best], "rejected": words[worst]}
+            row |= {"chosen_ended": best < len(letters.ENDED), "rejected_ended": worst < len(letters.ENDED)}
+            file.write(json.dumps(row) + "\n")
+    return target
+
+
+def dpo_in_the_world_of_letters(folder: Path, beta: float, n: int = 100_000) -> dict[str, float]:
+    """Where DPO ends after 400 steps on all of `n` comparisons: the letters have one prompt, so they are one group."""
+    start = letters.log_probabilities(letters.world(folder))
+    given = {"data": compared(start, n, folder / "pairs.jsonl"), "init": folder / "start", "out": folder / "dpo"}
+    given |= {"kl_coef": beta, "epochs": 400, "lr": 3e-3, "device": "cpu"}
+    words = [str(word) for name, value in given.items() for word in (f"--{name}", value)]
+    dpo.train(common.parse(dpo.Config, words))
+    reached = letters.log_probabilities(folder / "dpo")
+    best, most = letters.optimum(start, beta)
+    before = letters.objective(start, start, beta)
+    return {
+        "share": (letters.objective(reached, start, beta) - before) / (most - before),  # of the way from J(π₀) to J*
+        "TV(π₀, π*)": letters.distance(start, best),
+        "TV(DPO, π*)": letters.distance(reached, best),
+        "KL": float(np.exp(reached) @ (reached - start)),
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("beta, share, near", [(1.0, 0.95, 0.1), (0.6, 0.95, 0.1), (0.3, 0.85, 0.4)])
+def test_dpo_on_enough_comparisons_ends_at_the_exact_optimum_of_kl_regularised_reward(tmp_path, beta, share, near):
+    """Its loss has seen no score and no answer of its own. 95% of the way from J(π₀) to J*.
+
+    At β = 0.3 a quarter of π* is on answers that π₀ gives less than once in 1,000, and few comparisons show those.
+    """
+    found = dpo_in_the_world_of_letters(tmp_path, beta)
+    assert share <= found["share"] <= 1 and found["TV(DPO, π*)"] < near
