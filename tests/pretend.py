@@ -28,7 +28,9 @@ aten = torch.ops.aten
 WAITS = {aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default, aten.equal.default}
 INDEXED = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
 COPIES = {aten._to_copy.default, aten.copy_.default}
-INSTEAD = {aten.mm.dtype: lambda a, b, dtype: a.to(dtype) @ b.to(dtype)}  # what the CPU has no kernel of
+INSTEAD = {}  # what the CPU has no kernel of
+if hasattr(aten.mm, "dtype"):  # since torch 2.8
+    INSTEAD[aten.mm.dtype] = lambda a, b, dtype: a.to(dtype) @ b.to(dtype)
 GUARDS = "_ZN3c104impl26device_guard_impl_registryE"  # by device type, what sets the current device
 CUDA, MPS, META = 1, 13, 14  # device types
 
