@@ -112,7 +112,7 @@ class Run:
     def __init__(self, cfg: Any):
         self.cfg, self.folder, self.step, self.steps = cfg, Path(cfg.out), 0, 0
         self.times: dict[str, float] = {}
-        self.board: Any = None  # TensorBoard's writer
+        self.board: Any = None  # TensorBoard's writer, with --tensorboard
         self.about: dict[str, Any] = {}  # what model.pt says besides
         self.files: dict[str, Path] = {}  # what was made before the start: its name in the folder → where it is
         self.created = self.saved_at = time.time()
@@ -121,7 +121,8 @@ class Run:
         trains = getattr(cfg, "iterations", 1) > 0
         if trains:
             check_out(cfg)
-        if cfg.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        self.wants_board = getattr(cfg, "tensorboard", False)
+        if self.wants_board and importlib.util.find_spec("tensorboard") is None:
             raise InputError("--tensorboard: needs the package of that name; pip install tensorboard")
         self.lock = lock(self.folder) if trains and RANK == 0 else None
         self.inputs = {name: fingerprint(getattr(cfg, name, "")) for name in INPUTS}
@@ -197,7 +198,7 @@ class Run:
             device = next(parts["model"].parameters()).device
             self.origin = origin(self.cfg, device, self.folder if self.state else None)
             self._describe()
-            if self.cfg.tensorboard:
+            if self.wants_board:
                 from torch.utils.tensorboard import SummaryWriter
 
                 self.board = SummaryWriter(self.folder, purge_step=self.step)
