@@ -3,10 +3,10 @@
     python -m experiments.forks                   seeds 1 to 3, from the first two stages of `python -m experiments.kl`
     python -m experiments.forks --seeds 10 --only dpo --kl_coef 0.1               how DPO's β was chosen
 
-A policy that has gone further from the start has a better judge for that alone, up to a point: compare forks at a like
-KL. A β in the loss weighs the KL in another way than PPO's, so several are run and all are shown. DPO's is the one of
-0.1 and 0.15 whose final KL was nearer to PPO's on seed 10. What has run is kept in out/experiments/kl beside PPO's own
-runs; a stopped run goes on.
+A policy that has gone further from the start has a better judge for that alone, up to a point: compare forks at a
+like KL. A β in the loss weighs the KL in another way than PPO's, so several are run and all are shown. DPO's is the one
+of 0.1 and 0.15 whose final KL was nearer to PPO's on seed 10. What has run is kept in out/experiments/kl beside PPO's
+own runs; a stopped run goes on.
 """
 
 import argparse
