@@ -207,15 +207,6 @@ def test_log_probabilities_under_autocast_are_summed_in_float32_by_either_produc
         torch.testing.assert_close(logp, found[0][0], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("missing", [["REORDERS"], ["REORDERS", "ONEDNN"]])
-def test_without_private_operators_large_matrices_give_the_same_tokens(missing, monkeypatch):
-    gpt = make_gpt(n_inner=2**15)
-    expected = sample(gpt, 9)
-    for name in missing:
-        monkeypatch.setattr(fast, name, False)
-    assert sample(gpt, 9) == expected
-
-
 # --- mistakes: each must be seen --------------------------------------------------------------------------------------
 
 
@@ -294,3 +285,16 @@ def test_a_mistake_is_seen_on_the_pretended_device(name, monkeypatch):
     how, file, changes, seen = MISTAKES[name]
     with pytest.raises((AssertionError, IndexError, RuntimeError, TypeError), match=seen):
         check(mistaken(file, changes, monkeypatch), how)
+
+
+@pytest.mark.parametrize("present", [[], ["_linear_pointwise"]])
+def test_a_build_that_lacks_private_operators_draws_the_same_tokens(present, monkeypatch):
+    gpt = make_gpt(n_inner=2**15)  # 2**20 weights
+    operators = types.SimpleNamespace(**{name: getattr(torch.ops.mkldnn, name) for name in present})
+    monkeypatch.setattr(torch.ops, "mkldnn", operators)
+    module = mistaken("", {}, monkeypatch)
+    other = module.GPT(module.GPTConfig(**vars(gpt.config))).eval()
+    other.load_state_dict(gpt.state_dict())
+    found = sample(other, 9)
+    monkeypatch.undo()
+    assert found == sample(gpt, 9)
