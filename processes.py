@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from data.files import InputError
 from fast import keep_memory
 
-OLDEST_TORCH = (2, 6)
 RANK = int(os.environ.get("RANK", 0))  # of this process
 WORLD = int(os.environ.get("WORLD_SIZE", 1))  # how many there are
 
@@ -68,12 +67,11 @@ def agree(yes: bool) -> bool:
     return bool(total(torch.tensor(float(yes), device=device)))
 
 
-def check_torch() -> None:
-    """Raises InputError if this torch is older than any that the tests have passed on."""
-    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
-    if version < OLDEST_TORCH:
-        oldest = ".".join(map(str, OLDEST_TORCH))
-        raise InputError(f"torch {torch.__version__}: is too old; pip install -r requirements.txt, or torch>={oldest}")
+def check_torch(oldest: str = "2.6", what: str = "this project") -> None:
+    """Raises InputError if this torch is older than the oldest that the tests of `what` have passed on."""
+    version, wanted = (tuple(map(int, text.split(".")[:2])) for text in (torch.__version__, oldest))
+    if version < wanted:
+        raise InputError(f"torch {torch.__version__}: {what} needs {oldest} or newer; pip install -r requirements.txt")
 
 
 def pick_device(name: str) -> torch.device:

@@ -25,6 +25,7 @@ def check(cfg: Any) -> None:
     """Raises InputError where --shard cannot do what is asked."""
     if not getattr(cfg, "shard", False):
         return
+    processes.check_torch("2.8", "--shard")  # before, FSDP2 does not run on a CPU, where it is tested
     if processes.WORLD == 1:
         raise InputError("--shard: divides a net over the processes of torchrun; start several, or leave it out")
     if cfg.compile:

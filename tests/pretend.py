@@ -262,6 +262,7 @@ def pretended(name: str):
         "torch.cuda.CUDAGraph": Graph,
         "torch.cuda.graph": device.capture,
         "torch.backends.mps.is_available": lambda: not cuda,
+        "torch.backends.mps.is_macos_or_newer": lambda *version: True,
         "torch.mps.synchronize": lambda: device.wait("synchronize"),
     }
     with contextlib.ExitStack() as stack:

@@ -374,8 +374,8 @@ def test_a_value_clipped_on_the_wrong_side_still_gets_a_gradient():
 )
 @mistake(
     "common.py",
-    'nn.utils.clip_grad_norm_(model.parameters(), max_norm or float("inf"))\n',
-    "nn.utils.get_total_norm([p.grad for p in model.parameters()])\n",
+    'nn.utils.clip_grad_norm_(model.parameters(), max_norm or float("inf"))',
+    "nn.utils.get_total_norm([p.grad for p in model.parameters()])",
 )
 def test_gradients_are_clipped_after_backward_each_net_by_itself(nets):
     cfg = ppo.Config(response_len=16, minibatch_size=6, epochs=1, max_grad_norm=0.01)
