@@ -1,6 +1,7 @@
 """Two processes under torchrun: the same run as one, where the batch is the same; and nets divided over the two."""
 
 import json
+import re
 import sys
 
 import pytest
@@ -196,7 +197,8 @@ def test_two_processes_share_an_evaluation_and_report_what_one_reports(folders):
     options += ["--best_of", "1,2"]
     one, two = (run("ppo.py", *options, processes=n) for n in (1, 2))
     assert one.returncode == two.returncode == 0, one.stderr + two.stderr
-    assert len(rows) > 256 and "390 held-out prompts" in one.stdout and two.stdout == one.stdout
+    said = re.sub(r"\[Gloo\].*\n", "", two.stdout)  # older torch tells of its connections
+    assert len(rows) > 256 and "390 held-out prompts" in one.stdout and said == one.stdout
 
 
 def test_every_process_starts_from_the_weights_of_the_first(tmp_path):
