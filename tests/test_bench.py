@@ -116,6 +116,7 @@ def test_operations_are_counted_as_six_a_weight_and_token():
 WORKS = [("train", "small", 2, 16), ("generate", "llama-small", 3, 4, 4), ("ppo", "llama-small", 4, 2, 4, 4)]
 
 
+@pytest.mark.slow
 def test_the_report_checks_and_measures_a_device_and_writes_a_page(forked, tmp_path):
     works = [*WORKS, ("train", "small", 2**40, 16)]
     page = tmp_path / "cpu.md"

@@ -189,6 +189,7 @@ def test_a_process_that_fails_says_why_and_ends_the_others(tmp_path):
     assert done.returncode == 1 and "ArithmeticError: of one process" in done.stderr
 
 
+@pytest.mark.slow
 def test_two_processes_share_an_evaluation_and_report_what_one_reports(folders):
     tmp = folders["tmp"]
     rows = [{"prompt": f"ask {a} {b} {c} {d}."} for a in "yn" for b in "yno" for c in "yesno" for d in "tale of a fox"]
