@@ -50,9 +50,9 @@ class Config:
     # model, without --init
     vocab_size: int = 1024  # of the byte-level BPE learned from --data; 0: GPT-2's vocabulary
     arch: str = "gpt2"  # gpt2, or llama: rotary positions, RMSNorm, SwiGLU, no biases
-    n_layer: int = 2  #
-    n_head: int = 4  #
-    n_embd: int = 192  #
+    n_layer: int = 2  # blocks
+    n_head: int = 4  # attention heads
+    n_embd: int = 192  # channels
     dropout: float = 0.0  # in training
 
 
