@@ -382,6 +382,13 @@ def keep_memory() -> None:
             mallopt(option, setting)
 
 
+def settle_math() -> None:
+    """Nothing, to a reader. In the first call of exp, of log … MKL picks its code for this CPU. Where two threads were
+    both first, one run in a hundred had other last bits than its seed gives."""
+    for function in (torch.exp, torch.log, torch.tanh, torch.erf, torch.sin, torch.cos):
+        function(torch.ones(1))  # one number: one thread
+
+
 def compile_blocks(*models: nn.Module) -> None:
     """Nothing, to a reader. torch.compile fuses the blocks of each GPT; on CUDA a decode step becomes a graph."""
     for model in models:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from data.files import InputError
-from fast import keep_memory
+from fast import keep_memory, settle_math
 
 RANK = int(os.environ.get("RANK", 0))  # of this process
 WORLD = int(os.environ.get("WORLD_SIZE", 1))  # how many there are
@@ -105,6 +105,7 @@ def setup(cfg: Any) -> tuple[torch.device, torch.autocast]:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=12))
     if device.type == "cpu":
         keep_memory()
+        settle_math()
     if getattr(cfg, "compile", False) and device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
         raise InputError("--compile: on a CPU it needs a C++ compiler; install g++, or leave it out")
     if cfg.dtype not in ("auto", "float32", "bfloat16"):

@@ -372,12 +372,12 @@ def convert(source: str, target: Path) -> str:
         if target == Path.cwd():
             raise InputError(f"{target}: is the current folder; name a new one")
         temporary.mkdir(parents=True)  # before any work: a folder that cannot be written is found at once
-        if source in PUBLISHED and not folder.exists() or (folder / "config.json").exists():
-            model, encoding = read_model(folder) if folder.exists() else published(source)
-            common.save_model(model, encoding, temporary / "model.pt")
-        elif (folder / "model.pt").exists() or folder.suffix == ".pt":
+        if (folder / "model.pt").exists() or folder.suffix == ".pt":  # first, for a run folder has a config.json too
             model, encoding = common.load(folder)
             write_model(model, encoding, temporary)
+        elif source in PUBLISHED and not folder.exists() or (folder / "config.json").exists():
+            model, encoding = read_model(folder) if folder.exists() else published(source)
+            common.save_model(model, encoding, temporary / "model.pt")
         else:
             raise InputError(
                 f"{source}: neither {', '.join(PUBLISHED)} nor a folder with config.json (theirs) or model.pt (ours)"

@@ -144,6 +144,7 @@ def test_a_hugging_face_folder_comes_in_and_goes_out_with_its_logits(tmp_path, f
     torch.testing.assert_close(ours(tokens), theirs(tokens).logits, rtol=1e-4, atol=1e-4)
     assert ours.config.eos == 0 and encoding.decode([0, 1, 999]) == "<|end|><|user|><|unused_999|>"
 
+    (tmp_path / "run" / "config.json").write_text('{"stage": "sft"}')  # every run leaves one, which is not theirs
     weights.convert(str(tmp_path / "run"), tmp_path / "out")
     back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     assert type(back) is type(theirs)
