@@ -3,44 +3,128 @@
     python -m experiments.recipe                  seeds 1 to 5, from the first two stages of `python -m experiments.kl`
     python -m experiments.recipe --seeds 6,7      other seeds
 
-It prints a table: by seed the final judge, the highest KL of an iteration, and its lowest judge.
+It prints a table, by seed the final judge, the highest KL of an iteration and its lowest judge, and draws
+experiments/recipe.svg. What has run is kept in out/experiments/kl; a stopped run goes on.
 """
 
 import argparse
+import os
+import re
+import statistics
+from pathlib import Path
 
 import common
-from experiments.harness import FOLDER, closing_table, markdown, road, stage
-from experiments.kl import JUDGE
+from experiments.harness import FOLDER, ROOT, closing_table, markdown, pyplot, road, save, stage
+from experiments.kl import JUDGE, KL
 
-WITHOUT = {  # what is taken out → its options
-    "nothing": [],
-    "value net first (--value_warmup 0)": ["--value_warmup", 0],
-    "rising rate (--lr_warmup 0)": ["--lr_warmup", 0],
-    "rate of the value net (--value_lr 3e-4)": ["--value_lr", 3e-4],
-    "two epochs (--epochs 4)": ["--epochs", 4],
+FRESH = "value, cap = ScalarModel(GPT(policy.config)).to(device), -1.0"
+WITHOUT = {  # what is taken out → its run folder, its options, and what is changed in ppo.py
+    "nothing": ("ppo", [], {}),
+    "KL term (--kl_coef 0)": ("no-kl", ["--kl_coef", 0], {}),
+    "clip of the ratio (--cliprange 1e9)": ("no-clip", ["--cliprange", 1e9], {}),
+    "whitening": ("no-whitening", [], {"whiten(advantages, mask)": "advantages"}),
+    "clip of the value (--cliprange_value 1e9)": ("no-value-clip", ["--cliprange_value", 1e9], {}),
+    "unit scores (the reward model's as they came)": ("raw-scores", ["--reward", "out/raw-reward"], {}),
+    "value net from the reward model (new weights)": (
+        "new-value",
+        [],
+        {"value, cap = copy.deepcopy(reward), -1.0": FRESH},
+    ),
+    "value net first (--value_warmup 0)": ("no-value-warmup", ["--value_warmup", 0], {}),
+    "rate of the value net (--value_lr 3e-4)": ("one-lr", ["--value_lr", 3e-4], {}),
+    "rising rate (--lr_warmup 0)": ("no-lr-warmup", ["--lr_warmup", 0], {}),
+    "second epoch (--epochs 1)": ("one-epoch", ["--epochs", 1], {}),
+    "two epochs (--epochs 4)": ("four-epochs", ["--epochs", 4], {}),
+    "cap without EOS (--unended_cap inf)": ("no-cap", ["--unended_cap", "inf"], {}),
+    "Adam's ε of 1e-5 (1e-8)": ("small-eps", [], {"eps=1e-5": "eps=1e-8"}),
 }
-FOLDERS = dict(zip(WITHOUT, ("ppo", "no-value-warmup", "no-lr-warmup", "one-lr", "four-epochs")))
+
+
+def raw_reward(folder: Path) -> None:
+    """Write out/raw-reward: the reward model before reward.py gave its scores mean 0 and variance 1."""
+    target = folder / "out" / "raw-reward" / "model.pt"
+    if not target.exists():
+        net, encoding = common.load_scalar(folder / "out" / "reward")
+        net.gain.fill_(1)
+        net.bias.fill_(0)
+        target.parent.mkdir(exist_ok=True)
+        common.save_model(net, encoding, target)
+
+
+def run(what: str, seed: int) -> tuple[Path, str]:
+    """The run folder of a variant, and what it printed."""
+    name, options, changes = WITHOUT[what]
+    folder, script = FOLDER / "kl" / f"seed-{seed}", Path("ppo.py")
+    for before in ("sft", "reward"):
+        stage(folder, before, f"{before}.py", "--seed", seed)
+    if name == "raw-scores":
+        raw_reward(folder)
+    if changes:
+        os.environ["PYTHONPATH"] = str(ROOT)  # where a script in another folder finds common.py and the others
+        script = (FOLDER / "recipe" / name / "ppo.py").resolve()
+        script.parent.mkdir(parents=True, exist_ok=True)
+        script.write_text(changed((ROOT / "ppo.py").read_text(), changes))
+    out = [] if name == "ppo" else ["--out", f"out/{name}"]
+    return folder / "out" / name, stage(folder, name, script, "--seed", seed, *options, *out)
+
+
+def changed(source: str, changes: dict[str, str]) -> str:
+    for old, new in changes.items():
+        if old not in source:
+            raise ValueError(f"ppo.py has no {old!r}")
+        source = source.replace(old, new)
+    return source
+
+
+def draw(folders: dict[str, list[Path]], target: Path) -> None:
+    """For each variant the judge over the iterations, and below it the KL; a line a seed."""
+    n, columns = len(folders), 7
+    bands = -(-n // columns)
+    figure, axes = pyplot().subplots(2 * bands, columns, figsize=(12, 3 * bands), layout="constrained", sharex=True)
+    for i, (what, runs) in enumerate(folders.items()):
+        band, column = divmod(i, columns)
+        judge, kl = axes[2 * band][column], axes[2 * band + 1][column]
+        for folder in runs:
+            lines = common.read_metrics(folder)
+            steps = [line["step"] + 1 for line in lines]
+            judge.plot(steps, [line["objective/judge"] for line in lines], linewidth=0.9)
+            kl.plot(steps, [line["objective/kl"] for line in lines], linewidth=0.9)
+        judge.set(ylim=(0.3, 1))
+        kl.set(ylim=(0, 12))
+        judge.set_title(re.sub(r" \(.*", "", what), fontsize=7)
+        for axis in (judge, kl):
+            axis.grid(alpha=0.25)
+            axis.tick_params(labelsize=6)
+    for band in range(bands):
+        axes[2 * band][0].set_ylabel("judge", fontsize=7)
+        axes[2 * band + 1][0].set_ylabel("KL (nats)", fontsize=7)
+    save(figure, target)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", default="1,2,3,4,5", help="comma-separated")
-    seeds = [int(seed) for seed in parser.parse_args().seeds.split(",")]
-    rows = []
-    for what, options in WITHOUT.items():
-        judges, highest, lowest = [], [], []
-        for seed in seeds:
-            folder, name = FOLDER / "kl" / f"seed-{seed}", FOLDERS[what]
-            for script in ("sft", "reward"):
-                stage(folder, script, f"{script}.py", "--seed", seed)
-            out = [] if name == "ppo" else ["--out", f"out/{name}"]
-            printed = stage(folder, name, "ppo.py", "--seed", seed, *options, *out)
-            kl, _, judge, *_ = road(common.read_metrics(folder / "out" / name))
-            judges.append(closing_table(printed)[JUDGE][1].split()[0])
-            highest.append(kl)
-            lowest.append(judge)
-        rows.append([what, ", ".join(judges), ", ".join(highest), ", ".join(lowest)])
-    print(markdown(["taken out", "final judge", "highest KL", "lowest judge"], rows))
+    parser.add_argument("--figure", type=Path, default=Path(__file__).with_name("recipe.svg"))
+    options = parser.parse_args()
+    rows, folders = {what: [] for what in WITHOUT}, {what: [] for what in WITHOUT}
+    for seed in map(int, options.seeds.split(",")):
+        for what in WITHOUT:
+            folder, printed = run(what, seed)
+            kl, _, judge, *_ = road(common.read_metrics(folder))
+            table = closing_table(printed)
+            rows[what].append((table[JUDGE][1].split()[0], table[KL][1].split()[0], kl, judge))
+            folders[what].append(folder)
+    lines = []
+    for what, found in rows.items():
+        judges = [float(judge) for judge, *_ in found]
+        spread = f"{statistics.mean(judges):.3f} ± {statistics.stdev(judges):.3f}" if len(judges) > 1 else ""
+        lines.append([what, spread, *map(", ".join, zip(*found))])
+    print(
+        markdown(
+            ["taken out", "judge, mean ± deviation", "final judge", "final KL", "highest KL", "lowest judge"], lines
+        )
+    )
+    draw(folders, options.figure)
 
 
 if __name__ == "__main__":

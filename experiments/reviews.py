@@ -31,7 +31,7 @@ TASK = "--response_len 24 --unended_cap inf".split() + ["--judge", JUDGE]
 TASK += ["--data", imdb.FOLDER / "ppo.jsonl", "--eval_data", imdb.FOLDER / "eval.jsonl"]
 PPO = "--iterations 60 --batch_size 32 --minibatch_size 16 --epochs 1 --lr 3e-5 --value_lr 1e-4".split()
 PPO += "--value_warmup 4 --lr_warmup 8 --kl_coef 0.05 --eval_prompts 500 --save_every 10".split()
-BEST_OF = "--iterations 0 --eval_prompts 64 --best_of 1,2,4,8,16,32,64".split()  # on the first 64 of the 500
+BEST_OF = "--iterations 0 --eval_prompts 48 --best_of 1,2,4,8,16,32,64".split()  # the first 48 of the 500
 
 
 def run(seed: int) -> tuple[Path, dict[str, str]]:
@@ -40,8 +40,13 @@ def run(seed: int) -> tuple[Path, dict[str, str]]:
     reward = [*start, "--data", imdb.FOLDER / "compare.jsonl", *REWARD]
     printed = {"reward": stage(folder, "reward", "reward.py", *reward)}
     printed["ppo"] = stage(folder, "ppo", "ppo.py", *start, *TASK, *PPO)
-    printed["best of n"] = stage(folder, "best-of-n", "ppo.py", *start, *TASK, *BEST_OF)
     return folder / "out" / "ppo", printed
+
+
+def choose(seed: int) -> str:
+    """What best of n printed, with the reward model of a seed."""
+    start = ["--init", "../out/sft", "--seed", seed]
+    return stage(HERE / f"seed-{seed}", "best-of-n", "ppo.py", *start, *TASK, *BEST_OF)
 
 
 def interval(mean: float, error: float) -> str:
@@ -90,6 +95,8 @@ def main() -> None:
     losses = re.findall(r"held_out (\S+)", text)
     print(f"held-out loss of the reviews: {losses[0]} half-way, {losses[-1]} at the end; {seconds(text):.0f} s\n")
     runs = {int(seed): run(int(seed)) for seed in options.seeds.split(",")}
+    for seed, (_, printed) in runs.items():
+        printed["best of n"] = choose(seed)
     ends, others = [], []
     for seed, (folder, printed) in runs.items():
         table = json.loads((folder / "report.json").read_text())["table"]
