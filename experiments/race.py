@@ -15,6 +15,7 @@ import os
 from pathlib import Path
 
 import common
+from data import weights
 from experiments.harness import FOLDER, ROOT, closing_table, markdown, pyplot, save, stage
 from experiments.kl import JUDGE, KL
 
@@ -41,10 +42,11 @@ def theirs(seed: int, rate: float) -> tuple[dict, list[dict]]:
     os.environ["PYTHONPATH"] = str(ROOT)  # where race_trl.py finds the judge
     for net in ("sft", "reward"):
         if not (folder / f"{net}-hf").exists():
-            stage(folder, f"{net}-hf", "data/weights.py", f"out/{net}", f"{net}-hf")
+            weights.convert(str(folder / "out" / net), folder / f"{net}-hf")
     nets = ["--sft", "sft-hf", "--reward", "reward-hf"]
     stage(folder, name, "experiments/race_trl.py", *nets, "--seed", seed, "--lr", rate, "--out", f"{name}-hf")
-    stage(folder, f"{name}-back", "data/weights.py", f"{name}-hf", f"out/{name}")
+    if not (folder / "out" / name).exists():
+        weights.convert(str(folder / f"{name}-hf"), folder / "out" / name)
     text = stage(folder, f"{name}-end", "ppo.py", "--seed", seed, "--iterations", 0, "--out", f"out/{name}")
     return closing_table(text), common.read_metrics(folder / f"{name}-hf")
 
