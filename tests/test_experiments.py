@@ -1,0 +1,60 @@
+"""What the experiments read of a run is what the run printed; what they change in ppo.py is there."""
+
+import ast
+
+import pytest
+import torch
+
+import evaluate
+import ppo
+from experiments import harness, race, recipe, reviews
+from tests.conftest import ROOT
+
+
+def columns(seed: int, n: int = 40) -> dict[str, list]:
+    generator = torch.Generator().manual_seed(seed)
+    names = (reviews.JUDGE, "score", reviews.KL)
+    found = {name: torch.rand(n, generator=generator).tolist() for name in names}
+    return found | {"texts": [(f"prompt {i}", f"answer {i}") for i in range(n)]}
+
+
+def test_the_closing_table_is_read_as_it_was_printed():
+    before, after = columns(0), columns(1)
+    rows = harness.closing_table(evaluate.report(before, after, {reviews.JUDGE: None}))
+    for name in (reviews.JUDGE, "score", reviews.KL):
+        assert rows[name] == tuple(evaluate.cell(side[name]).strip() for side in (before, after))
+
+
+def test_the_table_of_best_of_n_is_read_as_it_was_printed():
+    found = columns(2, n=5 * 8)
+
+    def answer(prompts, start):
+        batch = {"score": torch.tensor(found["score"]), "length": torch.ones(40), "ended": torch.ones(40)}
+        batch |= {"logp": torch.zeros(40, 1), "ref_logp": torch.zeros(40, 1), "mask": torch.ones(40, 1)}
+        return batch, found["texts"]
+
+    value = dict(zip(found["texts"], found[reviews.JUDGE]))
+    judges = {reviews.JUDGE: lambda prompt, response: value[prompt, response]}
+    rows = reviews.best_of_n(evaluate.best_of(answer, [[1]] * 5, judges, [1, 8]))
+    judge, score = (torch.tensor(found[name]).view(5, 8) for name in (reviews.JUDGE, "score"))
+    best = score.argmax(1, keepdim=True)
+    for row, expected in zip(rows, ((judge.mean(1), score.mean(1)), (judge.gather(1, best), score.gather(1, best)))):
+        assert row[2] == pytest.approx(expected[0].mean().item(), abs=6e-4)
+        assert row[4] == pytest.approx(expected[1].mean().item(), abs=6e-4)
+    assert [row[:2] for row in rows] == [(1, 0), (8, 1.20)]  # log 8 − 7 / 8 = 1.204
+
+
+@pytest.mark.parametrize("what", recipe.WITHOUT)
+def test_what_is_taken_out_of_ppo_is_in_it(what):
+    _, options, changes = recipe.WITHOUT[what]
+    source = (ROOT / "ppo.py").read_text()
+    assert (recipe.changed(source, changes) != source) == bool(changes)
+    ast.parse(recipe.changed(source, changes))
+    assert all(option[2:] in ppo.Config.__dataclass_fields__ for option in options[::2])
+
+
+def test_the_goal_is_reached_where_the_mean_of_five_iterations_is_high_enough():
+    judges = [1.0, 0.0, 0.9, 0.94, 0.96, 0.97, 0.98, 1.0]
+    lines = [{"objective/judge": judge, "seconds": 10.0 * i} for i, judge in enumerate(judges)]
+    assert race.to_goal(lines) == 60  # 0.9, 0.94, 0.96, 0.97, 0.98 have the mean 0.95
+    assert race.to_goal(lines[:6]) is None
