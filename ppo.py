@@ -74,17 +74,17 @@ class Config:
     resume: bool = False  # continue the run in --out; more --iterations than before prolong it
     tensorboard: bool = False  # write the metrics for TensorBoard too, into --out
     # training
-    iterations: int = 48  # rounds of answer → score → update; 0: only evaluate
-    batch_size: int = 128  # prompts an iteration, over all processes
-    epochs: int = 2  # passes over an iteration's answers
-    minibatch_size: int = 32  # answers an optimizer step, over all processes
+    iterations: int = 64  # rounds of answer → score → update; 0: only evaluate
+    batch_size: int = 64  # prompts an iteration, over all processes
+    epochs: int = 1  # passes over an iteration's answers
+    minibatch_size: int = 16  # answers an optimizer step, over all processes
     micro_batch_size: int = 0  # answers in one forward; 0: the whole minibatch
     response_len: int = 64  # longest answer, in tokens
     temperature: float = 1.0  # of sampling and of all log-probabilities
     lr: float = 3e-4  # of the policy; it rises at first and is annealed to 0
     value_lr: float = 1e-3  # of the value net, annealed to 0
-    value_warmup: int | None = None  # first iterations, in which only the value net learns; default 4, or a quarter
-    lr_warmup: int | None = None  # iterations after these, in which the policy's rate rises; default 16, or a third
+    value_warmup: int | None = None  # first iterations, in which only the value net learns; default 2, or a quarter
+    lr_warmup: int | None = None  # iterations after these, in which the policy's rate rises; default 4, or a quarter
     # PPO
     kl_coef: float = 0.05  # β: reward charged per nat of KL to the frozen copy
     kl_target: float = 0.0  # nats a response; above 0, β adapts towards it (Ziegler et al. 2019, section 2.2)
@@ -315,8 +315,8 @@ def rates(step: int, cfg: Config) -> tuple[float, float]:
     The reward model was trained on last tokens alone, so what the value net says of a prefix is a guess at first. It
     learns for some iterations before the policy moves; then the policy's rate rises. Both fall to 0 in a straight line.
     """
-    alone = min(4, cfg.iterations // 4) if cfg.value_warmup is None else cfg.value_warmup  # less in a short run
-    rising = min(16, cfg.iterations // 3) if cfg.lr_warmup is None else cfg.lr_warmup
+    alone = min(2, cfg.iterations // 4) if cfg.value_warmup is None else cfg.value_warmup  # less in a short run
+    rising = min(4, cfg.iterations // 4) if cfg.lr_warmup is None else cfg.lr_warmup
     left = 1 - step / cfg.iterations
     if step < alone:
         return 0.0, cfg.value_lr * left

@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python -m experiments.race          seeds 1 to 3, after `python -m experiments.kl`
     OMP_NUM_THREADS=1 python -m experiments.race --seeds 10 --rates 1e-4,3e-4,1e-3       how the rate was chosen
 
-Both take 48 iterations of 128 answers to the same prompts with the settings of ppo.py (race_trl.py says where TRL
+Both take 64 iterations of 64 answers to the same prompts with the settings of ppo.py (race_trl.py says where TRL
 differs). The policies that come out answer the 512 held-out prompts, and ppo.py measures both. Seconds are those since
 the first iteration began. "To 0.95": until the mean judge of five iterations is 0.95 or more.
 
@@ -31,7 +31,7 @@ def ours(seed: int) -> tuple[dict, list[dict]]:
     table = closing_table(stage(folder, "race", "ppo.py", "--seed", seed, "--out", "out/race"))
     lines, seconds = common.read_metrics(folder / "out" / "race"), 0.0
     for line in lines:
-        seconds += line["response_len"] * 128 / line["tokens_per_s"]
+        seconds += line["response_len"] * 64 / line["tokens_per_s"]
         line["seconds"] = seconds
     return table, lines
 

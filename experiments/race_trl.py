@@ -28,7 +28,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=Path, required=True, help="a Hugging Face folder")
     parser.add_argument("--lr", type=float, required=True)
     parser.add_argument("--seed", type=int, required=True)
-    parser.add_argument("--iterations", type=int, default=48)
+    parser.add_argument("--iterations", type=int, default=64)
     parser.add_argument("--resume", action="store_true", help="taken and not used: TRL's PPO cannot go on")
     options = parser.parse_args()
     set_seed(options.seed)
@@ -75,16 +75,16 @@ def main() -> None:
 
     batch_generation, ppo_trainer.batch_generation = ppo_trainer.batch_generation, generate
     args = PPOConfig(
-        output_dir=str(options.out), per_device_train_batch_size=128, gradient_accumulation_steps=1,
-        num_mini_batches=4, num_ppo_epochs=2, total_episodes=options.iterations * 128, learning_rate=options.lr,
+        output_dir=str(options.out), per_device_train_batch_size=64, gradient_accumulation_steps=1,
+        num_mini_batches=4, num_ppo_epochs=1, total_episodes=options.iterations * 64, learning_rate=options.lr,
         response_length=64, temperature=1.0, kl_coef=0.05, gamma=1.0, lam=0.95, cliprange=0.2, cliprange_value=0.2,
-        vf_coef=1.0, stop_token="eos", missing_eos_penalty=1.0, local_rollout_forward_batch_size=128,
+        vf_coef=1.0, stop_token="eos", missing_eos_penalty=1.0, local_rollout_forward_batch_size=64,
         num_sample_generations=0, logging_steps=1, save_strategy="no", eval_strategy="no", report_to=[],
         disable_tqdm=True, use_cpu=True, bf16=False, gradient_checkpointing=False, seed=options.seed,
     )  # fmt: skip
     PPOTrainer(
         args=args, processing_class=tokenizer, model=policy, ref_model=ref, reward_model=reward, value_model=value,
-        train_dataset=rows, eval_dataset=rows.select(range(128)), callbacks=[Record()],
+        train_dataset=rows, eval_dataset=rows.select(range(64)), callbacks=[Record()],
     ).train()  # fmt: skip
     policy.resize_token_embeddings(n_tokens)
     policy.save_pretrained(options.out)

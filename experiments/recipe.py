@@ -17,6 +17,7 @@ import common
 from experiments.harness import FOLDER, ROOT, closing_table, markdown, pyplot, road, save, stage
 from experiments.kl import JUDGE, KL
 
+LARGE = ["--batch_size", 128, "--minibatch_size", 32, "--epochs", 2, "--iterations", 32]
 FRESH = "value, cap = ScalarModel(GPT(policy.config)).to(device), -1.0"
 WITHOUT = {  # what is taken out → its run folder, its options, and what is changed in ppo.py
     "nothing": ("ppo", [], {}),
@@ -33,8 +34,8 @@ WITHOUT = {  # what is taken out → its run folder, its options, and what is ch
     "value net first (--value_warmup 0)": ("no-value-warmup", ["--value_warmup", 0], {}),
     "rate of the value net (--value_lr 3e-4)": ("one-lr", ["--value_lr", 3e-4], {}),
     "rising rate (--lr_warmup 0)": ("no-lr-warmup", ["--lr_warmup", 0], {}),
-    "second epoch (--epochs 1)": ("one-epoch", ["--epochs", 1], {}),
-    "two epochs (--epochs 4)": ("four-epochs", ["--epochs", 4], {}),
+    "single epoch (--epochs 4)": ("four-epochs", ["--epochs", 4], {}),
+    "fresh answers (iterations of twice as many, two epochs)": ("large-batch", LARGE, {}),
     "cap without EOS (--unended_cap inf)": ("no-cap", ["--unended_cap", "inf"], {}),
     "Adam's ε of 1e-5 (1e-8)": ("small-eps", [], {"eps=1e-5": "eps=1e-8"}),
 }
