@@ -7,7 +7,7 @@ import torch
 
 import evaluate
 import ppo
-from experiments import harness, race, recipe, reviews
+from experiments import adaptive, harness, race, recipe, reviews
 from tests.conftest import ROOT
 
 
@@ -58,3 +58,12 @@ def test_the_goal_is_reached_where_the_mean_of_five_iterations_is_high_enough():
     lines = [{"objective/judge": judge, "seconds": 10.0 * i} for i, judge in enumerate(judges)]
     assert race.to_goal(lines) == 60  # 0.9, 0.94, 0.96, 0.97, 0.98 have the mean 0.95
     assert race.to_goal(lines[:6]) is None
+
+
+def test_beta_has_settled_where_the_kl_stays_near_the_target_to_the_end():
+    kl = [0.0] * 10 + [6.0] * 30
+    lines = [{"objective/kl": x} for x in kl]
+    # the means of ten iterations are 0.6, 1.2 … : the first within a fifth of 6 has eight sixes in it
+    assert adaptive.settled(lines) == 18
+    assert adaptive.settled([*lines, *lines[:10]]) is None
+    assert adaptive.settled(lines[10:]) == 10
