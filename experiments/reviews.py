@@ -60,6 +60,14 @@ def best_of_n(text: str) -> list[tuple[float, ...]]:
     return [tuple(map(float, found)) for found in re.findall(row, text, re.MULTILINE)]
 
 
+def pairs(folder: Path, seed: int) -> str:
+    """The first eight answers to held-out prompts, before and after, as a table."""
+    answers = json.loads((folder / "report.json").read_text())["answers"][:8]
+    texts = [(answer["prompt"], answer["before"]["text"], answer["after"]["text"]) for answer in answers]
+    rows = [[" ".join(text.split()).replace("|", "\\|") for text in each] for each in texts]
+    return markdown([f"prompt (seed {seed})", "before", "after"], rows)
+
+
 def draw(runs: dict[int, tuple[Path, dict[str, str]]], target: Path) -> None:
     figure, axes = pyplot().subplots(1, 3, figsize=(9, 2.9), layout="constrained")
     for i, (seed, (folder, printed)) in enumerate(runs.items()):
@@ -112,11 +120,7 @@ def main() -> None:
     print(markdown([*header, "score before", "score after", "KL", "seconds"], ends), end="\n\n")
     print(markdown(["seed", "best of n", "KL at most", "judge", "score"], others), end="\n\n")
     for seed, (folder, _) in runs.items():
-        answers = json.loads((folder / "report.json").read_text())["answers"][:8]
-        rows = [
-            [*(" ".join(x.split()) for x in (a["prompt"], a["before"]["text"], a["after"]["text"]))] for a in answers
-        ]
-        print(markdown([f"prompt (seed {seed})", "before", "after"], rows), end="\n\n")
+        print(pairs(folder, seed), end="\n\n")
     draw(runs, options.figure)
 
 
