@@ -1,13 +1,14 @@
 """What the experiments read of a run is what the run printed; what they change in ppo.py is there."""
 
 import ast
+import math
 
 import pytest
 import torch
 
 import evaluate
 import ppo
-from experiments import adaptive, harness, race, recipe, reviews
+from experiments import adaptive, harness, overoptimise, race, recipe, reviews
 from tests.conftest import ROOT
 
 
@@ -67,3 +68,12 @@ def test_beta_has_settled_where_the_kl_stays_near_the_target_to_the_end():
     assert adaptive.settled(lines) == 18
     assert adaptive.settled([*lines, *lines[:10]]) is None
     assert adaptive.settled(lines[10:]) == 10
+
+
+@pytest.mark.parametrize("logarithm", [False, True])
+def test_the_fit_finds_the_coefficients_that_made_a_curve(logarithm):
+    alpha, beta, start = 0.4, 0.07, 0.6
+    d = [0.5, 1.0, 2.0, 3.5]
+    risen = [x * (alpha - beta * (math.log(x) if logarithm else x)) for x in d]
+    curve = [(0.0, start, 0.0)] + [(x, start + r, 0.0) for x, r in zip(d, risen)]
+    assert overoptimise.fit(curve, logarithm) == pytest.approx((alpha, beta))

@@ -1,0 +1,113 @@
+"""Over-optimisation (Gao, Schulman and Hilton 2022): score and judge against √KL, by how much the reward model saw.
+
+    OMP_NUM_THREADS=1 python -m experiments.overoptimise    seeds 1 to 3, from the first stage of `experiments.kl`
+
+Reward models are trained on the comparisons of 20, 80, 320 and 1,000 prompts, eight answers each. For every one of
+them, best of n takes n from 1 to 256 on 128 prompts, and PPO runs without the KL term. With d = √KL and R = how far
+the judge has risen, the paper fits R = d (α − β d) for best of n and R = d (α − β log d) for PPO. Both are fitted by
+least squares for every seed; ± is the standard deviation over the seeds. It draws experiments/overoptimise.svg.
+"""
+
+import argparse
+import re
+import statistics
+from pathlib import Path
+
+import torch
+
+import common
+from experiments.harness import FOLDER, closing_table, markdown, pyplot, save, stage
+from experiments.kl import JUDGE, KL
+from experiments.price import SIZES
+from experiments.reviews import best_of_n
+
+PROMPTS = (20, 80, 320, 1000)
+Curve = list[tuple[float, float, float]]  # (√KL, judge, score)
+
+
+def run(n_prompts: int, seed: int) -> tuple[str, Curve, Curve, dict[str, tuple[str, str]]]:
+    """Held-out accuracy, the curves of best of n and of PPO, and PPO's closing table."""
+    folder, name = FOLDER / "kl" / f"seed-{seed}", f"reward-{n_prompts}"
+    stage(folder, "sft", "sft.py", "--seed", seed)
+    options = ["--seed", seed, "--n_prompts", n_prompts, "--out", f"out/{name}"]
+    accuracy = re.search(r"held-out accuracy (\S+ ± \S+)", stage(folder, name, "reward.py", *options))[1]
+    options = ["--seed", seed, "--reward", f"out/{name}", "--judge", JUDGE]
+    chosen = [*options, "--iterations", 0, "--out", "out/sft", "--eval_prompts", 128, "--best_of", SIZES]
+    rows = best_of_n(stage(folder, f"best-of-n-{n_prompts}", "ppo.py", *chosen))
+    options += ["--kl_coef", 0, "--iterations", 320, "--out", f"out/free-{n_prompts}"]
+    table = closing_table(stage(folder, f"free-{n_prompts}", "ppo.py", *options))
+    lines = common.read_metrics(folder / "out" / f"free-{n_prompts}")
+    return accuracy, [(row[1] ** 0.5, row[2], row[4]) for row in rows], smooth(lines), table
+
+
+def smooth(lines: list[dict], width: int = 10) -> Curve:
+    """Means of ten iterations each."""
+    points = []
+    for start in range(0, len(lines) - width + 1, width):
+        some = lines[start : start + width]
+        kl, judge, score = (
+            sum(line[name] for line in some) / width for name in ("objective/kl", "objective/judge", "objective/scores")
+        )
+        points.append((max(kl, 0.0) ** 0.5, judge, score))
+    return points
+
+
+def fit(curve: Curve, logarithm: bool) -> tuple[float, float]:
+    """α and β of R = d (α − β d), or of R = d (α − β log d), by least squares; the curve's first point is the start."""
+    start = curve[0][1]
+    d = torch.tensor([point[0] for point in curve[1:]], dtype=torch.float64)
+    risen = torch.tensor([point[1] - start for point in curve[1:]], dtype=torch.float64)
+    columns = torch.stack([d, -d * (d.log() if logarithm else d)], 1)
+    alpha, beta = torch.linalg.lstsq(columns, risen[:, None]).solution[:, 0].tolist()
+    return alpha, beta
+
+
+def spread(numbers: list[float], digits: int = 3) -> str:
+    error = f" ± {statistics.stdev(numbers):.{digits}f}" if len(numbers) > 1 else ""
+    return f"{statistics.mean(numbers):.{digits}f}{error}"
+
+
+def draw(found: dict[int, list[tuple]], target: Path) -> None:
+    n = len(found)
+    figure, axes = pyplot().subplots(2, n, figsize=(2.6 * n, 5), layout="constrained", sharey="row", squeeze=False)
+    for column, (n_prompts, seeds) in enumerate(found.items()):
+        for row, who in ((0, "best of n"), (1, "PPO, β = 0")):
+            axis = axes[row][column]
+            for i, each in enumerate(seeds):
+                curve = each[1 + row]
+                d = [point[0] for point in curve]
+                axis.plot(d, [point[1] for point in curve], color="C0", label="" if i else "judge")
+                axis.plot(d, [point[2] for point in curve], color="C3", linewidth=0.9, label="" if i else "score")
+            axis.set(title=f"{who}, {n_prompts:,} prompts", xlabel="√KL")
+            axis.grid(alpha=0.25)
+    axes[0][0].legend(frameon=False)
+    save(figure, target)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--seeds", default="1,2,3", help="comma-separated")
+    parser.add_argument("--figure", type=Path, default=Path(__file__).with_name("overoptimise.svg"))
+    options = parser.parse_args()
+    seeds = [int(seed) for seed in options.seeds.split(",")]
+    found = {n_prompts: [run(n_prompts, seed) for seed in seeds] for n_prompts in PROMPTS}
+    rows, ends = [], []
+    for n_prompts, each in found.items():
+        cells = []
+        for which, logarithm in ((1, False), (2, True)):
+            fits = [fit(one[which], logarithm) for one in each]
+            cells += [spread([alpha for alpha, _ in fits]), spread([beta for _, beta in fits])]
+        rows.append([f"{n_prompts:,} × 8", ", ".join(one[0].split()[0] for one in each), *cells])
+        peaks = [max(one[2], key=lambda point: point[1]) for one in each]
+        highest = ", ".join(f"{judge:.3f} at {d**2:.1f}" for d, judge, _ in peaks)
+        last = [", ".join(one[3][name][1].split()[0] for one in each) for name in (JUDGE, "score", KL)]
+        ends.append([f"{n_prompts:,} × 8", highest, *last])
+    header = ["prompts × answers", "held-out accuracy", "α, best of n", "β, best of n", "α, PPO", "β, PPO"]
+    print(markdown(header, rows), end="\n\n")
+    header = ["prompts × answers", "highest judge at KL", "judge at the end", "score at the end", "KL at the end"]
+    print(markdown(header, ends), end="\n\n")
+    draw(found, options.figure)
+
+
+if __name__ == "__main__":
+    main()
