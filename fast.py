@@ -214,15 +214,58 @@ class ChosenLogprobs(torch.autograd.Function):
         d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=grad.dtype)  # (N, C), (V, C)
         for h, y, gi, d in reversed(list(zip(*(x.split(ctx.rows) for x in (hidden, target, g, d_hidden))))):
             exp, total = ctx.kept.pop() if ctx.kept else chunk_softmax(h, weight, y, ctx.temperature)[1:]
-            p = exp.scatter_add_(1, y[:, None], -total).to(h.dtype)  # (n, V): softmax − onehot, times total
-            gi = (gi / total).to(h.dtype)  # (n, 1)
-            d.copy_(-gi * (p @ weight))
-            if h.dtype == grad.dtype:
-                d_weight.addmm_(p.T, gi * h, alpha=-1)
-            else:
-                d_weight -= p.T @ (gi * h)
-            del exp, p, total  # before the next chunk takes its memory
+            add_gradients(exp, total, gi / total, h, weight, y, d, d_weight)
+            del exp, total  # before the next chunk takes its memory
         return d_hidden, d_weight.to(weight.dtype), None, None, None
+
+
+def summed_logprobs(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    """`chosen_logprobs(hidden, weight, target, 1.0).sum()`: a number, what stage 1 learns from.
+
+    The gradient of each log-probability is one and the same number, so where there are many chunks of logits, both
+    gradients are taken in the forward but for that number, and no chunk is kept or computed twice.
+    """
+    wanted = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    if not wanted or len(hidden) <= KEPT * chunk_rows(weight):
+        return chosen_logprobs(hidden, weight, target, 1.0).sum()
+    dtype = compute_dtype(hidden)
+    return SummedLogprobs.apply(hidden.to(dtype), weight.to(dtype), target)
+
+
+class SummedLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        rows, found = chunk_rows(weight), []
+        d_hidden = torch.empty_like(hidden)  # (N, C)
+        d_weight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))  # (V, C)
+        for h, y, d in zip(*(x.split(rows) for x in (hidden, target, d_hidden))):
+            logp, exp, total = chunk_softmax(h, weight, y, 1.0)
+            found.append(logp.sum())
+            add_gradients(exp, total, 1 / total, h, weight, y, d, d_weight)
+        ctx.gradients = d_hidden, d_weight
+        return torch.stack(found).sum()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple:
+        refuse_second_derivative("fast.summed_logprobs", "F.log_softmax")
+        d_hidden, d_weight = ctx.gradients
+        return (d_hidden * grad).to(d_hidden.dtype), (d_weight * grad).to(d_hidden.dtype), None
+
+
+def add_gradients(
+    exp: Tensor, total: Tensor, g: Tensor, h: Tensor, weight: Tensor, target: Tensor, d_h: Tensor, d_weight: Tensor
+) -> None:
+    """Write the gradient of h (n, C) into d_h, and add that of W (V, C) to d_weight.
+
+    exp / total is the chunk's softmax, and g (n, 1) each row's upstream gradient, divided by its total.
+    """
+    p = exp.scatter_add_(1, target[:, None], -total).to(h.dtype)  # (n, V): softmax − onehot, times total
+    g = g.to(h.dtype)  # (n, 1)
+    d_h.copy_(-g * (p @ weight))
+    if h.dtype == d_weight.dtype:
+        d_weight.addmm_(p.T, g * h, alpha=-1)
+    else:
+        d_weight -= p.T @ (g * h)
 
 
 def chunk_softmax(hidden: Tensor, weight: Tensor, target: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:

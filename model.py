@@ -233,6 +233,11 @@ class GPT(nn.Module):
         predicting, target, window = self.predictions(tokens, prompt_len, length)
         return window(fast.chosen_logprobs(predicting, self.output_weight, target, temperature))
 
+    def summed_logprobs(self, tokens: Tensor, prompt_len: Tensor, length: Tensor) -> Tensor:
+        """`logprobs(...).sum()`, what stage 1 learns from: a number."""
+        predicting, target, _ = self.predictions(tokens, prompt_len, length)
+        return fast.summed_logprobs(predicting, self.output_weight, target)
+
     @torch.no_grad()
     def logprobs_and_entropy(
         self, tokens: Tensor, prompt_len: Tensor, length: Tensor, temperature: float = 1.0

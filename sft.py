@@ -128,7 +128,7 @@ def text_rows(
 
 def next_token_loss(model: GPT, rows: list[data.Row], device: torch.device) -> torch.Tensor:
     """−Σ log p(token | all before it) over the responses of `rows`, in nats. Plain text answers its first token."""
-    return -model.logprobs(*data.pad(rows, device)).sum()
+    return -model.summed_logprobs(*data.pad(rows, device))
 
 
 def count_targets(rows: list[data.Row]) -> int:

@@ -18,7 +18,13 @@ from fast import Linear
 from model import GPT, ScalarModel
 
 used = False  # whether a net has been divided
-FORWARDS = ("logprobs", "logprobs_and_entropy", "scores", "values")  # what may be called on a sharded net
+FORWARDS = (
+    "logprobs",
+    "summed_logprobs",
+    "logprobs_and_entropy",
+    "scores",
+    "values",
+)  # what may be called on a sharded net
 
 
 def check(cfg: Any) -> None:

@@ -118,7 +118,7 @@ def train(who: str, name: str, batch: int, length: int, device: torch.device) ->
         loss_of = lambda: model(inputs, targets)[1]  # noqa: E731
     else:
         model = make_gpt(name, length + 1, device, variant)
-        loss_of = lambda: -model.logprobs(tokens, first, first + length).mean()  # noqa: E731
+        loss_of = lambda: -model.summed_logprobs(tokens, first, first + length) / tokens[:, 1:].numel()  # noqa: E731
     model.train()
     autocast = autocast_of(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)

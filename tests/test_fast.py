@@ -35,6 +35,22 @@ def test_chunked_logprobs_and_their_gradients_are_those_of_one_softmax(temperatu
         assert (mine - other).norm() <= 1e-5 * other.norm() + 1e-5
 
 
+@pytest.mark.parametrize("rows, taken", [(400, False), (752, True)])
+def test_the_sum_of_log_probabilities_and_its_gradients_are_those_of_one_softmax(rows, taken, monkeypatch):
+    monkeypatch.setattr("fast.CHUNK", 61 * 100)  # 100 rows a chunk: four chunks, which are kept, or eight
+    generator = torch.Generator().manual_seed(1)
+    hidden, weight = (torch.randn(n, 16, generator=generator).requires_grad_() for n in (rows, 61))
+    target = torch.randint(0, 61, (rows,), generator=generator)
+    found = fast.summed_logprobs(hidden, weight, target)
+    assert (type(found.grad_fn).__name__ == "SummedLogprobsBackward") == taken
+    whole = -torch.nn.functional.cross_entropy(hidden @ weight.T, target, reduction="sum")
+    torch.testing.assert_close(found, whole, rtol=1e-5, atol=1e-3)
+    for mine, other in zip(*(torch.autograd.grad(x / -17, (hidden, weight)) for x in (found, whole))):
+        assert (mine - other).norm() <= 1e-5 * other.norm()
+    with torch.no_grad():
+        torch.testing.assert_close(fast.summed_logprobs(hidden, weight, target), whole, rtol=1e-5, atol=1e-3)
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_the_entropy_is_that_of_the_whole_softmax_and_comes_with_the_same_log_probabilities(temperature, monkeypatch):
     monkeypatch.setattr("fast.CHUNK", 61 * 100)
@@ -59,11 +75,15 @@ def test_no_logits_are_kept_where_no_gradient_is_wanted(monkeypatch):
     assert asked == [fast.KEPT, 0, 0]
 
 
-def test_log_probabilities_refuse_a_second_derivative():
+def test_log_probabilities_refuse_a_second_derivative(monkeypatch):
     hidden, weight = (torch.randn(n, 3, dtype=torch.float64).requires_grad_() for n in (2, 5))
     logp = fast.chosen_logprobs(hidden, weight, torch.tensor([1, 2]), 1.0)
     with pytest.raises(RuntimeError, match="no second derivative"):
         torch.autograd.grad(logp.sum(), hidden, create_graph=True)
+    monkeypatch.setattr("fast.CHUNK", 1)
+    monkeypatch.setattr("fast.KEPT", 0)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(fast.summed_logprobs(hidden, weight, torch.tensor([1, 2])), hidden, create_graph=True)
 
 
 def test_random_numbers_and_the_look_at_all_rows_are_torchs_own():
@@ -165,6 +185,7 @@ def test_log_probabilities_pass_gradcheck_in_float64(monkeypatch):
     hidden, weight = (torch.randn(n, 3, dtype=torch.float64, generator=generator).requires_grad_() for n in (13, 11))
     target = torch.randint(0, 11, (13,), generator=generator)
     assert torch.autograd.gradcheck(lambda h, w: fast.chosen_logprobs(h, w, target, 0.7), (hidden, weight))
+    assert torch.autograd.gradcheck(lambda h, w: fast.summed_logprobs(h, w, target), (hidden, weight))
 
 
 def test_under_autocast_generation_rounds_each_weight_once_and_keeps_none():

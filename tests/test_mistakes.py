@@ -516,8 +516,8 @@ def test_the_score_is_read_at_the_last_real_token(nets):
 # 25
 @mistake(
     "sft.py",
-    "return -model.logprobs(*data.pad(rows, device)).sum()",
-    "tokens, prompt_len, length = data.pad(rows, device)\n    return -model.logprobs(tokens, torch.ones_like(prompt_len), length).sum()",
+    "return -model.summed_logprobs(*data.pad(rows, device))",
+    "tokens, prompt_len, length = data.pad(rows, device)\n    return -model.summed_logprobs(tokens, torch.ones_like(prompt_len), length)",
 )
 def test_the_fine_tuning_loss_leaves_the_prompt_out(gpt, encoding):
     rows = [
