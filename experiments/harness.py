@@ -1,37 +1,83 @@
-"""What the experiments share: a stage run once, its closing table read, figures drawn alike."""
+"""What the experiments share: a stage run once, the tables that it printed, figures drawn alike."""
 
+import json
+import math
 import os
 import re
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = Path("out/experiments")
+JUDGE, GRAMMAR, KL = "data/tales.py:judge", "data/tales.py:grammar", "KL to the start (nats)"  # rows of the tables
 
 
-def stage(folder: Path, name: str, *command: object) -> str:
+# --- running ----------------------------------------------------------------------------------------------------------
+
+
+def stage(folder: Path, name: str, *command: object, may_fail: bool = False) -> str:
     """What `python command` prints, run in `folder`. Kept in folder/name.log once it has ended, and not run again.
 
-    A run that was stopped goes on from its last checkpoint. Raises SystemExit with the last line where it fails.
+    A run that was stopped goes on from its last checkpoint. Raises SystemExit if it fails, or if the log is of another
+    command. With `may_fail` a failure is kept too, and the text has a line "failed: …".
     """
-    log = folder / f"{name}.log"
+    log, words = folder / f"{name}.log", list(map(str, command))
+    first = f"$ python {' '.join(words)}\n"
     if log.exists():
-        return log.read_text()
+        text = log.read_text()
+        if not text.startswith(first):
+            sys.exit(f"{log}: is of another command; remove it and its run folder to run {first[2:-1]}")
+        return text
     folder.mkdir(parents=True, exist_ok=True)
-    script, *options = map(str, command)
-    print(f"{folder}: {script} {' '.join(options)}", flush=True)
+    print(f"{folder}: {' '.join(words)}", flush=True)
     began = time.time()
-    argv = [sys.executable, str(ROOT / script), *options, "--resume"]
-    done = subprocess.run(argv, cwd=folder, env=os.environ, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit((done.stderr or done.stdout).strip().splitlines()[-1])
-    text = f"{done.stdout}took {time.time() - began:.0f} s\n"
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]  # for scripts that do not stand in ROOT
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / words[0]), *words[1:], "--resume"],
+        cwd=folder, env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        text, said = process.communicate()
+    except KeyboardInterrupt:
+        process.communicate()  # it has heard Ctrl-C as well, and saves
+        raise
+    if process.returncode:
+        failure = (said.strip() or f"exit code {process.returncode}").splitlines()[-1]
+        if not may_fail:
+            sys.exit(f"{folder}: {words[0]}: {failure}")
+        text += f"failed: {failure}\n"
+    text = f"{first}{text}took {run_seconds(folder / run_folder(words), began):.0f} s\n"
     temporary = log.with_suffix(".tmp")
     temporary.write_text(text)
     temporary.replace(log)
     return text
+
+
+def run_folder(words: list[str]) -> str:
+    return words[words.index("--out") + 1] if "--out" in words else f"out/{Path(words[0]).stem}"
+
+
+def run_seconds(folder: Path, began: float) -> float:
+    """Seconds since `began`, or with those before a stop, if the run's config.json has just been written."""
+    config = folder / "config.json"
+    if config.exists() and config.stat().st_mtime > began:
+        return json.loads(config.read_text()).get("seconds", time.time() - began)
+    return time.time() - began
+
+
+def start(seed: int) -> Path:
+    """The folder of a seed, in which sft.py and reward.py have run; PPO and its variants run there too."""
+    folder = FOLDER / "kl" / f"seed-{seed}"
+    for script in ("sft", "reward"):
+        stage(folder, script, f"{script}.py", "--seed", seed)
+    return folder
+
+
+# --- reading what was printed -----------------------------------------------------------------------------------------
 
 
 def seconds(text: str) -> float:
@@ -45,13 +91,40 @@ def closing_table(text: str) -> dict[str, tuple[str, str]]:
     return {name: (before, after) for name, before, after, _ in rows}
 
 
-def road(lines: list[dict]) -> list[str]:
-    """How a run of PPO went: highest and last KL, lowest and first judge, ratio from to, highest approxkl."""
+class BestOfN(NamedTuple):
+    n: int
+    kl: float  # at most
+    judge: float
+    judge_error: float
+    score: float
+    score_error: float
+
+
+def best_of_n(text: str) -> list[BestOfN]:
+    """The rows of ppo.py's table "best of n by the score"."""
+    row = r"^(\d+)\s+\d+\.\d+" + 2 * r"\s+(-?\d+\.\d+) ± (\d+\.\d+)" + "$"
+    found = []
+    for n, *numbers in re.findall(row, text, re.MULTILINE):
+        kl = math.log(int(n)) - (int(n) - 1) / int(n)
+        found.append(BestOfN(int(n), kl, *map(float, numbers)))
+    return found
+
+
+def number(cell: str) -> float:
+    """The mean of "mean ± standard error"."""
+    return float(cell.split()[0])
+
+
+def course(lines: list[dict]) -> list[str]:
+    """How a run of PPO went: its highest and last KL, lowest and first judge, range of ratios, highest approxkl."""
     column = lambda name: [line[name] for line in lines]  # noqa: E731
     kl, judge, ratio = (column(name) for name in ("objective/kl", "objective/judge", "val/ratio"))
     approxkl = max(column("policy/approxkl_avg"))
-    spread = f"{min(ratio):.3f}–{max(ratio):.3f}"
-    return [f"{max(kl):.1f}", f"{kl[-1]:.1f}", f"{min(judge):.2f}", f"{judge[0]:.2f}", spread, f"{approxkl:.3f}"]
+    ratios = f"{min(ratio):.3f}–{max(ratio):.3f}"
+    return [f"{max(kl):.1f}", f"{kl[-1]:.1f}", f"{min(judge):.2f}", f"{judge[0]:.2f}", ratios, f"{approxkl:.3f}"]
+
+
+# --- showing ----------------------------------------------------------------------------------------------------------
 
 
 def markdown(header: list[str], rows: list[list]) -> str:
@@ -59,8 +132,21 @@ def markdown(header: list[str], rows: list[list]) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
+def interval(mean: float, error: float) -> str:
+    """A mean with its 95% interval."""
+    return f"{mean:.3f} [{mean - 1.96 * error:.3f}, {mean + 1.96 * error:.3f}]"
+
+
+def first_answers(folder: Path, title: str, n: int = 8) -> str:
+    """The answers to the first held-out prompts, before and after, as a table."""
+    answers = json.loads((folder / "report.json").read_text())["answers"][:n]
+    texts = [(answer["prompt"], answer["before"]["text"], answer["after"]["text"]) for answer in answers]
+    rows = [[" ".join(text.split()).replace("|", "\\|") for text in each] for each in texts]
+    return markdown([title, "before", "after"], rows)
+
+
 def pyplot():
-    """matplotlib.pyplot, set so that a figure is the same file each time. Raises SystemExit where it is missing."""
+    """matplotlib.pyplot, set so that a figure is the same file each time. Raises SystemExit if it is missing."""
     try:
         import matplotlib
     except ImportError:

@@ -5,12 +5,13 @@
     python -m data.weights out/smollm2-hf out/smollm2
     OMP_NUM_THREADS=1 python -m experiments.helpful --model out/smollm2                   seed 1, two hours
 
-The comparisons are cut in two halves by the opening question. On one half a reward model is trained, which PPO
-follows. On the other half a second model measures: it has another seed, and starts from a model that was fine-tuned on
-that half's chosen answers. No judge stands above it, so its own held-out accuracy says what its number is worth.
+The comparisons are cut in two halves by the opening question. A reward model, which PPO follows, is trained on 800 of one
+half. A second model, which measures, is trained on 800 of the other half. It has another seed, and starts from a model
+that was fine-tuned on its half's chosen answers; but both come from the same language model, so they may err alike.
+Each is evaluated on the half that it has not met: this accuracy says what its number is worth.
 
-It prints the tables and eight pairs that nobody picked. What has run is kept in out/experiments/helpful; a stopped
-run goes on.
+It prints a table and the answers to the first eight held-out prompts. What has run is kept in out/experiments/helpful;
+a stopped run goes on.
 """
 
 import argparse
@@ -25,14 +26,14 @@ import torch
 import common
 import data
 from data import hh
-from experiments.harness import FOLDER, markdown, seconds, stage
-from experiments.reviews import interval, pairs
+from experiments.harness import FOLDER, KL, first_answers, interval, markdown, seconds, stage
 
 HERE = FOLDER / "helpful"
-JUDGE, KL = "experiments/helpful.py:judge", "KL to the start (nats)"
+JUDGE = "experiments/helpful.py:judge"
 SHORT = "--block_size 160 --drop_long".split()
 SFT = [*SHORT, *"--batch_size 8 --lr 2e-5 --warmup 10 --weight_decay 0 --evals 1 --epochs 0.5".split()]
 REWARD = [*SHORT, *"--n_prompts 800 --batch_size 8 --lr 1e-4 --response_len 32".split()]
+UNSEEN = [*SHORT, "--n_prompts", 800]
 PPO = "--block_size 96 --drop_long --response_len 32 --unended_cap inf --kl_coef 0.05 --eval_prompts 200".split()
 PPO += "--iterations 60 --batch_size 24 --minibatch_size 12 --epochs 1 --lr 3e-5 --value_lr 1e-4".split()
 PPO += "--value_warmup 4 --lr_warmup 8 --save_every 10".split()
@@ -75,14 +76,20 @@ def halves() -> None:
 
 def run(model: Path, seed: int) -> tuple[Path, dict[str, str]]:
     """The run folder of PPO, and what each stage printed."""
-    folder, start = HERE / f"seed-{seed}", ["--init", model, "--seed", seed]
-    other = ["--seed", seed + 100, "--out", "out/other"]
-    printed = {"other": stage(folder, "other", "sft.py", "--data", "../chosen-1.jsonl", "--init", model, *other, *SFT)}
-    other = ["--init", "out/other", "--seed", seed + 100, "--out", "out/measure"]
-    printed["measure"] = stage(folder, "measure", "reward.py", "--data", "../compare-1.jsonl", *other, *REWARD)
-    printed["reward"] = stage(folder, "reward", "reward.py", "--data", "../compare-0.jsonl", *start, *REWARD)
+    folder, mine, others = HERE / f"seed-{seed}", ["--seed", seed], ["--seed", seed + 100]
+    chosen = ["--data", "../chosen-1.jsonl", "--init", model, "--out", "out/fine-tuned"]
+    data_1 = ["--data", "../compare-1.jsonl", "--init", "out/fine-tuned", "--out", "out/measure"]
+    data_0 = ["--data", "../compare-0.jsonl", "--init", model]
     prompts = ["--data", hh.FOLDER / "ppo.jsonl", "--eval_data", hh.FOLDER / "eval.jsonl", "--judge", JUDGE]
-    printed["ppo"] = stage(folder, "ppo", "ppo.py", *start, *prompts, *PPO)
+    printed = {
+        "fine-tuned": stage(folder, "fine-tuned", "sft.py", *chosen, *others, *SFT),
+        "measure": stage(folder, "measure", "reward.py", *data_1, *others, *REWARD),
+        "reward": stage(folder, "reward", "reward.py", *data_0, *mine, *REWARD),
+        "ppo": stage(folder, "ppo", "ppo.py", "--init", model, *mine, *prompts, *PPO),
+    }
+    for name, half in (("measure", 0), ("reward", 1)):
+        unseen = ["--evaluate", f"out/{name}", "--data", f"../compare-{half}.jsonl", *UNSEEN]
+        printed[f"{name} on unseen"] = stage(folder, f"{name}-unseen", "reward.py", *unseen)
     return folder / "out" / "ppo", printed
 
 
@@ -96,14 +103,15 @@ def main() -> None:
     for seed in map(int, options.seeds.split(",")):
         folders[seed], printed = run(options.model.resolve(), seed)
         table = json.loads((folders[seed] / "report.json").read_text())["table"]
-        accuracy = [re.search(r"held-out accuracy (\S+ ± \S+)", printed[name])[1] for name in ("reward", "measure")]
+        names = ("reward on unseen", "measure on unseen")
+        accuracy = [re.search(r"held-out accuracy (\S+ ± \S+)", printed[name])[1] for name in names]
         cells = [interval(*table[name][side]) for name in (JUDGE, "score") for side in ("before", "after")]
-        took = " + ".join(f"{seconds(text):.0f}" for text in printed.values())
+        took = f"{sum(map(seconds, printed.values())):.0f}"
         rows.append([seed, *accuracy, *cells, interval(*table[KL]["after"]), took])
-    header = ["seed", "reward accuracy", "measure's accuracy", "measure before", "measure after"]
+    header = ["seed", "accuracy of the reward model", "of the measure", "measure before", "measure after"]
     print(markdown([*header, "score before", "score after", "KL", "seconds"], rows), end="\n\n")
     for seed, folder in folders.items():
-        print(pairs(folder, seed), end="\n\n")
+        print(first_answers(folder, f"prompt (seed {seed})"), end="\n\n")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 
 import common
-from experiments.harness import FOLDER, closing_table, markdown, pyplot, road, save, seconds, stage
+from experiments.harness import GRAMMAR, JUDGE, KL, closing_table, course, markdown, pyplot, save, seconds, stage, start
 
 RUNS = {"with the KL term": ("ppo", "C0"), "without it (β = 0)": ("hacked", "C3")}
 PANELS = {
@@ -21,12 +21,11 @@ PANELS = {
     "objective/judge": "judge\n(never trained on)",
     "objective/kl": "KL to the start\n(nats a response)",
 }
-JUDGE, GRAMMAR, KL = "data/tales.py:judge", "data/tales.py:grammar", "KL to the start (nats)"
 
 
 def run(seed: int) -> tuple[Path, dict[str, str]]:
     """The folder of a seed's run folders, and what each stage printed."""
-    folder = FOLDER / "kl" / f"seed-{seed}"
+    folder = start(seed)
     printed = {script: stage(folder, script, f"{script}.py", "--seed", seed) for script in ("sft", "reward", "ppo")}
     options = ["--seed", seed, "--kl_coef", 0, "--iterations", 320, "--out", "out/hacked"]
     printed["hacked"] = stage(folder, "hacked", "ppo.py", *options)
@@ -63,7 +62,7 @@ def main() -> None:
         judge, grammar = rows[JUDGE], rows[GRAMMAR]
         change = f"{grammar[0]} → {grammar[1]}"
         ends.append([seed, judge[0], judge[1], rows[KL][1], rows["ended by EOS"][1], change, wins, took])
-        roads.append([seed, *road(common.read_metrics(folder / "ppo"))])
+        roads.append([seed, *course(common.read_metrics(folder / "ppo"))])
         names = ("score", KL, JUDGE, GRAMMAR)
         both.append([seed, *(each[name][1] for name in names for each in (rows, hacked))])
         pattern = r"held-out accuracy (\S+ ± \S+) \(the noise in these labels allows (\S+)\)"

@@ -1,4 +1,4 @@
-"""Over-optimisation (Gao, Schulman and Hilton 2022): score and judge against √KL, by how much the reward model saw.
+"""Over-optimisation (Gao, Schulman and Hilton 2022): score and judge against √KL, for four sizes of training set.
 
     OMP_NUM_THREADS=1 python -m experiments.overoptimise    seeds 1 to 3, from the first stage of `experiments.kl`
 
@@ -16,10 +16,8 @@ from pathlib import Path
 import torch
 
 import common
-from experiments.harness import FOLDER, closing_table, markdown, pyplot, save, stage
-from experiments.kl import JUDGE, KL
+from experiments.harness import JUDGE, KL, best_of_n, closing_table, markdown, number, pyplot, save, stage, start
 from experiments.price import SIZES
-from experiments.reviews import best_of_n
 
 PROMPTS = (20, 80, 320, 1000)
 Curve = list[tuple[float, float, float]]  # (√KL, judge, score)
@@ -27,24 +25,24 @@ Curve = list[tuple[float, float, float]]  # (√KL, judge, score)
 
 def run(n_prompts: int, seed: int) -> tuple[str, Curve, Curve, dict[str, tuple[str, str]]]:
     """Held-out accuracy, the curves of best of n and of PPO, and PPO's closing table."""
-    folder, name = FOLDER / "kl" / f"seed-{seed}", f"reward-{n_prompts}"
-    stage(folder, "sft", "sft.py", "--seed", seed)
+    folder, name = start(seed), f"reward-{n_prompts}"
     options = ["--seed", seed, "--n_prompts", n_prompts, "--out", f"out/{name}"]
     accuracy = re.search(r"held-out accuracy (\S+ ± \S+)", stage(folder, name, "reward.py", *options))[1]
     options = ["--seed", seed, "--reward", f"out/{name}", "--judge", JUDGE]
     chosen = [*options, "--iterations", 0, "--out", "out/sft", "--eval_prompts", 128, "--best_of", SIZES]
-    rows = best_of_n(stage(folder, f"best-of-n-{n_prompts}", "ppo.py", *chosen))
+    best = best_of_n(stage(folder, f"best-of-n-{n_prompts}", "ppo.py", *chosen))
     options += ["--kl_coef", 0, "--iterations", 320, "--out", f"out/free-{n_prompts}"]
     table = closing_table(stage(folder, f"free-{n_prompts}", "ppo.py", *options))
     lines = common.read_metrics(folder / "out" / f"free-{n_prompts}")
-    return accuracy, [(row[1] ** 0.5, row[2], row[4]) for row in rows], smooth(lines), table
+    before = 0.0, number(table[JUDGE][0]), number(table["score"][0])
+    return accuracy, [(row.kl**0.5, row.judge, row.score) for row in best], [before, *smooth(lines)], table
 
 
-def smooth(lines: list[dict], width: int = 10) -> Curve:
+def smooth(lines: list[dict]) -> Curve:
     """Means of ten iterations each."""
-    points = []
-    for start in range(0, len(lines) - width + 1, width):
-        some = lines[start : start + width]
+    points, width = [], 10
+    for first in range(0, len(lines) - width + 1, width):
+        some = lines[first : first + width]
         kl, judge, score = (
             sum(line[name] for line in some) / width for name in ("objective/kl", "objective/judge", "objective/scores")
         )
@@ -54,9 +52,9 @@ def smooth(lines: list[dict], width: int = 10) -> Curve:
 
 def fit(curve: Curve, logarithm: bool) -> tuple[float, float]:
     """α and β of R = d (α − β d), or of R = d (α − β log d), by least squares; the curve's first point is the start."""
-    start = curve[0][1]
+    before = curve[0][1]
     d = torch.tensor([point[0] for point in curve[1:]], dtype=torch.float64)
-    risen = torch.tensor([point[1] - start for point in curve[1:]], dtype=torch.float64)
+    risen = torch.tensor([point[1] - before for point in curve[1:]], dtype=torch.float64)
     columns = torch.stack([d, -d * (d.log() if logarithm else d)], 1)
     alpha, beta = torch.linalg.lstsq(columns, risen[:, None]).solution[:, 0].tolist()
     return alpha, beta
@@ -97,14 +95,20 @@ def main() -> None:
         for which, logarithm in ((1, False), (2, True)):
             fits = [fit(one[which], logarithm) for one in each]
             cells += [spread([alpha for alpha, _ in fits]), spread([beta for _, beta in fits])]
-        rows.append([f"{n_prompts:,} × 8", ", ".join(one[0].split()[0] for one in each), *cells])
+        rows.append([f"{n_prompts:,} × 8", ", ".join(one[0] for one in each), *cells])
         peaks = [max(one[2], key=lambda point: point[1]) for one in each]
         highest = ", ".join(f"{judge:.3f} at {d**2:.1f}" for d, judge, _ in peaks)
         last = [", ".join(one[3][name][1].split()[0] for one in each) for name in (JUDGE, "score", KL)]
         ends.append([f"{n_prompts:,} × 8", highest, *last])
     header = ["prompts × answers", "held-out accuracy", "α, best of n", "β, best of n", "α, PPO", "β, PPO"]
     print(markdown(header, rows), end="\n\n")
-    header = ["prompts × answers", "highest judge at KL", "judge at the end", "score at the end", "KL at the end"]
+    header = [
+        "prompts × answers",
+        "highest judge of ten iterations",
+        "judge at the end",
+        "score at the end",
+        "KL at the end",
+    ]
     print(markdown(header, ends), end="\n\n")
     draw(found, options.figure)
 

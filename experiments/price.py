@@ -1,18 +1,17 @@
-"""The price of KL: what β buys, beside the best of n answers of the start, every seed.
+"""The price of KL: PPO with five values of β, and the best of n answers of the start, every seed.
 
     OMP_NUM_THREADS=1 python -m experiments.price       seeds 1 to 3, from the first two stages of `experiments.kl`
 
-PPO runs with β = 0.01, 0.03, 0.1, 0.3 and 1. Best of n takes, of n answers to each of 128 prompts, the one with the
-highest score; n goes from 1 to 256, and its numbers are means over all choices of n among 256 answers. A KL of best of
-n is its bound log n − (n − 1) / n. It prints two tables and draws experiments/price.svg.
+PPO runs with β = 0.01, 0.03, 0.1, 0.3 and 1, and is measured on 512 held-out prompts. Best of n takes the answer with
+the highest score among n answers, to the first 128 of these prompts; n goes from 1 to 256, and its numbers are means
+over all choices of n among 256 answers. Its KL is at most log n − (n − 1) / n, which is what is shown. It prints two
+tables and draws experiments/price.svg.
 """
 
 import argparse
 from pathlib import Path
 
-from experiments.harness import FOLDER, closing_table, markdown, pyplot, save, stage
-from experiments.kl import JUDGE, KL
-from experiments.reviews import best_of_n
+from experiments.harness import JUDGE, KL, best_of_n, closing_table, markdown, number, pyplot, save, stage, start
 
 COEFFICIENTS = (0.01, 0.03, 0.1, 0.3, 1.0)
 SIZES = "1,2,4,8,16,32,64,128,256"
@@ -21,19 +20,13 @@ Point = tuple[float, float, float]  # KL, judge, score
 
 def run(seed: int) -> tuple[list[dict[str, str]], str]:
     """The last column of each β's closing table, and what best of n printed."""
-    folder, ends = FOLDER / "kl" / f"seed-{seed}", []
-    for script in ("sft", "reward"):
-        stage(folder, script, f"{script}.py", "--seed", seed)
+    folder, ends = start(seed), []
     for kl_coef in COEFFICIENTS:
         options = ["--seed", seed, "--kl_coef", kl_coef, "--out", f"out/beta-{kl_coef:g}"]
         table = closing_table(stage(folder, f"beta-{kl_coef:g}", "ppo.py", *options))
         ends.append({name: after for name, (_, after) in table.items()})
     options = ["--iterations", 0, "--out", "out/sft", "--eval_prompts", 128, "--best_of", SIZES]
     return ends, stage(folder, "best-of-n", "ppo.py", "--seed", seed, "--judge", JUDGE, *options)
-
-
-def number(text: str) -> float:
-    return float(text.split()[0])
 
 
 def draw(ppo: dict[int, list[Point]], best: dict[int, list[Point]], target: Path) -> None:
@@ -43,7 +36,7 @@ def draw(ppo: dict[int, list[Point]], best: dict[int, list[Point]], target: Path
             for who, points, line in (("PPO", ppo[seed], "o-"), ("best of n", best[seed], "x--")):
                 x, y = [point[0] for point in points], [point[which] for point in points]
                 axis.plot(x, y, line, color=f"C{i}", markersize=4, linewidth=1, label=f"{who}, seed {seed}")
-        axis.set(xlabel="KL to the start (nats a response)", title=title)
+        axis.set(xlabel="KL to the start (nats; of best of n: at most)", title=title)
         axis.set_xscale("symlog", linthresh=1)
         axis.grid(alpha=0.25)
     axes[0].legend(frameon=False, fontsize=7)
@@ -64,15 +57,17 @@ def main() -> None:
     print(markdown(["β", "KL", "judge", "score"], rows), end="\n\n")
     tables = {seed: best_of_n(found[seed][1]) for seed in seeds}
     rows = []
-    for lines in zip(*tables.values()):
-        n, kl = lines[0][:2]
-        judges, scores = ([f"{line[j]:.3f} ± {line[j + 1]:.3f}" for line in lines] for j in (2, 4))
-        rows.append([f"{n:.0f}", kl, ", ".join(judges), ", ".join(scores)])
+    for each in zip(*tables.values()):
+        judges = ", ".join(f"{row.judge:.3f} ± {row.judge_error:.3f}" for row in each)
+        scores = ", ".join(f"{row.score:.3f} ± {row.score_error:.3f}" for row in each)
+        rows.append([each[0].n, f"{each[0].kl:.2f}", judges, scores])
     print(markdown(["n", "KL at most", "judge", "score"], rows), end="\n\n")
     ppo = {
         seed: [tuple(number(end[name]) for name in (KL, JUDGE, "score")) for end in found[seed][0]] for seed in seeds
     }
-    draw(ppo, {seed: [(line[1], line[2], line[4]) for line in table] for seed, table in tables.items()}, options.figure)
+    draw(
+        ppo, {seed: [(row.kl, row.judge, row.score) for row in table] for seed, table in tables.items()}, options.figure
+    )
 
 
 if __name__ == "__main__":

@@ -1,23 +1,22 @@
-"""PPO here and PPO in TRL 1.12 side by side, from the same start and with the same reward model, every seed.
+"""PPO here and PPO in TRL 1.12, from the same start and with the same reward model, every seed.
 
     OMP_NUM_THREADS=1 python -m experiments.race          seeds 1 to 3, after `python -m experiments.kl`
     OMP_NUM_THREADS=1 python -m experiments.race --seeds 10 --rates 1e-4,3e-4,1e-3       how the rate was chosen
 
-Both take 64 iterations of 64 answers to the same prompts with the settings of ppo.py (race_trl.py says where TRL
-differs). The policies that come out answer the 512 held-out prompts, and ppo.py measures both. Seconds are those since
-the first iteration began. "To 0.95": until the mean judge of five iterations is 0.95 or more.
+Both take 64 iterations of 64 answers with the settings of ppo.py (race_trl.py says where TRL differs), one after the
+other. Both policies answer the 512 held-out prompts at the end, and ppo.py measures both. Seconds are those of the
+iterations: without loading, and without ppo.py's checkpoints, for TRL writes none. "To 0.95": until the mean judge of
+five iterations is 0.95 or more.
 
 It prints a table and draws experiments/race.svg.
 """
 
 import argparse
-import os
 from pathlib import Path
 
 import common
 from data import weights
-from experiments.harness import FOLDER, ROOT, closing_table, markdown, pyplot, save, stage
-from experiments.kl import JUDGE, KL
+from experiments.harness import JUDGE, KL, closing_table, markdown, pyplot, save, stage, start
 
 RATE = 3e-4  # of TRL: the best of 1e-4, 3e-4 and 1e-3 on seed 10
 GOAL = 0.95
@@ -25,9 +24,7 @@ GOAL = 0.95
 
 def ours(seed: int) -> tuple[dict, list[dict]]:
     """The closing table of a run of ppo.py, and its metrics with the seconds since it began."""
-    folder = FOLDER / "kl" / f"seed-{seed}"
-    for script in ("sft", "reward"):
-        stage(folder, script, f"{script}.py", "--seed", seed)
+    folder = start(seed)
     table = closing_table(stage(folder, "race", "ppo.py", "--seed", seed, "--out", "out/race"))
     lines, seconds = common.read_metrics(folder / "out" / "race"), 0.0
     for line in lines:
@@ -38,8 +35,7 @@ def ours(seed: int) -> tuple[dict, list[dict]]:
 
 def theirs(seed: int, rate: float) -> tuple[dict, list[dict]]:
     """The same of a run of TRL's PPO. ppo.py evaluates its policy."""
-    folder, name = FOLDER / "kl" / f"seed-{seed}", f"trl-{rate:g}"
-    os.environ["PYTHONPATH"] = str(ROOT)  # where race_trl.py finds the judge
+    folder, name = start(seed), f"trl-{rate:g}"
     for net in ("sft", "reward"):
         if not (folder / f"{net}-hf").exists():
             weights.convert(str(folder / "out" / net), folder / f"{net}-hf")

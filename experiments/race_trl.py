@@ -1,7 +1,8 @@
 """One run of TRL's PPO on the tales, for race.py: metrics.jsonl, a line an iteration, and the policy in --out.
 
-TRL 1.12 is the last release that has PPOTrainer. It gets ppo.py's settings, as far as it has them: it has one rate for
-both nets, which falls linearly, takes 1 from the score of an answer without EOS, and does not clip gradients.
+TRL 1.12 is the last release that has PPOTrainer. It gets ppo.py's settings, but: it has one rate for both nets, which
+falls linearly from the first iteration on; it has no iterations for the value net alone; it keeps its own Adam (ε 1e-8,
+β₂ 0.999); it takes 1 from the score of an answer without EOS; it does not clip gradients.
 """
 
 import argparse

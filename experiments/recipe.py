@@ -3,21 +3,32 @@
     python -m experiments.recipe                  seeds 1 to 5, from the first two stages of `python -m experiments.kl`
     python -m experiments.recipe --seeds 6,7      other seeds
 
-It prints a table, by seed the final judge, the highest KL of an iteration and its lowest judge, and draws
-experiments/recipe.svg. What has run is kept in out/experiments/kl; a stopped run goes on.
+It prints a table and draws experiments/recipe.svg. Variants of one seed share everything before PPO, so the difference
+to the default is taken seed by seed. What has run is kept in out/experiments/kl; a stopped run goes on.
 """
 
 import argparse
-import os
 import re
 import statistics
 from pathlib import Path
 
 import common
-from experiments.harness import FOLDER, ROOT, closing_table, markdown, pyplot, road, save, stage
-from experiments.kl import JUDGE, KL
+from experiments.harness import (
+    FOLDER,
+    JUDGE,
+    KL,
+    ROOT,
+    closing_table,
+    course,
+    markdown,
+    number,
+    pyplot,
+    save,
+    stage,
+    start,
+)
 
-LARGE = ["--batch_size", 128, "--minibatch_size", 32, "--epochs", 2, "--iterations", 32]
+LARGE = ["--batch_size", 128, "--epochs", 2, "--iterations", 32, "--value_warmup", 1, "--lr_warmup", 2]
 FRESH = "value, cap = ScalarModel(GPT(policy.config)).to(device), -1.0"
 WITHOUT = {  # what is taken out → its run folder, its options, and what is changed in ppo.py
     "nothing": ("ppo", [], {}),
@@ -55,18 +66,24 @@ def raw_reward(folder: Path) -> None:
 def run(what: str, seed: int) -> tuple[Path, str]:
     """The run folder of a variant, and what it printed."""
     name, options, changes = WITHOUT[what]
-    folder, script = FOLDER / "kl" / f"seed-{seed}", Path("ppo.py")
-    for before in ("sft", "reward"):
-        stage(folder, before, f"{before}.py", "--seed", seed)
+    folder, script = start(seed), Path("ppo.py")
     if name == "raw-scores":
         raw_reward(folder)
     if changes:
-        os.environ["PYTHONPATH"] = str(ROOT)  # where a script in another folder finds common.py and the others
         script = (FOLDER / "recipe" / name / "ppo.py").resolve()
         script.parent.mkdir(parents=True, exist_ok=True)
         script.write_text(changed((ROOT / "ppo.py").read_text(), changes))
     out = [] if name == "ppo" else ["--out", f"out/{name}"]
-    return folder / "out" / name, stage(folder, name, script, "--seed", seed, *options, *out)
+    return folder / "out" / name, stage(folder, name, script, "--seed", seed, *options, *out, may_fail=True)
+
+
+def numbers(printed: str, lines: list[dict]) -> list[str] | None:
+    """Judge and KL at the end, the highest KL and the lowest judge of an iteration. None for a run that failed."""
+    table = closing_table(printed)
+    if not table:
+        return None
+    highest, _, lowest, *_ = course(lines)
+    return [table[JUDGE][1].split()[0], table[KL][1].split()[0], highest, lowest]
 
 
 def changed(source: str, changes: dict[str, str]) -> str:
@@ -90,8 +107,7 @@ def draw(folders: dict[str, list[Path]], target: Path) -> None:
             steps = [line["step"] + 1 for line in lines]
             judge.plot(steps, [line["objective/judge"] for line in lines], linewidth=0.9)
             kl.plot(steps, [line["objective/kl"] for line in lines], linewidth=0.9)
-        judge.set(ylim=(0.3, 1))
-        kl.set(ylim=(0, 12))
+        judge.set(ylim=(0, 1))
         judge.set_title(re.sub(r" \(.*", "", what), fontsize=7)
         for axis in (judge, kl):
             axis.grid(alpha=0.25)
@@ -107,24 +123,29 @@ def main() -> None:
     parser.add_argument("--seeds", default="1,2,3,4,5", help="comma-separated")
     parser.add_argument("--figure", type=Path, default=Path(__file__).with_name("recipe.svg"))
     options = parser.parse_args()
-    rows, folders = {what: [] for what in WITHOUT}, {what: [] for what in WITHOUT}
+    found, folders = {what: [] for what in WITHOUT}, {what: [] for what in WITHOUT}
     for seed in map(int, options.seeds.split(",")):
         for what in WITHOUT:
             folder, printed = run(what, seed)
-            kl, _, judge, *_ = road(common.read_metrics(folder))
-            table = closing_table(printed)
-            rows[what].append((table[JUDGE][1].split()[0], table[KL][1].split()[0], kl, judge))
             folders[what].append(folder)
-    lines = []
-    for what, found in rows.items():
-        judges = [float(judge) for judge, *_ in found]
-        spread = f"{statistics.mean(judges):.3f} ± {statistics.stdev(judges):.3f}" if len(judges) > 1 else ""
-        lines.append([what, spread, *map(", ".join, zip(*found))])
-    print(
-        markdown(
-            ["taken out", "judge, mean ± deviation", "final judge", "final KL", "highest KL", "lowest judge"], lines
-        )
-    )
+            found[what].append(numbers(printed, common.read_metrics(folder)))
+    rows = []
+    for what, runs in found.items():
+        pairs = [(mine[0], default[0]) for mine, default in zip(runs, found["nothing"]) if mine and default]
+        change = [number(mine) - number(default) for mine, default in pairs]
+        error = f" ± {statistics.stdev(change) / len(change) ** 0.5:.3f}" if len(change) > 1 else ""
+        mean = f"{statistics.mean(change):+.3f}{error}" if change and what != "nothing" else ""
+        columns = zip(*(each or ["failed"] * 4 for each in runs))
+        rows.append([what, mean, *map(", ".join, columns)])
+    header = [
+        "taken out",
+        "judge less the default's",
+        "judge",
+        "KL",
+        "highest KL of an iteration",
+        "lowest judge of one",
+    ]
+    print(markdown(header, rows))
     draw(folders, options.figure)
 
 

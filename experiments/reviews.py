@@ -1,4 +1,4 @@
-"""A real language model made better: SmolLM2-135M-Instruct learns to write film reviews that end well, every seed.
+"""A real language model made better: SmolLM2-135M-Instruct learns to write positive film reviews, every seed.
 
     python -m data.imdb                                                                   the reviews (84 MB)
     hf download HuggingFaceTB/SmolLM2-135M-Instruct --local-dir out/smollm2-hf            the public model
@@ -7,11 +7,11 @@
 
 The model is adapted to the reviews once, for all seeds. By seed: it answers prompts of 2 to 4 words, a linear
 sentiment model in the role of a noisy person compares the answers, the reward model learns from these comparisons, and
-PPO from the reward model. Another sentiment model, fitted on other reviews, is the judge. The best of n of the start's
-answers stands beside PPO. The learning rates were chosen on seeds 0 and 10.
+PPO from the reward model. Another sentiment model, fitted on other reviews, is the judge. Best of n chooses among the
+start's answers by the score of the reward model. The learning rates were chosen on seeds 0 and 10.
 
-It prints the tables and eight pairs that nobody picked, and draws experiments/reviews.svg. What has run is kept in
-out/experiments/reviews; a stopped run goes on.
+It prints the tables and the answers to the first eight held-out prompts, and draws experiments/reviews.svg. Intervals
+are of 95%, over prompts, for one run each. What has run is kept in out/experiments/reviews; a stopped run goes on.
 """
 
 import argparse
@@ -21,10 +21,21 @@ from pathlib import Path
 
 import common
 from data import imdb
-from experiments.harness import FOLDER, markdown, pyplot, save, seconds, stage
+from experiments.harness import (
+    FOLDER,
+    KL,
+    best_of_n,
+    first_answers,
+    interval,
+    markdown,
+    pyplot,
+    save,
+    seconds,
+    stage,
+)
 
 HERE = FOLDER / "reviews"
-JUDGE, KL = "data/imdb.py:judge", "KL to the start (nats)"
+JUDGE = "data/imdb.py:judge"
 SFT = "--epochs 0.025 --block_size 128 --batch_size 8 --lr 2e-5 --warmup 10 --evals 2".split()
 REWARD = "--judge data/imdb.py:labeller --label_temperature 0.05 --n_prompts 300 --response_len 24 --lr 3e-4".split()
 TASK = "--response_len 24 --unended_cap inf".split() + ["--judge", JUDGE]
@@ -43,29 +54,16 @@ def run(seed: int) -> tuple[Path, dict[str, str]]:
     return folder / "out" / "ppo", printed
 
 
-def choose(seed: int) -> str:
+def run_best_of_n(seed: int) -> str:
     """What best of n printed, with the reward model of a seed."""
     start = ["--init", "../out/sft", "--seed", seed]
     return stage(HERE / f"seed-{seed}", "best-of-n", "ppo.py", *start, *TASK, *BEST_OF)
 
 
-def interval(mean: float, error: float) -> str:
-    """A mean with its 95% interval."""
-    return f"{mean:.3f} [{mean - 1.96 * error:.3f}, {mean + 1.96 * error:.3f}]"
-
-
-def best_of_n(text: str) -> list[tuple[float, ...]]:
-    """Of the table best of n: (n, KL, judge, its standard error, score, its standard error)."""
-    row = r"^(\d+)\s+(\d+\.\d+)" + 2 * r"\s+(-?\d+\.\d+) ± (\d+\.\d+)" + "$"
-    return [tuple(map(float, found)) for found in re.findall(row, text, re.MULTILINE)]
-
-
-def pairs(folder: Path, seed: int) -> str:
-    """The first eight answers to held-out prompts, before and after, as a table."""
-    answers = json.loads((folder / "report.json").read_text())["answers"][:8]
-    texts = [(answer["prompt"], answer["before"]["text"], answer["after"]["text"]) for answer in answers]
-    rows = [[" ".join(text.split()).replace("|", "\\|") for text in each] for each in texts]
-    return markdown([f"prompt (seed {seed})", "before", "after"], rows)
+def path(lines: list[dict]) -> list[tuple[float, float]]:
+    """KL and judge of PPO on its way: means of five iterations, 160 answers."""
+    columns = [[line[name] for line in lines] for name in ("objective/kl", "objective/judge")]
+    return [tuple(sum(column[i : i + 5]) / 5 for column in columns) for i in range(len(lines) - 4)]
 
 
 def draw(runs: dict[int, tuple[Path, dict[str, str]]], target: Path) -> None:
@@ -79,12 +77,13 @@ def draw(runs: dict[int, tuple[Path, dict[str, str]]], target: Path) -> None:
         (judge, error), (kl, kl_error) = (table[name]["after"] for name in (JUDGE, KL))
         label = f"PPO, seed {seed}"
         axes[2].errorbar(kl, judge, 1.96 * error, 1.96 * kl_error, color=colour, marker="o", label=label)
-        _, kls, judges, errors, *_ = zip(*best_of_n(printed["best of n"]))
-        label = f"best of n, seed {seed}"
-        axes[2].errorbar(kls, judges, [1.96 * x for x in errors], color=colour, linestyle="--", label=label)
+        axes[2].plot(*zip(*path(lines)), color=colour, linewidth=0.6)
+        best = best_of_n(printed["best of n"])
+        points = [row.kl for row in best], [row.judge for row in best], [1.96 * row.judge_error for row in best]
+        axes[2].errorbar(*points, color=colour, linestyle="--", label=f"best of n, seed {seed}")
     axes[0].set(xlabel="iteration", title="judge of an iteration's answers")
     axes[1].set(xlabel="iteration", title="KL to the start (nats a response)")
-    axes[2].set(xlabel="KL to the start (nats)", title="judge against KL, held-out prompts")
+    axes[2].set(xlabel="KL to the start (nats; of best of n: at most)", title="judge against KL, held-out prompts")
     for axis in axes:
         axis.grid(alpha=0.25)
         axis.legend(frameon=False, loc="lower right", fontsize=7)
@@ -104,7 +103,7 @@ def main() -> None:
     print(f"held-out loss of the reviews: {losses[0]} half-way, {losses[-1]} at the end; {seconds(text):.0f} s\n")
     runs = {int(seed): run(int(seed)) for seed in options.seeds.split(",")}
     for seed, (_, printed) in runs.items():
-        printed["best of n"] = choose(seed)
+        printed["best of n"] = run_best_of_n(seed)
     ends, others = [], []
     for seed, (folder, printed) in runs.items():
         table = json.loads((folder / "report.json").read_text())["table"]
@@ -114,13 +113,15 @@ def main() -> None:
         cells = [interval(*table[name][side]) for name in (JUDGE, "score") for side in ("before", "after")]
         took = " + ".join(f"{seconds(printed[name]):.0f}" for name in ("reward", "ppo", "best of n"))
         ends.append([seed, *accuracy.groups(), *cells, interval(*table[KL]["after"]), took])
-        for n, kl, judge, error, score, score_error in best_of_n(printed["best of n"]):
-            others.append([seed, f"{n:.0f}", kl, interval(judge, error), interval(score, score_error)])
+        for row in best_of_n(printed["best of n"]):
+            _, judge = min(path(common.read_metrics(folder)), key=lambda point: abs(point[0] - row.kl))
+            cells = [interval(row.judge, row.judge_error), interval(row.score, row.score_error), f"{judge:.3f}"]
+            others.append([seed, row.n, f"{row.kl:.2f}", *cells])
     header = ["seed", "reward accuracy", "the noise allows", "judge before", "judge after"]
     print(markdown([*header, "score before", "score after", "KL", "seconds"], ends), end="\n\n")
-    print(markdown(["seed", "best of n", "KL at most", "judge", "score"], others), end="\n\n")
+    print(markdown(["seed", "best of n", "KL at most", "judge", "score", "PPO's judge there"], others), end="\n\n")
     for seed, (folder, _) in runs.items():
-        print(pairs(folder, seed), end="\n\n")
+        print(first_answers(folder, f"prompt (seed {seed})"), end="\n\n")
     draw(runs, options.figure)
 
 

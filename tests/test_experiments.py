@@ -8,21 +8,21 @@ import torch
 
 import evaluate
 import ppo
-from experiments import adaptive, harness, overoptimise, race, recipe, reviews
+from experiments import adaptive, harness, overoptimise, race, recipe
 from tests.conftest import ROOT
 
 
 def columns(seed: int, n: int = 40) -> dict[str, list]:
     generator = torch.Generator().manual_seed(seed)
-    names = (reviews.JUDGE, "score", reviews.KL)
+    names = (harness.JUDGE, "score", harness.KL)
     found = {name: torch.rand(n, generator=generator).tolist() for name in names}
     return found | {"texts": [(f"prompt {i}", f"answer {i}") for i in range(n)]}
 
 
 def test_the_closing_table_is_read_as_it_was_printed():
     before, after = columns(0), columns(1)
-    rows = harness.closing_table(evaluate.report(before, after, {reviews.JUDGE: None}))
-    for name in (reviews.JUDGE, "score", reviews.KL):
+    rows = harness.closing_table(evaluate.report(before, after, {harness.JUDGE: None}))
+    for name in (harness.JUDGE, "score", harness.KL):
         assert rows[name] == tuple(evaluate.cell(side[name]).strip() for side in (before, after))
 
 
@@ -34,15 +34,15 @@ def test_the_table_of_best_of_n_is_read_as_it_was_printed():
         batch |= {"logp": torch.zeros(40, 1), "ref_logp": torch.zeros(40, 1), "mask": torch.ones(40, 1)}
         return batch, found["texts"]
 
-    value = dict(zip(found["texts"], found[reviews.JUDGE]))
-    judges = {reviews.JUDGE: lambda prompt, response: value[prompt, response]}
-    rows = reviews.best_of_n(evaluate.best_of(answer, [[1]] * 5, judges, [1, 8]))
-    judge, score = (torch.tensor(found[name]).view(5, 8) for name in (reviews.JUDGE, "score"))
+    value = dict(zip(found["texts"], found[harness.JUDGE]))
+    judges = {harness.JUDGE: lambda prompt, response: value[prompt, response]}
+    rows = harness.best_of_n(evaluate.best_of(answer, [[1]] * 5, judges, [1, 8]))
+    judge, score = (torch.tensor(found[name]).view(5, 8) for name in (harness.JUDGE, "score"))
     best = score.argmax(1, keepdim=True)
     for row, expected in zip(rows, ((judge.mean(1), score.mean(1)), (judge.gather(1, best), score.gather(1, best)))):
-        assert row[2] == pytest.approx(expected[0].mean().item(), abs=6e-4)
-        assert row[4] == pytest.approx(expected[1].mean().item(), abs=6e-4)
-    assert [row[:2] for row in rows] == [(1, 0), (8, 1.20)]  # log 8 − 7 / 8 = 1.204
+        assert row.judge == pytest.approx(expected[0].mean().item(), abs=6e-4)
+        assert row.score == pytest.approx(expected[1].mean().item(), abs=6e-4)
+    assert [(row.n, row.kl) for row in rows] == [(1, 0), (8, pytest.approx(1.2044, abs=1e-4))]  # log 8 − 7 / 8
 
 
 @pytest.mark.parametrize("what", recipe.WITHOUT)
@@ -77,3 +77,20 @@ def test_the_fit_finds_the_coefficients_that_made_a_curve(logarithm):
     risen = [x * (alpha - beta * (math.log(x) if logarithm else x)) for x in d]
     curve = [(0.0, start, 0.0)] + [(x, start + r, 0.0) for x, r in zip(d, risen)]
     assert overoptimise.fit(curve, logarithm) == pytest.approx((alpha, beta))
+
+
+def test_a_stage_runs_once_and_its_log_belongs_to_one_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(harness, "ROOT", tmp_path)
+    counted = tmp_path / "n.txt"
+    script = "import sys\nprint('failing' in sys.argv)\nopen('../n.txt', 'a').write('x')\n"
+    (tmp_path / "count.py").write_text(f"{script}assert 'failing' not in sys.argv, 'bad'\n")
+    for _ in range(2):
+        text = harness.stage(tmp_path / "runs", "first", "count.py", "--seed", 1)
+    assert counted.read_text() == "x" and text.splitlines()[1] == "False" and harness.seconds(text) < 60
+    with pytest.raises(SystemExit, match="first.log: is of another command"):
+        harness.stage(tmp_path / "runs", "first", "count.py", "--seed", 2)
+    with pytest.raises(SystemExit, match="AssertionError: bad"):
+        harness.stage(tmp_path / "runs", "second", "count.py", "failing")
+    assert not (tmp_path / "runs" / "second.log").exists()
+    text = harness.stage(tmp_path / "runs", "second", "count.py", "failing", may_fail=True)
+    assert "failed: AssertionError: bad" in text and not harness.closing_table(text)

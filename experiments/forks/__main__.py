@@ -10,12 +10,10 @@ own runs; a stopped run goes on.
 """
 
 import argparse
-import os
 from pathlib import Path
 
 from experiments.forks import HERE, patched
-from experiments.harness import FOLDER, ROOT, closing_table, markdown, seconds, stage
-from experiments.kl import JUDGE, KL
+from experiments.harness import FOLDER, JUDGE, KL, ROOT, closing_table, markdown, seconds, stage, start
 
 FORKS = {  # name → its diffs, and each β that is run
     "ppo": ([], [0.05]),
@@ -31,14 +29,12 @@ FORKS = {  # name → its diffs, and each β that is run
 
 def run(fork: str, kl_coef: float, seed: int) -> list[str]:
     """Judge, KL and score of a run on the held-out prompts, and its seconds without the stages before it."""
-    folder = FOLDER / "kl" / f"seed-{seed}"
-    for script in ("sft", "reward", "ppo"):
-        text = stage(folder, script, f"{script}.py", "--seed", seed)
+    folder = start(seed)
+    text = stage(folder, "ppo", "ppo.py", "--seed", seed)
     took = 0.0
     if fork != "ppo":
         name = f"{fork.replace(', ', '-').replace(' ', '-')}-{kl_coef:g}"
         options = ["--seed", seed, "--kl_coef", kl_coef, "--out", f"out/{name}"]
-        os.environ["PYTHONPATH"] = str(ROOT)  # where a script in another folder finds common.py and the others
         script = Path(FOLDER / "forks" / name.rpartition("-")[0] / "ppo.py").resolve()
         script.parent.mkdir(parents=True, exist_ok=True)
         script.write_text(patched((ROOT / "ppo.py").read_text(), *FORKS[fork][0]))
