@@ -5,7 +5,7 @@
     python -m data.weights out/smollm2-hf out/smollm2
     OMP_NUM_THREADS=1 python -m experiments.helpful --model out/smollm2                   seed 1, two hours
 
-The comparisons are cut in two halves by the opening question. A reward model, which PPO follows, is trained on 800 of one
+The comparisons are cut in two halves by the opening question. PPO follows a reward model that is trained on 800 of one
 half. A second model, which measures, is trained on 800 of the other half. It has another seed, and starts from a model
 that was fine-tuned on its half's chosen answers; but both come from the same language model, so they may err alike.
 Each is evaluated on the half that it has not met: this accuracy says what its number is worth.
