@@ -77,11 +77,11 @@ class Config:
     iterations: int = 64  # rounds of answer → score → update; 0: only evaluate
     batch_size: int = 64  # prompts an iteration, over all processes
     epochs: int = 1  # passes over an iteration's answers
-    minibatch_size: int = 16  # answers an optimizer step, over all processes
+    minibatch_size: int = 32  # answers an optimizer step, over all processes
     micro_batch_size: int = 0  # answers in one forward; 0: the whole minibatch
     response_len: int = 64  # longest answer, in tokens
     temperature: float = 1.0  # of sampling and of all log-probabilities
-    lr: float = 3e-4  # of the policy; it rises at first and is annealed to 0
+    lr: float = 4e-4  # of the policy; it rises at first and is annealed to 0
     value_lr: float = 1e-3  # of the value net, annealed to 0
     value_warmup: int | None = None  # first iterations, in which only the value net learns; default 2, or a quarter
     lr_warmup: int | None = None  # iterations after these, in which the policy's rate rises; default 4, or a quarter

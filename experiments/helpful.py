@@ -33,7 +33,6 @@ JUDGE = "experiments/helpful.py:judge"
 SHORT = "--block_size 160 --drop_long".split()
 SFT = [*SHORT, *"--batch_size 8 --lr 2e-5 --warmup 10 --weight_decay 0 --evals 1 --epochs 0.5".split()]
 REWARD = [*SHORT, *"--n_prompts 800 --batch_size 8 --lr 1e-4 --response_len 32".split()]
-UNSEEN = [*SHORT, "--n_prompts", 800]
 PPO = "--block_size 96 --drop_long --response_len 32 --unended_cap inf --kl_coef 0.05 --eval_prompts 200".split()
 PPO += "--iterations 60 --batch_size 24 --minibatch_size 12 --epochs 1 --lr 3e-5 --value_lr 1e-4".split()
 PPO += "--value_warmup 4 --lr_warmup 8 --save_every 10".split()
@@ -88,7 +87,7 @@ def run(model: Path, seed: int) -> tuple[Path, dict[str, str]]:
         "ppo": stage(folder, "ppo", "ppo.py", "--init", model, *mine, *prompts, *PPO),
     }
     for name, half in (("measure", 0), ("reward", 1)):
-        unseen = ["--evaluate", f"out/{name}", "--data", f"../compare-{half}.jsonl", *UNSEEN]
+        unseen = ["--evaluate", f"out/{name}", "--data", f"../compare-{half}.jsonl", *SHORT]
         printed[f"{name} on unseen"] = stage(folder, f"{name}-unseen", "reward.py", *unseen)
     return folder / "out" / "ppo", printed
 

@@ -77,7 +77,7 @@ def main() -> None:
     batch_generation, ppo_trainer.batch_generation = ppo_trainer.batch_generation, generate
     args = PPOConfig(
         output_dir=str(options.out), per_device_train_batch_size=64, gradient_accumulation_steps=1,
-        num_mini_batches=4, num_ppo_epochs=1, total_episodes=options.iterations * 64, learning_rate=options.lr,
+        num_mini_batches=2, num_ppo_epochs=1, total_episodes=options.iterations * 64, learning_rate=options.lr,
         response_length=64, temperature=1.0, kl_coef=0.05, gamma=1.0, lam=0.95, cliprange=0.2, cliprange_value=0.2,
         vf_coef=1.0, stop_token="eos", missing_eos_penalty=1.0, local_rollout_forward_batch_size=64,
         num_sample_generations=0, logging_steps=1, save_strategy="no", eval_strategy="no", report_to=[],

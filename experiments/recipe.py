@@ -43,7 +43,7 @@ WITHOUT = {  # what is taken out → its run folder, its options, and what is ch
         {"value, cap = copy.deepcopy(reward), -1.0": FRESH},
     ),
     "value net first (--value_warmup 0)": ("no-value-warmup", ["--value_warmup", 0], {}),
-    "rate of the value net (--value_lr 3e-4)": ("one-lr", ["--value_lr", 3e-4], {}),
+    "rate of the value net (--value_lr 4e-4)": ("one-lr", ["--value_lr", 4e-4], {}),
     "rising rate (--lr_warmup 0)": ("no-lr-warmup", ["--lr_warmup", 0], {}),
     "single epoch (--epochs 4)": ("four-epochs", ["--epochs", 4], {}),
     "fresh answers (iterations of twice as many, two epochs)": ("large-batch", LARGE, {}),
