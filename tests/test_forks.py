@@ -49,7 +49,7 @@ def train(stage, folders, **options):
     """A fork on the tiny folders; the rows of its metrics.jsonl."""
     given = {"data": folders["tmp"] / "prompts.jsonl", "init": folders["sft"], "reward": folders["reward"]}
     given |= {"iterations": 2, "batch_size": 8, "minibatch_size": 4, "response_len": 8, "eval_prompts": 4}
-    given |= {"out": folders["tmp"] / "fork", "lr": 0.01, "value_warmup": 0} | options
+    given |= {"out": folders["tmp"] / "fork", "lr": 0.01, "value_warmup": 0, "epochs": 2} | options
     words = [str(word) for name, value in given.items() for word in (f"--{name}", value)]
     stage.train(common.parse(stage.Config, words))
     return common.read_metrics(given["out"])

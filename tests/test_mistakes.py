@@ -71,7 +71,7 @@ def train_ppo(folders, **options):
     """ppo.py on the tiny folders; the rows of its metrics.jsonl."""
     given = {"data": folders["tmp"] / "prompts.jsonl", "init": folders["sft"], "reward": folders["reward"]}
     given |= {"iterations": 3, "batch_size": 8, "minibatch_size": 4, "response_len": 8, "eval_prompts": 8}
-    given |= {"out": folders["tmp"] / "ppo"} | options
+    given |= {"out": folders["tmp"] / "ppo", "epochs": 2} | options
     ppo.train(common.parse(ppo.Config, [str(word) for name, value in given.items() for word in (f"--{name}", value)]))
     return common.read_metrics(given["out"])
 

@@ -71,7 +71,14 @@ def test_score_gae_and_value_see_the_same_token(nets):
 
 def options(folders, **more):
     given = {"data": folders["tmp"] / "prompts.jsonl", "init": folders["sft"], "reward": folders["reward"]}
-    given |= {"iterations": 3, "batch_size": 8, "minibatch_size": 4, "response_len": 8, "eval_prompts": 8} | more
+    given |= {
+        "iterations": 3,
+        "batch_size": 8,
+        "minibatch_size": 4,
+        "response_len": 8,
+        "epochs": 2,
+        "eval_prompts": 8,
+    } | more
     return [word for name, value in given.items() for word in (f"--{name}", value)]
 
 

@@ -47,7 +47,7 @@ def test_ppo_runs_on_two_processes_and_logs_the_whole_batch(folders):
 VERSION = tuple(map(int, torch.__version__.split(".")[:2]))
 needs_fsdp = pytest.mark.skipif(VERSION < (2, 8), reason="--shard needs torch 2.8")
 PPO = ["--iterations", 2, "--batch_size", 8, "--minibatch_size", 4, "--response_len", 8, "--eval_prompts", 8]
-PPO += ["--value_warmup", 0, "--save_every", 1]
+PPO += ["--value_warmup", 0, "--save_every", 1, "--epochs", 2]
 STEP = {  # one optimizer step of each net, and in stage 3 two iterations
     "sft.py": ["--batch_size", 6, "--epochs", 0.01, "--warmup", 0],
     "reward.py": ["--batch_size", 6, "--n_prompts", 10, "--warmup", 0, "--response_len", 8],
