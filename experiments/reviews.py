@@ -30,7 +30,6 @@ from experiments.harness import (
     markdown,
     pyplot,
     save,
-    seconds,
     stage,
 )
 
@@ -100,7 +99,7 @@ def main() -> None:
         HERE, "sft", "sft.py", "--data", imdb.FOLDER / "pretrain.jsonl", "--init", options.model.resolve(), *SFT
     )
     losses = re.findall(r"held_out (\S+)", text)
-    print(f"held-out loss of the reviews: {losses[0]} half-way, {losses[-1]} at the end; {seconds(text):.0f} s\n")
+    print(f"held-out loss of the reviews: {losses[0]} half-way, {losses[-1]} at the end\n")
     runs = {int(seed): run(int(seed)) for seed in options.seeds.split(",")}
     for seed, (_, printed) in runs.items():
         printed["best of n"] = run_best_of_n(seed)
@@ -111,14 +110,14 @@ def main() -> None:
             r"held-out accuracy (\S+ ± \S+) \(the noise in these labels allows (\S+)\)", printed["reward"]
         )
         cells = [interval(*table[name][side]) for name in (JUDGE, "score") for side in ("before", "after")]
-        took = " + ".join(f"{seconds(printed[name]):.0f}" for name in ("reward", "ppo", "best of n"))
+        took = f"{json.loads((folder / 'config.json').read_text())['seconds'] / 60:.0f}"
         ends.append([seed, *accuracy.groups(), *cells, interval(*table[KL]["after"]), took])
         for row in best_of_n(printed["best of n"]):
             _, judge = min(path(common.read_metrics(folder)), key=lambda point: abs(point[0] - row.kl))
             cells = [interval(row.judge, row.judge_error), interval(row.score, row.score_error), f"{judge:.3f}"]
             others.append([seed, row.n, f"{row.kl:.2f}", *cells])
     header = ["seed", "reward accuracy", "the noise allows", "judge before", "judge after"]
-    print(markdown([*header, "score before", "score after", "KL", "seconds"], ends), end="\n\n")
+    print(markdown([*header, "score before", "score after", "KL", "minutes of PPO"], ends), end="\n\n")
     print(markdown(["seed", "best of n", "KL at most", "judge", "score", "PPO's judge there"], others), end="\n\n")
     for seed, (folder, _) in runs.items():
         print(first_answers(folder, f"prompt (seed {seed})"), end="\n\n")
