@@ -3,7 +3,7 @@
     python -m experiments.kl                      seeds 0 to 5: the three stages, PPO with β = 0.05 and with β = 0
     python -m experiments.kl --seeds 6,7          other seeds
 
-Without the KL term PPO runs for 320 iterations in place of 64, because it needs time to find what fools the reward
+Without the KL term PPO runs for 160 iterations in place of 64, because it needs time to find what fools the reward
 model. It prints the tables and draws experiments/kl.svg. What has run is kept in out/experiments/kl; a stopped run
 goes on.
 """
@@ -27,7 +27,7 @@ def run(seed: int) -> tuple[Path, dict[str, str]]:
     """The folder of a seed's run folders, and what each stage printed."""
     folder = start(seed)
     printed = {script: stage(folder, script, f"{script}.py", "--seed", seed) for script in ("sft", "reward", "ppo")}
-    options = ["--seed", seed, "--kl_coef", 0, "--iterations", 320, "--out", "out/hacked"]
+    options = ["--seed", seed, "--kl_coef", 0, "--iterations", 160, "--out", "out/hacked"]
     printed["hacked"] = stage(folder, "hacked", "ppo.py", *options)
     return folder / "out", printed
 

@@ -31,7 +31,7 @@ def run(n_prompts: int, seed: int) -> tuple[str, Curve, Curve, dict[str, tuple[s
     options = ["--seed", seed, "--reward", f"out/{name}", "--judge", JUDGE]
     chosen = [*options, "--iterations", 0, "--out", "out/sft", "--eval_prompts", 128, "--best_of", SIZES]
     best = best_of_n(stage(folder, f"best-of-n-{n_prompts}", "ppo.py", *chosen))
-    options += ["--kl_coef", 0, "--iterations", 320, "--out", f"out/free-{n_prompts}"]
+    options += ["--kl_coef", 0, "--iterations", 160, "--out", f"out/free-{n_prompts}"]
     table = closing_table(stage(folder, f"free-{n_prompts}", "ppo.py", *options))
     lines = common.read_metrics(folder / "out" / f"free-{n_prompts}")
     before = 0.0, number(table[JUDGE][0]), number(table["score"][0])

@@ -25,7 +25,7 @@ def test_the_judge_rises_calmly_at_a_small_kl_and_without_the_kl_term_the_score_
     accuracy, ceiling = map(float, re.search(r"accuracy (\S+) ± .* allows (\S+)\)", done.stdout).groups())
     assert accuracy > ceiling - 0.05
     with_kl = run("ppo.py", cwd=tmp_path)
-    without = run("ppo.py", "--kl_coef", 0, "--iterations", 320, "--out", "out/hacked", cwd=tmp_path)
+    without = run("ppo.py", "--kl_coef", 0, "--iterations", 160, "--out", "out/hacked", cwd=tmp_path)
     assert with_kl.returncode == without.returncode == 0, with_kl.stderr + without.stderr
     rows, hacked = table(with_kl.stdout), table(without.stdout)
     before, after = rows["data/tales.py:judge"]
