@@ -32,7 +32,7 @@ def test_the_judge_rises_calmly_at_a_small_kl_and_without_the_kl_term_the_score_
     assert after >= 0.95
     for line in common.read_metrics(tmp_path / "out" / "ppo"):  # and the road there is calm
         assert line["objective/kl"] <= 6 and 0.97 <= line["val/ratio"] <= 1.03
-        assert line["objective/judge"] >= before - 0.08
+        assert line["objective/judge"] >= before - 0.12  # three standard errors of 64 answers
     assert rows["ended by EOS"][1] >= 0.97 and rows["data/tales.py:grammar"][1] >= 0.95
     assert 0.5 < rows["KL to the start (nats)"][1] <= 6
     assert hacked["score"][1] > rows["score"][1]
