@@ -650,7 +650,7 @@ def test_a_run_does_not_go_on_against_another_reference_or_reward_model(folders,
     ):
         setattr(cfg, name, str(each))
     cfg.batch_size, cfg.minibatch_size, cfg.response_len, cfg.eval_prompts, cfg.iterations = 8, 4, 8, 8, 5
-    cfg.resume = True
+    cfg.epochs, cfg.resume = 2, True
     with pytest.raises(InputError, match=f"--{'init' if changed == 'sft' else 'reward'} .* has changed"):
         ppo.train(cfg)
 
