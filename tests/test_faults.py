@@ -80,9 +80,8 @@ def killed_anywhere(folders, script, chosen):
         assert same(contents(tmp / out), contents(tmp / "out/whole")), event
 
 
-@pytest.mark.parametrize("script", ["reward.py", "ppo.py"])
-def test_a_run_that_is_killed_and_resumed_is_the_run_that_was_not(folders, script):
-    killed_anywhere(folders, script, lambda n: (n // 2, n - 2))
+def test_a_run_that_is_killed_and_resumed_is_the_run_that_was_not(folders):
+    killed_anywhere(folders, "ppo.py", lambda n: (n // 2, n - 2))
 
 
 @pytest.mark.slow

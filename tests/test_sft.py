@@ -216,6 +216,7 @@ def test_every_torch_load_takes_weights_only():
         assert text.count("torch.load(") == text.count("weights_only=True"), path
 
 
+@pytest.mark.slow
 def test_llamas_shape_is_trained_from_nothing(folders):
     tmp = folders["tmp"]
     given = [
