@@ -18,7 +18,7 @@ def losses(folder):
 @pytest.mark.parametrize(
     "script, kind",
     [
-        ("sft.py", "pairs"),
+        pytest.param("sft.py", "pairs", marks=pytest.mark.slow),
         pytest.param("sft.py", "text", marks=pytest.mark.slow),
         pytest.param("reward.py", "comparisons", marks=pytest.mark.slow),
     ],
@@ -79,7 +79,7 @@ def same(one, two, tolerance: float = 1e-5) -> None:
 @pytest.mark.parametrize(
     "script, kind",
     [
-        ("sft.py", "pairs"),
+        pytest.param("sft.py", "pairs", marks=pytest.mark.slow),
         pytest.param("sft.py", "text", marks=pytest.mark.slow),
         pytest.param("reward.py", "comparisons", marks=pytest.mark.slow),
     ],
