@@ -6,8 +6,11 @@ import shutil
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fast
+import ppo
+import processes
 from model import ScalarModel, sample
 from tests.conftest import FAMILIES, make_gpt
 
@@ -289,3 +292,19 @@ def test_compiled_blocks_compute_what_plain_ones_do(shape):
         for mine, other in zip(*found):
             torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)
     assert torch.equal(plain.generate(PROMPTS, 9, temperature=0)[0], compiled.generate(PROMPTS, 9, temperature=0)[0])
+
+
+def test_the_first_calls_of_mkls_functions_are_of_one_number(monkeypatch):
+    """Two threads that are both first may get other last bits than the seed gives."""
+    sizes = {}
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if isinstance(args[0], torch.Tensor):
+                sizes.setdefault(function.overloadpacket.__name__, args[0].numel())
+            return function(*args, **(kwargs or {}))
+
+    monkeypatch.setattr(processes, "keep_memory", lambda: None)
+    with Seen():
+        processes.setup(ppo.Config(device="cpu"))
+    assert {name: sizes.get(name) for name in ("exp", "log", "tanh")} == {"exp": 1, "log": 1, "tanh": 1}
