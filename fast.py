@@ -32,12 +32,10 @@ DECODES = WeakIdKeyDictionary()  # model → key → the tensors of a decode, an
 
 
 class Linear(nn.Linear):
-    """`nn.Linear`. While the model generates, its weight and bias are packed (see `decoding`)."""
-
-    packed: list[Tensor] | None = None
+    """`nn.Linear`. While the model generates, `decoding` puts a product with packed matrices in place of `forward`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias) if self.packed is None else linear(x, *self.packed)
+        return linear(x, self.weight, self.bias)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -315,6 +313,13 @@ def draw(probs: Tensor, uniform: Tensor) -> Tensor:
     return (stretch * width + place)[:, 0].clamp(max=V - 1)
 
 
+def packed_product(layer: Linear, keep: bool) -> Callable[[Tensor], Tensor]:
+    """`layer.forward`, with weight and bias packed."""
+    weight, *bias = [pack(x, keep) for x in layer.parameters()]
+    product = linear if for_onednn(weight) else F.linear
+    return functools.partial(product, weight=weight, bias=bias[0] if bias else None)
+
+
 def decoding(generate: Callable) -> Callable:
     """`torch.no_grad()(generate)`, with the model in eval mode meanwhile, the weights of its linear layers packed."""
 
@@ -326,11 +331,11 @@ def decoding(generate: Callable) -> Callable:
         try:
             with torch.inference_mode(), eager:  # a compiled block would be compiled anew for every token
                 for layer in layers:
-                    layer.packed = [pack(x, model.static_decode) for x in layer.parameters()]
+                    layer.forward = packed_product(layer, model.static_decode)
                 result = generate(model.eval(), *args, **options)
         finally:
             for layer in layers:
-                layer.packed = None
+                layer.__dict__.pop("forward", None)
             model.train(was_training)
         return tuple(x.clone() for x in result)  # ordinary tensors again
 
