@@ -25,6 +25,7 @@ import fast
 import ppo
 import processes
 from model import GPT, ScalarModel
+from reward import pairwise_loss, score_groups
 from tests.shapes import config_of
 
 OURS = "plainrlhf"
@@ -131,6 +132,24 @@ def train(who: str, name: str, batch: int, length: int, device: torch.device) ->
         optimizer.zero_grad()
 
     return step, batch * length
+
+
+def reward_step(who: str, name: str, batch: int, length: int, device: torch.device) -> tuple[Callable[[], None], int]:
+    """A step of stage 2: forward, backward and AdamW on `batch` pairs of rows of `length` tokens."""
+    model = ScalarModel(make_gpt(name, length, device)).to(device)
+    rows = [data.Row(row, 1) for row in random_tokens(name, 2 * batch, length).tolist()]
+    groups = [data.Group(rows[i : i + 2], [(0, 1)], [1.0]) for i in range(0, 2 * batch, 2)]
+    autocast = autocast_of(device)
+    optimizer = common.adamw(model, 1e-4, 0.0)
+
+    def step() -> None:
+        with autocast:
+            scores, winner, loser = score_groups(model, groups, device)
+        (pairwise_loss(scores[winner] - scores[loser], groups) / batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step, 2 * batch * length
 
 
 def generate(

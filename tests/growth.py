@@ -15,13 +15,22 @@ AXES = {
     "vocabulary": [1024, 4096, 16384, 65536],
     "parameters": [128, 256, 384, 512],  # by width
 }
+NAMES = {
+    "train": "stage 1: a step (s)",
+    "reward": "stage 2: a step (s)",
+    "rollout": "stage 3: rollout (s)",
+    "score": "stage 3: score (s)",
+    "update": "stage 3: update (s)",
+    "own_GiB": "stage 3: memory (GiB)",
+}
 
 
 def growth(device: torch.device, target: str) -> None:
-    """Time and memory of a PPO iteration at four points of each axis; the exponent is the power law's from end to end.
+    """Time and memory of each stage at four points of each axis; the exponent is the power law's from end to end.
 
-    What does not vary stays at 32 prompts, 32 new tokens, a vocabulary of 1,024 and 128 channels. Memory is what the
-    iteration adds to an interpreter with torch.
+    Stages 1 and 2 take one step on as many rows, or pairs of rows, as stage 3 has prompts. What does not vary stays at
+    32 prompts of 16 tokens, 32 new tokens, a vocabulary of 1,024 and 128 channels. Memory is what an iteration of PPO
+    adds to an interpreter with torch.
     """
     curves = []
     for axis, points in AXES.items():
@@ -29,12 +38,15 @@ def growth(device: torch.device, target: str) -> None:
         for x in points:
             at = {"batch": 32, "response length": 32, "vocabulary": 1024, "parameters": 128} | {axis: x}
             shape = f"{at['vocabulary']}x4x4x{at['parameters']}"
-            found.append(alone(OURS, "ppo", shape, at["batch"], 4, 16, at["response length"], device=device))
+            batch, length = at["batch"], 16 + at["response length"]
+            found.append(alone(OURS, "ppo", shape, batch, 4, 16, length - 16, device=device))
+            for what in ("train", "reward"):
+                found[-1][what] = alone(OURS, what, shape, batch, length, device=device)["step_s"]
         if axis == "parameters":
             nets = [make_gpt(f"1024x4x4x{x}", 48, torch.device("cpu")) for x in points]
             points = [sum(p.numel() for p in net.parameters()) for net in nets]
         line: dict = {"what": "growth", "with": axis, "at": points}
-        for key in ("rollout", "score", "update", "own_GiB"):
+        for key in NAMES:
             values = [each[key] for each in found]
             line[key] = [round(value, 4) for value in values]
             line[f"{key}_exponent"] = round(math.log(values[-1] / values[0]) / math.log(points[-1] / points[0]), 2)
@@ -50,10 +62,9 @@ def draw(curves: list[dict], target: str) -> None:
     matplotlib.use("svg")
     from matplotlib import pyplot
 
-    names = {"rollout": "rollout (s)", "score": "score (s)", "update": "update (s)", "own_GiB": "memory (GiB)"}
     figure, axes = pyplot.subplots(1, len(curves), figsize=(13, 3.6), sharey=True)
     for axis, line in zip(axes, curves):
-        for i, (key, name) in enumerate(names.items()):
+        for i, (key, name) in enumerate(NAMES.items()):
             style = dict(color=f"C{i}", marker="o", linestyle="--" if key == "own_GiB" else "-")
             axis.loglog(line["at"], line[key], label=f"{name}: {line[f'{key}_exponent']:.2f}", **style)
         axis.set_xlabel(line["with"])

@@ -68,7 +68,8 @@ def one(who: str, what: str, name: str, *sizes: int, device: torch.device, secon
         lines = iterations(who, name, *sizes, device=device)
         found = {key: statistics.median(line[key] for line in lines) for key in lines[0]}
     else:
-        prepare = {"train": contenders.train, "checkpoint": contenders.train, "generate": contenders.generate}[what]
+        works = {"train": contenders.train, "reward": contenders.reward_step, "generate": contenders.generate}
+        prepare = works["train" if what == "checkpoint" else what]
         work, count = prepare(who, name, *sizes, device)
         wall, busy = each(work, seconds)
         found = {"tokens_per_s": count / wall, "step_s": wall, "step_cpu_s": busy}
