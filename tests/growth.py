@@ -60,6 +60,7 @@ def draw(curves: list[dict], target: str) -> None:
     import matplotlib
 
     matplotlib.use("svg")
+    matplotlib.rcParams |= {"svg.hashsalt": "plainrlhf", "svg.fonttype": "none"}
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, len(curves), figsize=(13, 3.6), sharey=True)
@@ -72,7 +73,7 @@ def draw(curves: list[dict], target: str) -> None:
         axis.minorticks_off()
         axis.legend(frameon=False, fontsize=8)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylim(top=5 * axes[0].get_ylim()[1])  # room for the legends
+    axes[0].set_ylim(top=20 * axes[0].get_ylim()[1])  # room for the legends
     figure.tight_layout()
     figure.savefig(target, metadata={"Date": None})
 
