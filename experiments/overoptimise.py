@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python -m experiments.overoptimise    seeds 1 to 3, from the first stage of `experiments.kl`
 
 Reward models are trained on the comparisons of 20, 80, 320 and 1,000 prompts, eight answers each. For every one of
-them, best of n takes n from 1 to 256 on 128 prompts, and PPO runs without the KL term. With d = √KL and R = how far
+them, best of n takes n from 1 to 256 on 64 prompts, and PPO runs without the KL term. With d = √KL and R = how far
 the judge has risen, the paper fits R = d (α − β d) for best of n and R = d (α − β log d) for PPO. Both are fitted by
 least squares for every seed; ± is the standard deviation over the seeds. It draws experiments/overoptimise.svg.
 """
@@ -19,17 +19,17 @@ import common
 from experiments.harness import JUDGE, KL, best_of_n, closing_table, markdown, number, pyplot, save, stage, start
 from experiments.price import SIZES
 
-PROMPTS = (20, 80, 320, 1000)
+PROMPTS = {20: 1, 80: 1, 320: 4, 1000: 4}  # and how many of them a step: few steps of many teach less (seed 4)
 Curve = list[tuple[float, float, float]]  # (√KL, judge, score)
 
 
 def run(n_prompts: int, seed: int) -> tuple[str, Curve, Curve, dict[str, tuple[str, str]]]:
     """Held-out accuracy, the curves of best of n and of PPO, and PPO's closing table."""
     folder, name = start(seed), f"reward-{n_prompts}"
-    options = ["--seed", seed, "--n_prompts", n_prompts, "--out", f"out/{name}"]
+    options = ["--seed", seed, "--n_prompts", n_prompts, "--batch_size", PROMPTS[n_prompts], "--out", f"out/{name}"]
     accuracy = re.search(r"held-out accuracy (\S+ ± \S+)", stage(folder, name, "reward.py", *options))[1]
     options = ["--seed", seed, "--reward", f"out/{name}", "--judge", JUDGE]
-    chosen = [*options, "--iterations", 0, "--out", "out/sft", "--eval_prompts", 128, "--best_of", SIZES]
+    chosen = [*options, "--iterations", 0, "--out", "out/sft", "--eval_prompts", 64, "--best_of", SIZES]
     best = best_of_n(stage(folder, f"best-of-n-{n_prompts}", "ppo.py", *chosen))
     options += ["--kl_coef", 0, "--iterations", 160, "--out", f"out/free-{n_prompts}"]
     table = closing_table(stage(folder, f"free-{n_prompts}", "ppo.py", *options))
