@@ -28,7 +28,6 @@ from experiments.harness import (
     start,
 )
 
-LARGE = ["--batch_size", 128, "--epochs", 2, "--iterations", 32, "--value_warmup", 1, "--lr_warmup", 2]
 FRESH = "value, cap = ScalarModel(GPT(policy.config)).to(device), -1.0"
 WITHOUT = {  # what is taken out → its run folder, its options, and what is changed in ppo.py
     "nothing": ("ppo", [], {}),
@@ -43,10 +42,7 @@ WITHOUT = {  # what is taken out → its run folder, its options, and what is ch
         {"value, cap = copy.deepcopy(reward), -1.0": FRESH},
     ),
     "value net first (--value_warmup 0)": ("no-value-warmup", ["--value_warmup", 0], {}),
-    "rate of the value net (--value_lr 4e-4)": ("one-lr", ["--value_lr", 4e-4], {}),
-    "rising rate (--lr_warmup 0)": ("no-lr-warmup", ["--lr_warmup", 0], {}),
-    "single epoch (--epochs 4)": ("four-epochs", ["--epochs", 4], {}),
-    "fresh answers (iterations of twice as many, two epochs)": ("large-batch", LARGE, {}),
+    "single epoch (--epochs 2)": ("two-epochs", ["--epochs", 2], {}),
     "cap without EOS (--unended_cap inf)": ("no-cap", ["--unended_cap", "inf"], {}),
     "Adam's ε of 1e-5 (1e-8)": ("small-eps", [], {"eps=1e-5": "eps=1e-8"}),
 }
@@ -74,7 +70,7 @@ def run(what: str, seed: int) -> tuple[Path, str]:
         script.parent.mkdir(parents=True, exist_ok=True)
         script.write_text(changed((ROOT / "ppo.py").read_text(), changes))
     out = [] if name == "ppo" else ["--out", f"out/{name}"]
-    return folder / "out" / name, stage(folder, name, script, "--seed", seed, *options, *out, may_fail=True)
+    return folder / "out" / name, stage(folder, name, script, "--seed", seed, *options, *out, may_diverge=True)
 
 
 def numbers(printed: str, lines: list[dict]) -> list[str] | None:

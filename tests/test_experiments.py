@@ -2,12 +2,14 @@
 
 import ast
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import evaluate
 import ppo
+import runs
 from experiments import adaptive, harness, overoptimise, race, recipe
 from tests.conftest import ROOT
 
@@ -92,5 +94,16 @@ def test_a_stage_runs_once_and_its_log_belongs_to_one_command(tmp_path, monkeypa
     with pytest.raises(SystemExit, match="AssertionError: bad"):
         harness.stage(tmp_path / "runs", "second", "count.py", "failing")
     assert not (tmp_path / "runs" / "second.log").exists()
-    text = harness.stage(tmp_path / "runs", "second", "count.py", "failing", may_fail=True)
-    assert "failed: AssertionError: bad" in text and not harness.closing_table(text)
+    with pytest.raises(SystemExit, match="AssertionError: bad"):  # as a run that was stopped, or met another
+        harness.stage(tmp_path / "runs", "second", "count.py", "failing", may_diverge=True)
+
+
+def test_a_run_that_diverged_is_a_result_where_that_is_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(harness, "ROOT", tmp_path)
+    said = str(runs.Run.diverged(SimpleNamespace(folder=tmp_path), 3, "objective/kl", math.nan))
+    (tmp_path / "diverge.py").write_text(f"raise SystemExit({said!r})\n")
+    for _ in range(2):
+        text = harness.stage(tmp_path / "runs", "third", "diverge.py", may_diverge=True)
+        assert f"failed: {said}" in text and not harness.closing_table(text)
+    with pytest.raises(SystemExit, match="objective/kl is nan"):
+        harness.stage(tmp_path / "runs", "fourth", "diverge.py")
