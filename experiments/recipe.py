@@ -92,7 +92,7 @@ def changed(source: str, changes: dict[str, str]) -> str:
 
 def draw(folders: dict[str, list[Path]], target: Path) -> None:
     """For each variant the judge over the iterations, and below it the KL; a line a seed."""
-    n, columns = len(folders), 7
+    n, columns = len(folders), 6
     bands = -(-n // columns)
     figure, axes = pyplot().subplots(2 * bands, columns, figsize=(12, 3 * bands), layout="constrained", sharex=True)
     for i, (what, runs) in enumerate(folders.items()):
@@ -108,6 +108,10 @@ def draw(folders: dict[str, list[Path]], target: Path) -> None:
         for axis in (judge, kl):
             axis.grid(alpha=0.25)
             axis.tick_params(labelsize=6)
+    for empty in range(n, bands * columns):
+        band, column = divmod(empty, columns)
+        axes[2 * band][column].axis("off")
+        axes[2 * band + 1][column].axis("off")
     for band in range(bands):
         axes[2 * band][0].set_ylabel("judge", fontsize=7)
         axes[2 * band + 1][0].set_ylabel("KL (nats)", fontsize=7)
