@@ -314,7 +314,7 @@ def draw(probs: Tensor, uniform: Tensor) -> Tensor:
 
 
 def packed_product(layer: Linear, keep: bool) -> Callable[[Tensor], Tensor]:
-    """`layer.forward`, with weight and bias packed."""
+    """`layer.forward`, x (…, I) → (…, O), with weight and bias packed once for a whole generation."""
     weight, *bias = [pack(x, keep) for x in layer.parameters()]
     product = linear if for_onednn(weight) else F.linear
     return functools.partial(product, weight=weight, bias=bias[0] if bias else None)
