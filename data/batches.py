@@ -15,7 +15,6 @@ from torch import Tensor
 from data.chance import shuffler
 from data.chat import Messages, check, reply
 from data.files import TEXT, InputError, documents, first_row, has_rows, is_verdict, iterate_jsonl, replacing
-from data.hh import comparison as split_dialogue
 from data.tokenizer import encode_prompt, encode_text
 from fast import to_device
 
@@ -183,6 +182,8 @@ def _told_apart(path: str | Path, number: int, row: dict, encoding: tiktoken.Enc
         texts = {name: reply(encoding, text) for name, text in (("chosen", good_text), ("rejected", bad_text))}
         return kind, row | {"prompt": given + before} | texts
     if "prompt" not in row and all(isinstance(row.get(name), str) for name in ("chosen", "rejected")):
+        from data.hh import comparison as split_dialogue  # here, since `python -m data.hh` imports this package first
+
         pair = split_dialogue(row, chatml=False)
         return "dialogues as in HH", pair if isinstance(pair, str) else row | pair
     if not isinstance(row.get("prompt"), TEXT):

@@ -3,13 +3,14 @@
 import gzip
 import hashlib
 import json
+import subprocess
 import sys
 
 import pytest
 
 import data
 from data import hh
-from tests.conftest import write
+from tests.conftest import ROOT, write
 
 ASK = "\n\nHuman: what is red {}?\n\nAssistant:"
 LONG = "\n\nHuman: hi {}\n\nAssistant: Hello!  What can I do?\n\nHuman: name a fruit\n\nwith a long name\n\nAssistant:"
@@ -122,3 +123,10 @@ def test_an_unknown_set_is_named(monkeypatch, folder, capsys):
     with pytest.raises(SystemExit):
         call(monkeypatch, "--sets", "helpful-base,funny")
     assert "there is no funny" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("module", ["hh", "imdb", "tldr", "weights", "label", "page"])
+def test_a_command_on_data_starts_without_a_warning(module):
+    command = [sys.executable, "-m", f"data.{module}", "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("usage: ") and done.stderr == ""
