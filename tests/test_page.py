@@ -407,11 +407,11 @@ def test_a_second_click_in_haste_does_not_answer_the_next_question(serve, page):
 def test_after_a_failed_request_the_choice_is_there_to_be_sent_again(serve, page, n, keys):
     answers = [(f"{WORDS_800} {i}", True) for i in range(n)]
     sitting = serve(lambda prompt: label.Question(prompt, answers, ["m"] * n))
+    page.route("**/answer", lambda route: route.abort())  # before the page opens: a route takes effect some ms later
     begin(page, sitting.address)
     shown = texts(page)
     page.locator("#comment").fill("why")
     page.keyboard.press("Escape")
-    page.route("**/answer", lambda route: route.abort())
     for key in keys:
         page.keyboard.press(key)
     page.wait_for_selector("#trouble:visible")
@@ -427,9 +427,9 @@ def test_after_a_failed_request_the_choice_is_there_to_be_sent_again(serve, page
 
 def test_a_list_of_earlier_answers_that_failed_is_asked_for_again(serve, page):
     sitting = serve()
+    page.route("**/earlier", lambda route: route.abort())
     begin(page, sitting.address)
     press(page, "1", "1 done")
-    page.route("**/earlier", lambda route: route.abort())
     page.keyboard.press("u")
     page.wait_for_selector("#trouble:visible")
     page.unroute("**/earlier")
