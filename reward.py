@@ -36,7 +36,7 @@ class Config:
     data: str = ""  # JSONL comparisons, or JSONL prompts to sample and judge; empty: the tales' prompts
     init: str = "out/sft"  # run folder of the policy: it is sampled from, and its trunk becomes the reward model
     out: str = "out/reward"  # run folder to write
-    evaluate: str = ""  # run folder of a reward model to measure on all of --data, in place of training one
+    evaluate: str = ""  # run folder of a reward model to measure on --data, in place of training one
     block_size: int = 0  # longest prompt and response together, in tokens; 0: the model's context
     drop_long: bool = False  # leave out comparisons longer than that
     # sampling and comparing
@@ -171,7 +171,7 @@ def inspect(cfg: Config) -> None:
         raise InputError("--evaluate: name the comparisons to measure on with --data")
     model, encoding = common.load_scalar(cfg.evaluate, device, "--evaluate")
     model = common.shard(model, cfg)
-    groups = data.comparisons(cfg.data, encoding, model.config.eos, common.say)
+    groups = data.comparisons(cfg.data, encoding, model.config.eos, common.say)[: cfg.n_prompts or None]
     lengths = [max(len(row.tokens) for row in group.rows) for group in groups]
     groups = data.fit(groups, lengths, common.context(cfg, model), cfg.drop_long, f"comparisons of {cfg.data}")
     scores = read_scores(model, groups, cfg, device, autocast)

@@ -8,7 +8,7 @@
 The comparisons are cut in two halves by the opening question. PPO follows a reward model that is trained on 800 of one
 half. A second model, which measures, is trained on 800 of the other half. It has another seed, and starts from a model
 that was fine-tuned on its half's chosen answers; but both come from the same language model, so they may err alike.
-Each is evaluated on the half that it has not met: this accuracy says what its number is worth.
+Each is evaluated on 600 comparisons of the half that it has not met: this accuracy says what its number is worth.
 
 It prints a table and the answers to the first eight held-out prompts. What has run is kept in out/experiments/helpful;
 a stopped run goes on.
@@ -87,7 +87,7 @@ def run(model: Path, seed: int) -> tuple[Path, dict[str, str]]:
         "ppo": stage(folder, "ppo", "ppo.py", "--init", model, *mine, *prompts, *PPO),
     }
     for name, half in (("measure", 0), ("reward", 1)):
-        unseen = ["--evaluate", f"out/{name}", "--data", f"../compare-{half}.jsonl", *SHORT]
+        unseen = ["--evaluate", f"out/{name}", "--data", f"../compare-{half}.jsonl", "--n_prompts", 600, *SHORT]
         printed[f"{name} on unseen"] = stage(folder, f"{name}-unseen", "reward.py", *unseen)
     return folder / "out" / "ppo", printed
 
