@@ -147,4 +147,6 @@ def test_a_reward_model_is_measured_on_a_file_with_subsets(folders):
     assert f"held-out accuracy {sum(map(sum, right.values())) / len(rows):.3f}" in done.stdout
     assert f"wins {100 * longer_wins / longer:.1f}% of the pairs by the labels" in done.stdout
     assert f"{100 * longer_scores / longer:.1f}% by the scores" in done.stdout
+    few = run("reward.py", "--evaluate", folders["reward"], "--data", tmp / "bench.jsonl", "--n_prompts", 3)
+    assert f"{tmp / 'bench.jsonl'}: 3 prompts" in few.stdout, few.stderr
     assert sorted(path.name for path in folders["reward"].iterdir()) == ["model.pt"]
