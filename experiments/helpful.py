@@ -1,13 +1,14 @@
 """A chat model and human comparisons: PPO on Anthropic's HH, measured by a reward model that it never meets.
 
-    python -m data.hh --messages                                                          the dialogues
+    python -m data.hh --messages --source helpful-*/test.jsonl.gz                         three sets' test files
     hf download HuggingFaceTB/SmolLM2-135M-Instruct --local-dir out/smollm2-hf            the public model
     python -m data.weights out/smollm2-hf out/smollm2
     OMP_NUM_THREADS=1 python -m experiments.helpful --model out/smollm2                   seed 1, two hours
 
-The comparisons are cut in two halves by the opening question. PPO follows a reward model that is trained on 800 of one
-half. A second model, which measures, is trained on 800 of the other half. It has another seed, and starts from a model
-that was fine-tuned on its half's chosen answers; but both come from the same language model, so they may err alike.
+The comparisons are cut in two halves by the opening question, and those of at most 160 tokens are used. PPO follows a
+reward model that is trained on one half. A second model, which measures, is trained on the other half. It has another
+seed, and starts from a model that was fine-tuned on its half's chosen answers; but both come from the same language
+model, so they may err alike.
 Each is evaluated on 600 comparisons of the half that it has not met: this accuracy says what its number is worth.
 
 It prints a table and the answers to the first eight held-out prompts. What has run is kept in out/experiments/helpful;
@@ -32,7 +33,7 @@ HERE = FOLDER / "helpful"
 JUDGE = "experiments/helpful.py:judge"
 SHORT = "--block_size 160 --drop_long".split()
 SFT = [*SHORT, *"--batch_size 8 --lr 2e-5 --warmup 10 --weight_decay 0 --evals 1 --epochs 0.5".split()]
-REWARD = [*SHORT, *"--n_prompts 800 --batch_size 8 --lr 1e-4 --response_len 32".split()]
+REWARD = [*SHORT, *"--batch_size 8 --lr 1e-4 --response_len 32".split()]
 PPO = "--block_size 96 --drop_long --response_len 32 --unended_cap inf --kl_coef 0.05 --eval_prompts 200".split()
 PPO += "--iterations 60 --batch_size 24 --minibatch_size 12 --epochs 1 --lr 3e-5 --value_lr 1e-4".split()
 PPO += "--value_warmup 4 --lr_warmup 8 --save_every 10".split()
