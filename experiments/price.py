@@ -37,7 +37,6 @@ def draw(ppo: dict[int, list[Point]], best: dict[int, list[Point]], target: Path
                 x, y = [point[0] for point in points], [point[which] for point in points]
                 axis.plot(x, y, line, color=f"C{i}", markersize=4, linewidth=1, label=f"{who}, seed {seed}")
         axis.set(xlabel="KL to the start (nats; of best of n: at most)", title=title)
-        axis.set_xscale("symlog", linthresh=1)
         axis.grid(alpha=0.25)
     axes[0].legend(frameon=False, fontsize=7)
     save(figure, target)
