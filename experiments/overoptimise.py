@@ -50,14 +50,18 @@ def smooth(lines: list[dict]) -> Curve:
     return points
 
 
-def fit(curve: Curve, logarithm: bool) -> tuple[float, float]:
-    """α and β of R = d (α − β d), or of R = d (α − β log d), by least squares; the curve's first point is the start."""
+def fit(curve: Curve, logarithm: bool) -> tuple[float, float, float]:
+    """α and β of R = d (α − β d), or of R = d (α − β log d), by least squares, and the fit's root mean square error.
+
+    The curve's first point is the start.
+    """
     before = curve[0][1]
     d = torch.tensor([point[0] for point in curve[1:]], dtype=torch.float64)
     risen = torch.tensor([point[1] - before for point in curve[1:]], dtype=torch.float64)
-    columns = torch.stack([d, -d * (d.log() if logarithm else d)], 1)
-    alpha, beta = torch.linalg.lstsq(columns, risen[:, None]).solution[:, 0].tolist()
-    return alpha, beta
+    columns = torch.stack([d, -torch.xlogy(d, d) if logarithm else -d * d], 1)
+    solution = torch.linalg.lstsq(columns, risen[:, None]).solution[:, 0]
+    left = (columns @ solution - risen).square().mean().sqrt()
+    return *solution.tolist(), left.item()
 
 
 def spread(numbers: list[float], digits: int = 3) -> str:
@@ -94,13 +98,14 @@ def main() -> None:
         cells = []
         for which, logarithm in ((1, False), (2, True)):
             fits = [fit(one[which], logarithm) for one in each]
-            cells += [spread([alpha for alpha, _ in fits]), spread([beta for _, beta in fits])]
+            cells += [spread(list(numbers)) for numbers in zip(*fits)]
         rows.append([f"{n_prompts:,} × 8", ", ".join(one[0] for one in each), *cells])
         peaks = [max(one[2], key=lambda point: point[1]) for one in each]
         highest = ", ".join(f"{judge:.3f} at {d**2:.1f}" for d, judge, _ in peaks)
         last = [", ".join(one[3][name][1].split()[0] for one in each) for name in (JUDGE, "score", KL)]
         ends.append([f"{n_prompts:,} × 8", highest, *last])
-    header = ["prompts × answers", "held-out accuracy", "α, best of n", "β, best of n", "α, PPO", "β, PPO"]
+    header = ["prompts × answers", "held-out accuracy"]
+    header += [f"{name}, {who}" for who in ("best of n", "PPO") for name in ("α", "β", "rms error")]
     print(markdown(header, rows), end="\n\n")
     header = [
         "prompts × answers",
