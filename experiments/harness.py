@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -138,10 +139,10 @@ def interval(mean: float, error: float) -> str:
     return f"{mean:.3f} [{mean - 1.96 * error:.3f}, {mean + 1.96 * error:.3f}]"
 
 
-def first_answers(folder: Path, title: str, n: int = 8) -> str:
-    """The answers to the first held-out prompts, before and after, as a table."""
+def first_answers(folder: Path, title: str, shown: Callable[[str], str] = str, n: int = 8) -> str:
+    """The answers to the first held-out prompts, before and after, as a table. `shown` is what it shows of a prompt."""
     answers = json.loads((folder / "report.json").read_text())["answers"][:n]
-    texts = [(answer["prompt"], answer["before"]["text"], answer["after"]["text"]) for answer in answers]
+    texts = [(shown(answer["prompt"]), answer["before"]["text"], answer["after"]["text"]) for answer in answers]
     rows = [[" ".join(text.split()).replace("|", "\\|") for text in each] for each in texts]
     return markdown([title, "before", "after"], rows)
 

@@ -93,6 +93,11 @@ def run(model: Path, seed: int) -> tuple[Path, dict[str, str]]:
     return folder / "out" / "ppo", printed
 
 
+def last_question(prompt: str) -> str:
+    """What the user said last, in the ChatML of SmolLM2."""
+    return prompt.rpartition("<|im_start|>user")[2].partition("<|im_end|>")[0]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", type=Path, required=True, help="run folder of the converted model")
@@ -111,7 +116,7 @@ def main() -> None:
     header = ["seed", "accuracy of the reward model", "of the measure", "measure before", "measure after"]
     print(markdown([*header, "score before", "score after", "KL", "seconds"], rows), end="\n\n")
     for seed, folder in folders.items():
-        print(first_answers(folder, f"prompt (seed {seed})"), end="\n\n")
+        print(first_answers(folder, f"question (seed {seed})", last_question), end="\n\n")
 
 
 if __name__ == "__main__":
