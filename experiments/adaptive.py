@@ -47,7 +47,7 @@ def draw(runs: dict[tuple[float, int], list[dict]], target: Path) -> None:
         axis.grid(alpha=0.25)
     axes[0].axhline(TARGET, color="black", linewidth=0.8, linestyle=":")
     axes[1].set_yscale("log")
-    axes[0].legend(frameon=False)
+    axes[2].legend(frameon=False, loc="lower right")
     save(figure, target)
 
 
