@@ -54,5 +54,5 @@ def test_a_poor_reward_model_still_helps_under_the_kl_term_and_is_fooled_without
     without = table(stage(folder, "ppo.py", *options, "--out", "out/fooled"))
     assert with_kl[JUDGE][1] > with_kl[JUDGE][0] + 0.05
     assert without["score"][1] > with_kl["score"][1]
-    assert without[JUDGE][1] < without[JUDGE][0] - 0.05  # by 0.58, 0.17 and 0.31 on seeds 1 to 3
+    assert without[JUDGE][1] < without[JUDGE][0] - 0.05  # by 0.45, 0.58, 0.17 and 0.31 on seeds 0 to 3
     assert without["KL to the start (nats)"][1] > 3 * with_kl["KL to the start (nats)"][1]
