@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from data.chance import shuffler
-from data.chat import Messages, check, reply
+from data.chat import Messages, check, reply, split_dialogue
 from data.files import TEXT, InputError, documents, first_row, has_rows, is_verdict, iterate_jsonl, replacing
 from data.tokenizer import encode_prompt, encode_text
 from fast import to_device
@@ -182,8 +182,6 @@ def _told_apart(path: str | Path, number: int, row: dict, encoding: tiktoken.Enc
         texts = {name: reply(encoding, text) for name, text in (("chosen", good_text), ("rejected", bad_text))}
         return kind, row | {"prompt": given + before} | texts
     if "prompt" not in row and all(isinstance(row.get(name), str) for name in ("chosen", "rejected")):
-        from data.hh import comparison as split_dialogue  # here, since `python -m data.hh` imports this package first
-
         pair = split_dialogue(row, chatml=False)
         return "dialogues as in HH", pair if isinstance(pair, str) else row | pair
     if not isinstance(row.get("prompt"), TEXT):

@@ -1,7 +1,8 @@
 """Conversations: a list of messages, {"role": "user", "content": "…"}, becomes token ids through a chat template.
 
 The template comes with a model (Jinja, as on Hugging Face) and is kept with its tokenizer. Without one a conversation
-is written as in Anthropic's HH. What a user's text spells stays text: it cannot forge a turn.
+is written as in Anthropic's HH, whose dialogues are taken apart here too. What a user's text spells stays text: it
+cannot forge a turn.
 """
 
 import json
@@ -12,6 +13,7 @@ import tiktoken
 
 from data.files import InputError
 
+TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")  # of the plain form
 ROLES = {"user": "\n\nHuman: ", "assistant": "\n\nAssistant: ", "system": ""}  # of the plain form
 FIRST, LAST = "\ue000", "\ue001"  # around the number of a name that a user has spelled: characters for private use
 Messages = list[dict[str, str]]
@@ -98,3 +100,42 @@ def reply(encoding: tiktoken.Encoding, content: str) -> str:
 def prompt_text(encoding: tiktoken.Encoding, prompt: str | Messages) -> str:
     """Return a prompt as the text that people and judges see."""
     return prompt if isinstance(prompt, str) else render(encoding, prompt)
+
+
+def turns(text: str) -> list[tuple[str, str]]:
+    """Return (Human or Assistant, text) for every turn, without the spaces around the text.
+
+    What stands before the first turn is a turn of the System.
+    """
+    parts = TURN.split(text.replace("\r\n", "\n"))
+    found = [(who, said.strip()) for who, said in zip(parts[1::2], parts[2::2])]
+    return [("System", parts[0].strip()), *found] if parts[0].strip() else found
+
+
+def split_dialogue(row: dict, chatml: bool, messages: bool = False) -> dict | str:
+    """Return a row of HH with "prompt", "chosen", "rejected" and "opening", or the reason to omit it."""
+    chosen, rejected = turns(row["chosen"]), turns(row["rejected"])
+    if chosen[:-1] != rejected[:-1]:
+        return "the two dialogues part before the last answer"
+    if not chosen or not rejected or (chosen[-1][0], rejected[-1][0]) != ("Assistant", "Assistant"):
+        return "a dialogue that does not end with the assistant"
+    opening = next((text for who, text in chosen if who == "Human"), None)
+    if opening is None:
+        return "a dialogue in which no person speaks"
+    history, good, bad = chosen[:-1], chosen[-1][1], rejected[-1][1]
+    if not good or not bad:
+        return "an empty answer"
+    if good == bad:
+        return "two answers that are the same"
+    roles = {"System": "system", "Human": "user", "Assistant": "assistant"}
+    if messages:
+        prompt = [{"role": roles[who], "content": text} for who, text in history]
+        answers = ([{"role": "assistant", "content": text}] for text in (good, bad))
+        return {"prompt": prompt, "chosen": next(answers), "rejected": next(answers), "opening": opening}
+    if chatml:
+        said = [f"<|im_start|>{roles[who]}\n{text}<|im_end|>\n" for who, text in history]
+        prompt, space = "".join(said) + "<|im_start|>assistant\n", ""
+    else:
+        said = [text if who == "System" else f"\n\n{who}: {text}" for who, text in history]
+        prompt, space = "".join(said) + "\n\nAssistant:", " "
+    return {"prompt": prompt, "chosen": space + good, "rejected": space + bad, "opening": opening}

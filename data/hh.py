@@ -14,56 +14,16 @@ evaluation prompts; with --source, every tenth opening question does. The texts 
 import argparse
 import itertools
 import json
-import re
 import sys
 import zlib
 from collections import Counter
 from pathlib import Path
 
+from data.chat import split_dialogue
 from data.files import InputError, download_from_hub, iterate_jsonl, write_jsonl
 
 FOLDER = Path(__file__).resolve().parent.parent / "out/data/hh"
 SETS = ("helpful-base", "helpful-online", "helpful-rejection-sampled", "harmless-base")
-TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
-
-
-def turns(text: str) -> list[tuple[str, str]]:
-    """Return (Human or Assistant, text) for every turn, without the spaces around the text.
-
-    What stands before the first turn is a turn of the System.
-    """
-    parts = TURN.split(text.replace("\r\n", "\n"))
-    found = [(who, said.strip()) for who, said in zip(parts[1::2], parts[2::2])]
-    return [("System", parts[0].strip()), *found] if parts[0].strip() else found
-
-
-def comparison(row: dict, chatml: bool, messages: bool = False) -> dict | str:
-    """Return a row with "prompt", "chosen", "rejected" and "opening", or the reason to omit it."""
-    chosen, rejected = turns(row["chosen"]), turns(row["rejected"])
-    if chosen[:-1] != rejected[:-1]:
-        return "the two dialogues part before the last answer"
-    if not chosen or not rejected or (chosen[-1][0], rejected[-1][0]) != ("Assistant", "Assistant"):
-        return "a dialogue that does not end with the assistant"
-    opening = next((text for who, text in chosen if who == "Human"), None)
-    if opening is None:
-        return "a dialogue in which no person speaks"
-    history, good, bad = chosen[:-1], chosen[-1][1], rejected[-1][1]
-    if not good or not bad:
-        return "an empty answer"
-    if good == bad:
-        return "two answers that are the same"
-    roles = {"System": "system", "Human": "user", "Assistant": "assistant"}
-    if messages:
-        prompt = [{"role": roles[who], "content": text} for who, text in history]
-        answers = ([{"role": "assistant", "content": text}] for text in (good, bad))
-        return {"prompt": prompt, "chosen": next(answers), "rejected": next(answers), "opening": opening}
-    if chatml:
-        said = [f"<|im_start|>{roles[who]}\n{text}<|im_end|>\n" for who, text in history]
-        prompt, space = "".join(said) + "<|im_start|>assistant\n", ""
-    else:
-        said = [text if who == "System" else f"\n\n{who}: {text}" for who, text in history]
-        prompt, space = "".join(said) + "\n\nAssistant:", " "
-    return {"prompt": prompt, "chosen": space + good, "rejected": space + bad, "opening": opening}
 
 
 def prepare(sources: list[tuple[Path, str]], chatml: bool, messages: bool = False) -> None:
@@ -72,7 +32,7 @@ def prepare(sources: list[tuple[Path, str]], chatml: bool, messages: bool = Fals
     kept: dict[str, list[dict]] = {"train": [], "eval": []}
     for source, split in sources:
         for row in iterate_jsonl(source, {"chosen": str, "rejected": str}):
-            pair = comparison(row, chatml, messages)
+            pair = split_dialogue(row, chatml, messages)
             if isinstance(pair, str):
                 reasons[pair] += 1
             else:

@@ -139,9 +139,9 @@ def interval(mean: float, error: float) -> str:
     return f"{mean:.3f} [{mean - 1.96 * error:.3f}, {mean + 1.96 * error:.3f}]"
 
 
-def first_answers(folder: Path, title: str, shown: Callable[[str], str] = str, n: int = 8) -> str:
-    """The answers to the first held-out prompts, before and after, as a table. `shown` is what it shows of a prompt."""
-    answers = json.loads((folder / "report.json").read_text())["answers"][:n]
+def first_answers(folder: Path, title: str, shown: Callable[[str], str] = str) -> str:
+    """The first eight held-out prompts, as `shown` shows them, with the answers before and after, as a table."""
+    answers = json.loads((folder / "report.json").read_text())["answers"][:8]
     texts = [(shown(answer["prompt"]), answer["before"]["text"], answer["after"]["text"]) for answer in answers]
     rows = [[" ".join(text.split()).replace("|", "\\|") for text in each] for each in texts]
     return markdown([title, "before", "after"], rows)

@@ -8,8 +8,8 @@
 The comparisons are cut in two halves by the opening question, and those of at most 160 tokens are used. PPO follows a
 reward model that is trained on one half. A second model, which measures, is trained on the other half. It has another
 seed, and starts from a model that was fine-tuned on its half's chosen answers; but both come from the same language
-model, so they may err alike.
-Each is evaluated on 600 comparisons of the half that it has not met: this accuracy says what its number is worth.
+model, so they may err alike. Each is evaluated on those of the first 600 comparisons of the other half that are short
+enough: this accuracy says what its number is worth.
 
 It prints a table and the answers to the first eight held-out prompts. What has run is kept in out/experiments/helpful;
 a stopped run goes on.

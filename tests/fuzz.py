@@ -25,7 +25,7 @@ import data
 import ppo
 import reward
 import sft
-from data import InputError, hh, imdb, label, tldr, weights
+from data import InputError, chat, imdb, label, tldr, weights
 from tests.conftest import make_gpt
 
 ODD = [None, True, 0, -1, 7, 10**30, 10**400, 0.5, -0.0, 1e300, float("nan"), float("inf"), "", " ", "x", "\ud800"]
@@ -87,7 +87,7 @@ def read_file(path: Path, kind: str, encoding: tiktoken.Encoding) -> None:
             lambda: list(imdb.reviews(path)),
         ],
         "completions": [lambda: data.completions(path, encoding, 299), lambda: data.prompts(path, encoding)],
-        "hh": [lambda: [hh.comparison(row, True) for row in data.iterate_jsonl(path, sources)]],
+        "hh": [lambda: [chat.split_dialogue(row, True) for row in data.iterate_jsonl(path, sources)]],
         "tldr": [lambda: list(tldr.comparisons(path, lambda post: "a", Counter()))],
     }
     compared = [lambda: data.comparisons(path, encoding, 299), lambda: label.report(label.read_answers(path))]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import common
-from experiments.harness import JUDGE
+from experiments.harness import GRAMMAR, JUDGE, KL, closing_table, number
 from tests.conftest import run
 
 pytestmark = pytest.mark.slow
@@ -14,8 +14,7 @@ pytestmark = pytest.mark.slow
 
 def table(output: str) -> dict[str, list[float]]:
     """The closing table of ppo.py: its numbers before and after, by row."""
-    rows = re.findall(r"^(\S.*?)\s+(-?\d+\.\d+) ± \S+\s+(-?\d+\.\d+) ± \S+\s+-?\d+\.\d+ ±", output, re.MULTILINE)
-    return {name: [float(before), float(after)] for name, before, after in rows}
+    return {name: [number(before), number(after)] for name, (before, after) in closing_table(output).items()}
 
 
 @pytest.fixture(scope="module")
@@ -32,18 +31,20 @@ def stage(folder: Path, script: str, *options: object) -> str:
     return done.stdout
 
 
-def test_the_judge_rises_calmly_at_a_small_kl(folder):
+def test_the_judge_rises_calmly_at_a_small_kl_and_without_the_kl_term_the_score_rises_further(folder):
     printed = stage(folder, "reward.py")
     accuracy, ceiling = map(float, re.search(r"accuracy (\S+) ± .* allows (\S+)\)", printed).groups())
     assert accuracy > ceiling - 0.05
     rows = table(stage(folder, "ppo.py"))
     before, after = rows[JUDGE]
-    assert after >= 0.9  # the worst of eleven runs on two machines is 0.925, its highest KL of an iteration 6.3
+    assert after >= 0.95
     for line in common.read_metrics(folder / "out" / "ppo"):  # and the road there is calm
-        assert line["objective/kl"] <= 8 and 0.97 <= line["val/ratio"] <= 1.03
+        assert line["objective/kl"] <= 6 and 0.97 <= line["val/ratio"] <= 1.03
         assert line["objective/judge"] >= before - 0.12  # three standard errors of 64 answers
-    assert rows["ended by EOS"][1] >= 0.97 and rows["data/tales.py:grammar"][1] >= 0.9
-    assert 0.5 < rows["KL to the start (nats)"][1] <= 6
+    assert rows["ended by EOS"][1] >= 0.97 and rows[GRAMMAR][1] >= 0.95
+    assert 0.5 < rows[KL][1] <= 6
+    without = table(stage(folder, "ppo.py", "--kl_coef", 0, "--iterations", 160, "--out", "out/free"))
+    assert without["score"][1] > rows["score"][1] and without[KL][1] > 2 * rows[KL][1]
 
 
 def test_a_poor_reward_model_still_helps_under_the_kl_term_and_is_fooled_without_it(folder):
@@ -55,4 +56,4 @@ def test_a_poor_reward_model_still_helps_under_the_kl_term_and_is_fooled_without
     assert with_kl[JUDGE][1] > with_kl[JUDGE][0] + 0.05
     assert without["score"][1] > with_kl["score"][1]
     assert without[JUDGE][1] < without[JUDGE][0] - 0.05  # by 0.45, 0.58, 0.17 and 0.31 on seeds 0 to 3
-    assert without["KL to the start (nats)"][1] > 3 * with_kl["KL to the start (nats)"][1]
+    assert without[KL][1] > 3 * with_kl[KL][1]
