@@ -413,6 +413,6 @@ def sample(logits: Tensor, uniform: Tensor, temperature: float = 1.0, top_k: int
 
 if __name__ == "__main__":
     import common  # here, since common imports this file
-    import talk
+    from tools import sample as talk
 
     common.run_main(talk.main)

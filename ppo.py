@@ -38,8 +38,19 @@ from torch import Tensor
 import common
 import data
 import fast
+from common.measure import (
+    Judge,
+    Texts,
+    best_of,
+    best_of_sizes,
+    by_token,
+    evaluate,
+    paired,
+    report,
+    rollout_metrics,
+    summary,
+)
 from data import InputError, tales
-from evaluate import Judge, Texts, best_of, best_of_sizes, by_token, evaluate, paired, report, rollout_metrics, summary
 from model import GPT, ScalarModel, response_window
 
 Batch = dict[str, Tensor]
@@ -128,6 +139,24 @@ def texts(batch: Batch, encoding: tiktoken.Encoding, eos: int) -> Texts:
     return pairs
 
 
+def by_length(batch: Batch, size: int) -> list[Tensor]:
+    """Split the row indices of a PPO batch into parts of at most `size`. Rows of similar length share a part."""
+    return list(batch["length"].argsort(stable=True).split(size))
+
+
+def select(batch: Batch, index: Tensor) -> Batch:
+    """Select the rows `index` of a PPO batch and cut them to the longest: (B, T) to (b, t), (B, R) to (b, r)."""
+    device = batch["tokens"].device
+    rows = fast.to_device(index, device)
+    part = {name: x[rows if x.device == device else index] for name, x in batch.items()}
+    t = int(part["length"].max())
+    r = int((part["length"] - part["prompt_len"]).max())
+    for name, x in part.items():
+        if x.dim() == 2:
+            part[name] = x[:, :t] if name == "tokens" else x[:, :r]
+    return part
+
+
 # --- 2 read -----------------------------------------------------------------------------------------------------------
 
 
@@ -149,11 +178,11 @@ def read(
     if reads_text:  # a function of the user is asked once, and computes in its own precision
         with torch.autocast(device.type, enabled=False):
             out["score"] = score(batch)
-    parts = data.by_length(batch, cfg.micro_batch_size or cfg.minibatch_size // common.WORLD)
+    parts = by_length(batch, cfg.micro_batch_size or cfg.minibatch_size // common.WORLD)
     if cfg.shard:
         parts = common.together(parts, parts)
     for index in parts:
-        part = data.select(batch, index)
+        part = select(batch, index)
         sequences = part["tokens"], part["prompt_len"], part["length"]
         logp, entropy = policy.logprobs_and_entropy(*sequences, cfg.temperature)  # (b, r)
         ref_logp = ref.logprobs(*sequences, cfg.temperature)
@@ -262,10 +291,10 @@ def update(
     for _ in range(cfg.epochs):
         order = torch.randperm(len(batch["tokens"]), generator=generator)
         for rows in order.split(cfg.minibatch_size // common.WORLD):
-            minibatch = data.select(batch, rows)
+            minibatch = select(batch, rows)
             n_tokens = common.total(minibatch["mask"].sum())  # of all micro-batches and processes
-            for index in data.by_length(minibatch, cfg.micro_batch_size or len(rows)):
-                part = data.select(minibatch, index)
+            for index in by_length(minibatch, cfg.micro_batch_size or len(rows)):
+                part = select(minibatch, index)
                 mask = part["mask"]
                 sequences = part["tokens"], part["prompt_len"], part["length"]
                 if policy_optimizer:

@@ -25,8 +25,9 @@ from torch import Tensor
 import common
 import data
 import fast
-from data import InputError, label, tales
-from evaluate import agreement, agreement_report, by_source_and_length, margins
+from common import compare as label
+from common.measure import agreement, agreement_report, by_source_and_length, margins
+from data import InputError, tales
 from model import GPT, ScalarModel
 
 

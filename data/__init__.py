@@ -11,10 +11,23 @@ or false) and "ranked_ended" (a list) mark a sample that the length limit cut. "
 completion must contain the space between the two. Special tokens are encoded as special tokens in prompts only.
 """
 
-from data.batches import (
+from data.chat import prompt_text
+from data.files import (
+    InputError,
+    cannot_write,
+    documents,
+    first_row,
+    has_rows,
+    is_verdict,
+    iterate_jsonl,
+    read_jsonl,
+    replacing,
+    suffix,
+    write_jsonl,
+)
+from data.rows import (
     Group,
     Row,
-    by_length,
     comparisons,
     completions,
     encode_row,
@@ -27,26 +40,9 @@ from data.batches import (
     prompts,
     prompts_and_held_out,
     random_windows,
-    select,
     shuffled,
     token_stream,
     windows,
-)
-from data.chat import prompt_text
-from data.files import (
-    InputError,
-    cannot_write,
-    documents,
-    download,
-    download_from_hub,
-    first_row,
-    has_rows,
-    is_verdict,
-    iterate_jsonl,
-    read_jsonl,
-    replacing,
-    suffix,
-    write_jsonl,
 )
 from data.tokenizer import (
     EOS_TEXT,

@@ -1,8 +1,8 @@
 """A chat model and human comparisons: PPO on Anthropic's HH, measured by a reward model that it never meets.
 
-    python -m data.hh --messages --source helpful-*/test.jsonl.gz                         three sets' test files
+    python -m tools.get.hh --messages --source helpful-*/test.jsonl.gz                         three sets' test files
     hf download HuggingFaceTB/SmolLM2-135M-Instruct --local-dir out/smollm2-hf            the public model
-    python -m data.weights out/smollm2-hf out/smollm2
+    python -m tools.hf out/smollm2-hf out/smollm2
     OMP_NUM_THREADS=1 python -m experiments.helpful --model out/smollm2                   seed 1, two hours
 
 The comparisons are cut in two halves by the opening question, and those of at most 160 tokens are used. PPO follows a
@@ -26,8 +26,8 @@ import torch
 
 import common
 import data
-from data import hh
 from experiments.harness import FOLDER, KL, first_answers, interval, markdown, seconds, stage
+from tools.get import hh
 
 HERE = FOLDER / "helpful"
 JUDGE = "experiments/helpful.py:judge"

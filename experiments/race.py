@@ -15,8 +15,8 @@ import argparse
 from pathlib import Path
 
 import common
-from data import weights
 from experiments.harness import JUDGE, KL, closing_table, markdown, pyplot, save, stage, start
+from tools import hf as weights
 
 RATE = 6e-4  # of TRL: the best of 1e-4, 3e-4 and 6e-4 on seed 10
 GOAL = 0.95

@@ -23,7 +23,7 @@ import common
 import data
 import fast
 import ppo
-import processes
+from common import dist as processes
 from model import GPT, ScalarModel
 from reward import pairwise_loss, score_groups
 from tests.shapes import config_of

@@ -38,7 +38,7 @@ def main() -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(number), int(number)))
     sys.modules["matplotlib"] = None  # drawing takes longer than the run
-    runs = importlib.import_module("runs")
+    runs = importlib.import_module("common.runs")
     runs.SAVE_SECONDS = 1e9  # so that the clock does not decide how many changes there are
     sys.addaudithook(count)
     runpy.run_path(sys.argv[0], run_name="__main__")

@@ -12,7 +12,7 @@ import torch
 
 import common
 import fast
-import processes
+from common import dist as processes
 from tests import contenders
 from tests.contenders import OURS, dtype_of
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import common
 import ppo
-import processes
+from common import dist as processes
 from model import GPT, GPTConfig, ScalarModel
 
 

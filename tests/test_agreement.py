@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 import data
 import ppo
-from data import weights
-from data.label import agreement, alpha
 from tests.conftest import FAMILIES, make_gpt, ragged, uneven
+from tools import hf as weights
+from tools.label import agreement, alpha
 
 seeds = st.integers(0, 2**32 - 1)
 BYTES = {bytes([i]): i for i in range(256)}

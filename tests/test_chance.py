@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import torch
 
-from data.chance import generator, seed_of, shuffler
+from data.rng import generator, seed_of, shuffler
 
 
 def test_keys_that_differ_in_anything_give_other_seeds():

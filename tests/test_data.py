@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 import data
-from data import InputError, Row, label, tales
+from data import InputError, Row, tales
 from tests.conftest import write
+from tools import label
 
 ALPHABETS = [
     "plain text",

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import ppo
-from evaluate import clustered_error, expected_at_best, report, summary
+from common.measure import clustered_error, expected_at_best, report, summary
 from tests.conftest import ragged
 
 

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import evaluate
 import ppo
-import runs
+from common import measure as evaluate
+from common import runs
 from experiments import adaptive, harness, overoptimise, race, recipe
 from tests.conftest import ROOT
 

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fast
 import ppo
-import processes
+from common import dist as processes
 from model import ScalarModel, sample
 from tests.conftest import FAMILIES, make_gpt
 

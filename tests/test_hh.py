@@ -1,4 +1,4 @@
-"""data/hh.py, on a small data set in the exact form of the public files."""
+"""tools/get/hh.py, on a small data set in the exact form of the public files."""
 
 import gzip
 import hashlib
@@ -9,8 +9,8 @@ import sys
 import pytest
 
 import data
-from data import hh
 from tests.conftest import ROOT, write
+from tools.get import hh
 
 ASK = "\n\nHuman: what is red {}?\n\nAssistant:"
 LONG = "\n\nHuman: hi {}\n\nAssistant: Hello!  What can I do?\n\nHuman: name a fruit\n\nwith a long name\n\nAssistant:"

@@ -1,4 +1,4 @@
-"""data/imdb.py: the three forms of its source, the download, and its two linear models, on a small made-up data set."""
+"""tools/get/imdb.py: the three forms of its source, the download, its linear models, on a small made-up data set."""
 
 import io
 import json
@@ -8,8 +8,9 @@ import tarfile
 import numpy as np
 import pytest
 
-from data import InputError, imdb
+from data import InputError
 from tests.conftest import run, write
+from tools.get import imdb
 
 GOOD, BAD = "a wonderful film with great and moving acting", "an awful film with boring and terrible acting"
 
@@ -69,7 +70,7 @@ def test_splits_are_disjoint_prompts_are_openings_and_the_two_models_are_indepen
 
 
 def test_a_judge_without_its_file_says_what_to_run(folder):
-    with pytest.raises(InputError, match="run python -m data.imdb first"):
+    with pytest.raises(InputError, match="run python -m tools.get.imdb first"):
         imdb.judge("", "text")
 
 
@@ -78,7 +79,7 @@ def test_a_bad_source_is_one_sentence(tmp_path, content, words):
     source = tmp_path / "a.tar.gz"
     if content:
         source.write_bytes(content)
-    done = run("data/imdb.py", "--source", source)
+    done = run("tools/get/imdb.py", "--source", source)
     assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1
 
 

@@ -1,4 +1,4 @@
-"""data/label: a sitting with one person and with several, the server under attack, the terminal, names."""
+"""tools/label: a sitting with one person and with several, the server under attack, the terminal, names."""
 
 import calendar
 import concurrent.futures
@@ -16,11 +16,12 @@ import pytest
 
 import common
 import data
-from data import InputError, label
-from data.label import command
-from data.label import sitting as rooms
-from data.label.sitting import AHEAD
+from data import InputError
 from tests.conftest import ROOT, run, write
+from tools import label
+from tools.label import command
+from tools.label import sitting as rooms
+from tools.label.sitting import AHEAD
 
 PROMPTS = [f"question {i}" for i in range(30)]
 NASTY = '<script>document.title = "owned"</script><img src=x onerror=alert(1)> & "quotes" \x1b[2J'
@@ -352,7 +353,7 @@ def test_what_is_not_ours_is_refused(served, sit):
         assert status("GET", path) == status("POST", path, body={}) == 404
     for path in (
         "label.py",
-        "../data/label.py",
+        "../tools/label.py",
         "%2e%2e/%2e%2e/etc/passwd",
         "../../../../etc/passwd",
         "answer/../next",
@@ -589,7 +590,7 @@ def test_a_file_of_pairs_does_not_become_one_of_rankings(folders, monkeypatch):
 
 def test_the_command_serves_its_address_and_ends_well_when_stopped(folders):
     """Stopped while the model may still be answering: exit code 0, what was answered kept, no abort."""
-    command = [sys.executable, "-m", "data.label", *map(str, given(folders, "--port", 0))]
+    command = [sys.executable, "-m", "tools.label", *map(str, given(folders, "--port", 0))]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,

@@ -92,7 +92,7 @@ def test_ratio_is_one_and_kl_is_zero_before_the_first_update(nets):
 
 # 2
 @mistake("ppo.py", "net.eval().requires_grad_(True)", "net.train().requires_grad_(True)")
-@mistake("common.py", "model.eval().requires_grad_(False)", "model.train().requires_grad_(False)")
+@mistake("common/cli.py", "model.eval().requires_grad_(False)", "model.train().requires_grad_(False)")
 def test_dropout_is_off_in_the_policy_and_in_the_reference(folders, gpt, encoding):
     gpt.config.dropout = 0.5
     common.save_model(gpt, encoding, folders["sft"] / "model.pt")
@@ -113,9 +113,7 @@ def test_the_window_is_every_response_token_from_the_first_to_eos_and_no_pad(net
 
 
 # 4
-@mistake(
-    "data/batches.py", "return Row(start + ids + [eos] * ended, len(start))", "return Row(start + ids, len(start))"
-)
+@mistake("data/rows.py", "return Row(start + ids + [eos] * ended, len(start))", "return Row(start + ids, len(start))")
 @mistake(
     "model.py",
     "n_new.add_(~done)\n            done.logical_or_(torch.isin(token, ends))",
@@ -253,7 +251,9 @@ def test_a_value_is_that_of_the_state_before_its_token(nets):
 
 # 11
 @mistake(
-    "processes.py", "total((x * mask).sum()) / total(mask.sum())", "total(x.sum()) / total(torch.tensor(mask.numel()))"
+    "common/dist.py",
+    "total((x * mask).sum()) / total(mask.sum())",
+    "total(x.sum()) / total(torch.tensor(mask.numel()))",
 )
 @mistake("ppo.py", "whiten(advantages, mask),", "whiten(whiten(advantages, mask) + values, mask),")
 def test_whitened_advantages_have_mean_0_and_variance_1_over_real_tokens_and_keep_their_order():
@@ -301,7 +301,7 @@ def test_adaptive_beta_follows_the_kl_to_the_reference_not_the_updates_own(folde
 
 # 14
 @mistake(
-    "evaluate.py",
+    "common/measure.py",
     'kl = ((batch["logp"] - batch["ref_logp"]) * mask).sum(1)  # (B,) nats',
     'kl = ((batch["logp"] - batch["ref_logp"]) * mask).sum(1) / mask.sum(1)',
 )
@@ -373,7 +373,7 @@ def test_a_value_clipped_on_the_wrong_side_still_gets_a_gradient():
     "                    torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)\n                    cfg = copy.copy(cfg)\n                    cfg.max_grad_norm = 0.0\n                    pg_loss.backward()\n",
 )
 @mistake(
-    "common.py",
+    "common/cli.py",
     'nn.utils.clip_grad_norm_(model.parameters(), max_norm or float("inf"))',
     "nn.utils.get_total_norm([p.grad for p in model.parameters()])",
 )
@@ -422,8 +422,8 @@ def test_the_tokens_that_are_scored_are_those_that_were_sampled(gpt, encoding):
 
 
 # 20
-@mistake("data/batches.py", "    if dropped and not drop_long:", "    if False:")
-@mistake("data/batches.py", "found = prompts(path, encoding)", "found = [p[:room] for p in prompts(path, encoding)]")
+@mistake("data/rows.py", "    if dropped and not drop_long:", "    if False:")
+@mistake("data/rows.py", "found = prompts(path, encoding)", "found = [p[:room] for p in prompts(path, encoding)]")
 def test_prompts_that_do_not_fit_are_counted_and_never_cut(folders):
     long = write(folders["tmp"] / "long.jsonl", [{"prompt": "ask me. " * n} for n in (1, 2, 50, 60)])
     with pytest.raises(InputError, match="2 of 4 prompts .*--drop_long"):
@@ -431,7 +431,7 @@ def test_prompts_that_do_not_fit_are_counted_and_never_cut(folders):
 
 
 # 21
-@mistake("processes.py", "return items[RANK::WORLD]", "return items[: len(items) // WORLD]")
+@mistake("common/dist.py", "return items[RANK::WORLD]", "return items[: len(items) // WORLD]")
 @mistake(
     "ppo.py", 'common.generator("rollout", cfg.seed, step, common.RANK)', 'common.generator("rollout", cfg.seed, step)'
 )
@@ -612,8 +612,8 @@ def test_the_kl_charge_moves_the_policy_down_the_gradient_of_the_kl():
 
 
 # 30
-@mistake("functions.py", "if not abs(number) < 3e38:", "if False:")
-@mistake("runs.py", "if not math.isfinite(x):", "if False:")
+@mistake("common/judges.py", "if not abs(number) < 3e38:", "if False:")
+@mistake("common/runs.py", "if not math.isfinite(x):", "if False:")
 def test_a_score_that_is_no_number_ends_the_run_and_is_never_learned_from(folders):
     tmp = folders["tmp"]
     (tmp / "mine.py").write_text(
@@ -634,7 +634,7 @@ def test_a_score_that_is_no_number_ends_the_run_and_is_never_learned_from(folder
 
 
 # 31
-@mistake("runs.py", "if self.inputs[name] != before:", "if False:")
+@mistake("common/runs.py", "if self.inputs[name] != before:", "if False:")
 @pytest.mark.parametrize("changed", ["sft", "reward"])
 def test_a_run_does_not_go_on_against_another_reference_or_reward_model(folders, gpt, changed):
     train_ppo(folders)
@@ -656,7 +656,7 @@ def test_a_run_does_not_go_on_against_another_reference_or_reward_model(folders,
 
 
 # 32
-@mistake("data/batches.py", "for w, l in compared if texts[w] != texts[l]]", "for w, l in compared]")
+@mistake("data/rows.py", "for w, l in compared if texts[w] != texts[l]]", "for w, l in compared]")
 def test_no_response_is_compared_with_an_equal_one_and_the_reader_says_how_many_were(tmp_path, encoding):
     said: list[str] = []
     ranked = [{"prompt": "a", "ranked": ["yes", "yes", "no"]}, {"prompt": "b", "ranked": ["no", "no"]}]
@@ -672,7 +672,7 @@ def test_no_response_is_compared_with_an_equal_one_and_the_reader_says_how_many_
 
 # 33
 @mistake("ppo.py", 'partial(answer, "after", policy)', 'partial(answer, "before", policy)')
-@mistake("evaluate.py", 'return f"{mean:8.3f} ± {error:.3f}"', 'return f"{mean:8.3f}"')
+@mistake("common/measure.py", 'return f"{mean:8.3f} ± {error:.3f}"', 'return f"{mean:8.3f}"')
 def test_a_policy_wins_half_of_its_games_against_itself_by_draws_of_its_own(folders, capsys):
     tmp = folders["tmp"]
     (tmp / "mine.py").write_text("def length(prompt, response):\n    return len(response)\n")

@@ -9,8 +9,8 @@ import threading
 
 import pytest
 
-from data import label
 from tests.conftest import CHROMIUM, ROOT, needs_chromium
+from tools import label
 
 playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright drives the browser")
 pytestmark = [pytest.mark.slow, needs_chromium]
@@ -490,7 +490,7 @@ def test_a_server_that_is_killed_and_started_again_loses_nothing(folders, page):
     command = [
         sys.executable,
         "-m",
-        "data.label",
+        "tools.label",
         "--init",
         folders["sft"],
         "--prompts",

@@ -17,12 +17,13 @@ import torch
 import common
 import ppo
 import reward
-import runs
 import sft
-from data import InputError, page
-from evaluate import by_token
+from common import runs
+from common.measure import by_token
+from data import InputError
 from model import ScalarModel
 from tests.conftest import CHROMIUM, ROOT, make_gpt, needs_chromium, write
+from tools import page
 
 playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright drives the browser")
 OFF = torch.autocast("cpu", enabled=False)
@@ -115,7 +116,7 @@ def test_a_run_says_what_it_was_and_counts_its_seconds_on(folders, monkeypatch):
 
 
 def test_outside_of_a_checkout_a_run_names_no_commit(monkeypatch, tmp_path):
-    monkeypatch.setattr(runs, "__file__", str(tmp_path / "runs.py"))
+    monkeypatch.setattr(runs, "__file__", str(tmp_path / "common/runs.py"))
     assert runs.git("rev-parse", "HEAD") is None
     about = runs.origin(ppo.Config(), torch.device("cpu"), None)
     assert about["commit"] is None and about["clean"] is None

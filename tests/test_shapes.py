@@ -6,8 +6,9 @@ import pytest
 
 import common
 import data
-from data import InputError, hh
+from data import InputError
 from tests.conftest import make_gpt, run, write
+from tools.get import hh
 
 WORDS = ["fox", "tale", "yes", "no", "me"]
 QUESTIONS = [f"tell {a} {b} {c}" for a in WORDS for b in WORDS for c in WORDS]
@@ -125,10 +126,10 @@ def test_people_may_compare_answers_to_conversations_but_none_that_spells_a_spec
     options = ["--init", folders["sft"], "--prompts", tmp / "m.jsonl", "--response_len", 6, "--out", tmp / "l.jsonl"]
     (tmp / "judge.py").write_text("def judge(prompt, response):\n    assert 'Human: tell' in prompt\n    return 1.0\n")
     write(tmp / "m.jsonl", rows)
-    done = run("data/label/__main__.py", *options, "--judge", f"{tmp}/judge.py:judge")
+    done = run("tools/label/__main__.py", *options, "--judge", f"{tmp}/judge.py:judge")
     assert done.returncode == 0, done.stderr
     rows[2]["messages"][0]["content"] += data.EOS_TEXT
     write(tmp / "m.jsonl", rows)
     (tmp / "l.jsonl").unlink()
-    done = run("data/label/__main__.py", *options, "--judge", f"{tmp}/judge.py:judge")
+    done = run("tools/label/__main__.py", *options, "--judge", f"{tmp}/judge.py:judge")
     assert done.returncode == 2 and "a message spells <|endoftext|>, a special token" in done.stderr

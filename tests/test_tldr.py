@@ -1,4 +1,4 @@
-"""data/tldr.py, on a small data set in the exact form of the public files."""
+"""tools/get/tldr.py, on a small data set in the exact form of the public files."""
 
 import base64
 import hashlib
@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from data import tldr
 from tests.conftest import write
+from tools.get import tldr
 
 LINES = "\n\n".join(f"line {i} of a post about a fox that went to the lake" for i in range(12))
 

@@ -1,4 +1,4 @@
-"""data/weights.py: weights and tokenizers of Hugging Face folders, both ways, judged by transformers and tokenizers."""
+"""tools/hf.py: weights and tokenizers of Hugging Face folders, both ways, judged by transformers and tokenizers."""
 
 import hashlib
 import json
@@ -12,10 +12,12 @@ import torch
 
 import common
 import data
-from data import InputError, tokenizer_json, weights
+from data import InputError
 from data.chat import with_template
 from model import ScalarModel
 from tests.conftest import FAMILIES, ROOT, make_gpt, run, uneven, write
+from tools import hf as weights
+from tools import hf_tokenizer as tokenizer_json
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
@@ -363,7 +365,7 @@ def test_from_the_command_line_a_folder_in_use_is_refused_and_bad_input_is_one_s
         ((tmp_path, tmp_path / "mine"), "exists already"),
         ((tmp_path / "x", tmp_path / "y"), "neither"),
     ):
-        done = run("data/weights.py", *options)
+        done = run("tools/hf.py", *options)
         assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
 

@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import tiktoken
 
-from data.chance import generator, shuffler
+from common.judges import ask
+from data.rng import generator, shuffler
 from data.tokenizer import encode_prompt
-from functions import ask
 from model import GPT
 
 

@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.chance import seed_of
+from common.compare import Answer, columns, preference
 from data.files import VERDICTS, InputError, is_verdict, read_jsonl, write_jsonl
-from data.label.sampling import Answer, columns, preference
+from data.rng import seed_of
 
 AHEAD = 16  # questions that are prepared before an annotator needs them
 ABANDONED = 300  # seconds until an open question goes to another person, if no new question remains
@@ -260,7 +260,7 @@ def read_answers(path: Path, repair: bool = False) -> list[dict]:
         checkpoints = row.get("checkpoint")
         if not (are_texts(texts) and are_texts(checkpoints) and len(texts) == len(checkpoints) > 1 and places):
             raise InputError(
-                f"{path}: row {number}: not an answer of data.label (texts, checkpoint, position); remove the row"
+                f"{path}: row {number}: not an answer of tools.label (texts, checkpoint, position); remove the row"
             )
     return rows
 

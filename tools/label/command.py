@@ -8,15 +8,15 @@ from pathlib import Path
 import tiktoken
 
 import common
-from data.batches import Prompt, fit, prompt_texts
+from common.compare import Answer, sample_responses, simulate
 from data.chat import escaped, render
 from data.files import InputError, is_verdict, write_jsonl
-from data.label.report import anonymous, report
-from data.label.sampling import Answer, sample_responses, simulate
-from data.label.server import Server
-from data.label.sitting import Question, Sitting, alone, read_answers
-from data.label.terminal import ask_in_terminal
+from data.rows import Prompt, fit, prompt_texts
 from data.tokenizer import encode_prompt
+from tools.label.report import anonymous, report
+from tools.label.server import Server
+from tools.label.sitting import Question, Sitting, alone, read_answers
+from tools.label.terminal import ask_in_terminal
 
 
 @dataclass

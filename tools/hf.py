@@ -1,8 +1,8 @@
 """Convert checkpoints of other projects to ours and back.
 
-    python -m data.weights gpt2 out/gpt2         download GPT-2 (gpt2-medium, gpt2-large, gpt2-xl) into a run folder
-    python -m data.weights FOLDER out/NAME       a Hugging Face folder → a run folder that every stage's --init takes
-    python -m data.weights out/ppo FOLDER        a run folder → a Hugging Face folder for AutoModel and AutoTokenizer
+    python -m tools.hf gpt2 out/gpt2         download GPT-2 (gpt2-medium, gpt2-large, gpt2-xl) into a run folder
+    python -m tools.hf FOLDER out/NAME       a Hugging Face folder → a run folder that every stage's --init takes
+    python -m tools.hf out/ppo FOLDER        a run folder → a Hugging Face folder for AutoModel and AutoTokenizer
 
 The supported models are GPT-2, Llama 3 to 3.3, SmolLM 2, Qwen 2 and 3, Mistral without sliding windows, and SmolLM 3,
 as language models or as sequence classifiers with one label (reward models). The supported tokenizers are byte-level
@@ -25,10 +25,11 @@ from torch import Tensor
 
 import common
 from data.chat import template_of, with_template
-from data.files import InputError, cannot_write, download_from_hub, read_json
+from data.files import InputError, cannot_write, read_json
 from data.tokenizer import gpt2_encoding
-from data.tokenizer_json import eos_ids, fill_gaps, read_template, read_tokenizer, tokenizer_json
 from model import GPT, GPTConfig, ScalarModel
+from tools.get.download import download_from_hub
+from tools.hf_tokenizer import eos_ids, fill_gaps, read_template, read_tokenizer, tokenizer_json
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path(os.path.expanduser("~/.cache"))) / "plainrlhf"
 PUBLISHED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
@@ -405,7 +406,7 @@ def main() -> None:
     try:
         print(convert(options.source, options.target))
     except InputError as error:
-        print(f"data.weights: {error}", file=sys.stderr)
+        print(f"tools.hf: {error}", file=sys.stderr)
         sys.exit(2)
 
 

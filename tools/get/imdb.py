@@ -1,7 +1,7 @@
 """The Large Movie Review Dataset (Maas et al. 2011): the task is to continue a review's first words positively.
 
-    python -m data.imdb                          download it (84 MB) and write the files to out/data/imdb
-    python -m data.imdb --source FILE_OR_DIR     read the tar.gz, its unpacked folder, or JSONL with "text" and "label"
+    python -m tools.get.imdb                          download it (84 MB) and write the files to out/data/imdb
+    python -m tools.get.imdb --source FILE_OR_DIR     read the tar.gz, its unpacked folder, or JSONL with text and label
 
 Writes pretraining text, prompts of 2–4 words (2–8 tokens, as in the sentiment task of Rafailov et al. 2023), and two
 linear sentiment models fitted on disjoint reviews. `labeller` simulates the person who compares; `judge` only measures.
@@ -22,11 +22,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data.files import InputError, download, iterate_jsonl, write_jsonl
+from data.files import InputError, iterate_jsonl, write_jsonl
+from tools.get.download import download
 
 URL = "https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz"
 CHECKSUM = "md5:7c2ac02c03563afcf9b574c7e56c153a"
-FOLDER = Path(__file__).resolve().parent.parent / "out/data/imdb"
+FOLDER = Path(__file__).resolve().parents[2] / "out/data/imdb"
 BUCKETS = 2**18  # for hashed words and word pairs
 RESPONSE = 200  # characters: the linear models are fitted on pieces as long as the texts they will judge
 
@@ -113,7 +114,7 @@ def probability(weights: np.ndarray, text: str) -> float:
 def _weights(name: str) -> np.ndarray:
     path = FOLDER / f"{name}.npy"
     if not path.exists():
-        raise InputError(f"{path}: does not exist; run python -m data.imdb first")
+        raise InputError(f"{path}: does not exist; run python -m tools.get.imdb first")
     return np.load(path)
 
 
@@ -178,7 +179,7 @@ def main() -> None:
             raise InputError(f"--source {source}: no such file or folder; give the tar.gz, its folder, or JSONL")
         prepare(source)
     except InputError as error:
-        print(f"data.imdb: {error}", file=sys.stderr)
+        print(f"tools.get.imdb: {error}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -5,7 +5,7 @@ import statistics
 from collections import Counter
 
 from data.files import is_verdict
-from data.label.agreement import agreement
+from tools.label.agreement import agreement
 
 SURE = {3: "very sure", 2: "fairly sure", 1: "not sure"}
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-import processes
+from common import dist as processes
 from data.files import InputError
 from fast import Linear
 from model import GPT, ScalarModel

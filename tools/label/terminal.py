@@ -2,7 +2,7 @@
 
 import re
 
-from data.label.sitting import Sitting, question_of
+from tools.label.sitting import Sitting, question_of
 
 HELP = """t tie, b all are bad, s skip, u change the last answer, u 3 change your third answer, q quit.
 Behind a choice: ! if you are very sure, ? if you are not, # and a comment. For example: 1 ! # the other is rude"""

@@ -1,8 +1,8 @@
 """OpenAI's TL;DR (Stiennon et al. 2020): Reddit posts, their summaries, and people's choices between two summaries.
 
-    python -m data.tldr                          download posts and comparisons (600 MB); write files to out/data/tldr
-    python -m data.tldr --source FOLDER          read your own train.jsonl, valid.jsonl and batch….json
-    python -m data.tldr --init out/smollm2       measure lengths with that model's tokenizer instead of GPT-2's
+    python -m tools.get.tldr                      download posts and comparisons (600 MB); write files to out/data/tldr
+    python -m tools.get.tldr --source FOLDER          read your own train.jsonl, valid.jsonl and batch….json
+    python -m tools.get.tldr --init out/smollm2   measure lengths with that model's tokenizer instead of GPT-2's
 
 A prompt is the subreddit, the title and the post, and ends in "TL;DR:" without a space. A summary begins with a space,
 is a complete text and gets EOS. If a prompt is longer than --length tokens, the end of its post is removed, at a line
@@ -16,11 +16,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from data.files import InputError, download, iterate_jsonl, write_jsonl
+from data.files import InputError, iterate_jsonl, write_jsonl
 from data.tokenizer import encode_text, gpt2_encoding
+from tools.get.download import download
 
 URL = "https://openaipublic.blob.core.windows.net/summarize-from-feedback"
-FOLDER = Path(__file__).resolve().parent.parent / "out/data/tldr"
+FOLDER = Path(__file__).resolve().parents[2] / "out/data/tldr"
 POSTS = {name: f"datasets/tldr_3_filtered/{name}" for name in ("train.jsonl", "valid.jsonl")}
 BATCHES = {name: f"dataset/comparisons/{name}" for name in (f"batch{i}.json" for i in [*range(3, 21), 22])}
 PROMPT = "SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: {post}\n\nTL;DR:"  # Huang et al. 2024, detail 2
@@ -114,7 +115,7 @@ def main() -> None:
                     download(f"{URL}/{place}", FOLDER / name, None)
         prepare(source, lambda text: len(encode_text(encoding, text)), options.length)
     except InputError as error:
-        print(f"data.tldr: {error}", file=sys.stderr)
+        print(f"tools.get.tldr: {error}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -23,15 +23,14 @@ import tiktoken
 import torch
 import torch.distributed as dist
 
-import plots
-import processes
-import sharding
-from checkpoints import read_checkpoint, save_file, save_model
-from data.chance import seed_of
+from common import dist as processes
+from common import sharding
+from common.dist import RANK, WORLD, say
+from common.nets import read_checkpoint, save_file, save_model
 from data.files import InputError, cannot_write, replacing
+from data.rng import seed_of
 from data.tokenizer import encoding_state
 from model import GPT, ScalarModel
-from processes import RANK, WORLD, say
 
 INPUTS = ("data", "eval_data", "init", "ref", "reward", "judge")  # options that name what a run reads
 MAY_DIFFER = ("resume", "device", "iterations", "best_of", "out", "tensorboard", *INPUTS)  # in a resumed run
@@ -84,7 +83,9 @@ def fingerprint(names: str) -> str:
     for name in names.split(",") if ".py:" in names else [names]:
         path = Path(name.partition(".py:")[0] + ".py" if ".py:" in name else name)
         if ".py:" in name and not path.is_file():
-            path = Path(__file__).parent / path  # a function of this project, while another folder is the current one
+            path = (
+                Path(__file__).parent.parent / path
+            )  # a function of this project, while another folder is the current one
         if path.is_dir():
             path = path / "model.pt"
         if name and path.is_file():
@@ -365,6 +366,8 @@ class Run:
         title = f"{self.folder}, seed {self.cfg.seed}"
         if hasattr(self.cfg, "kl_coef"):
             title += f", β = {self.cfg.kl_coef:g}"
+        from tools import plots
+
         plots.curves(read_metrics(self.folder), self.folder / "curves.png", title, calibration)
 
 

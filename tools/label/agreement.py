@@ -7,8 +7,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from data.chance import shuffler
 from data.files import is_verdict
+from data.rng import shuffler
 
 RESAMPLES = 2000
 Units = dict[tuple, dict[str, object]]  # question → person → value

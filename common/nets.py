@@ -9,8 +9,8 @@ import tiktoken
 import torch
 from torch import Tensor
 
-from data.chance import seed_of
 from data.files import InputError, replacing
+from data.rng import seed_of
 from data.tokenizer import encoding_from_state, encoding_state
 from model import GPT, GPTConfig, ScalarModel
 

@@ -1,8 +1,8 @@
 """A run as one page: HTML that needs no network, no server and no build step.
 
-    python -m data.page out/ppo                          write out/ppo/run.html
-    python -m data.page --compare out/ppo,out/hacked     side by side, in out/ppo/compare.html
-    python -m data.page out/ppo --watch                  serve the page on this machine, and follow the run
+    python -m tools.page out/ppo                          write out/ppo/run.html
+    python -m tools.page --compare out/ppo,out/hacked     side by side, in out/ppo/compare.html
+    python -m tools.page out/ppo --watch                  serve the page on this machine, and follow the run
 
 It shows what a run folder holds: options, curves, samples, the report, and of stage 3 the last rollout, token by token.
 page.js draws everything from one JSON object; page.html is what stands around it. Nothing in that object can become
@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import common
-import plots
 from data.files import InputError, replacing
+from tools import plots
 
 FILES = [Path(__file__).with_name(name) for name in ("page.html", "page.js", "curves.js", "tokens.js")]
 READ = ("config.json", "metrics.jsonl", "samples.txt", "report.json", "rollout.json")  # what a page is made of

@@ -25,38 +25,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-import processes
-import sharding
-from checkpoints import (
-    check_vocabulary,
-    known_prompts,
-    load,
-    load_gpt,
-    load_scalar,
-    prompt_key,
-    save_file,
-    save_model,
-)
-from data.chance import generator, seed_of
+from common import dist as processes
+from common import sharding
+from common.dist import WORLD
+from common.sharding import sum_gradients
 from data.files import InputError
-from fast import Linear, keep_memory
-from functions import ask, load_function, load_functions
+from fast import Linear
 from model import GPT
-from processes import (
-    RANK,
-    WORLD,
-    gather,
-    gather_objects,
-    masked_mean,
-    pick_device,
-    say,
-    setup,
-    share,
-    together,
-    total,
-)
-from runs import Run, fingerprint, peak_memory, read_metrics, started_from
-from sharding import shard, sum_gradients, whole
 
 # --- command line -----------------------------------------------------------------------------------------------------
 

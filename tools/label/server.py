@@ -14,7 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from data.files import InputError, cannot_write
-from data.label.sitting import Question, Sitting, question_of
+from tools.label.sitting import Question, Sitting, question_of
 
 PAGE = Path(__file__).with_name("page.html")
 LONGEST_BODY = 2**14  # bytes, of the largest request body

@@ -12,11 +12,10 @@ import tiktoken
 import torch
 from torch import Tensor
 
-from data.chance import shuffler
 from data.chat import Messages, check, reply, split_dialogue
 from data.files import TEXT, InputError, documents, first_row, has_rows, is_verdict, iterate_jsonl, replacing
+from data.rng import shuffler
 from data.tokenizer import encode_prompt, encode_text
-from fast import to_device
 
 Prompt = str | Messages
 
@@ -259,7 +258,7 @@ def pad(rows: list[Row], device: torch.device | str = "cpu") -> tuple[Tensor, Te
     T = max(len(row.tokens) for row in rows)
     tokens = torch.tensor([row.tokens + [0] * (T - len(row.tokens)) for row in rows])
     prompt_len, length = torch.tensor([row.prompt_len for row in rows]), torch.tensor([len(row.tokens) for row in rows])
-    return to_device(tokens, device), prompt_len, length
+    return tokens.to(device), prompt_len, length
 
 
 # --- batches: only the seed and the step choose the rows, so a resumed run needs no saved state ----------------------
@@ -290,24 +289,6 @@ def micro_batches(rows: list[Row], size: int) -> Iterator[list[Row]]:
     rows = sorted(rows, key=lambda row: len(row.tokens))
     for start in range(0, len(rows), size):
         yield rows[start : start + size]
-
-
-def by_length(batch: dict[str, Tensor], size: int) -> list[Tensor]:
-    """Split the row indices of a PPO batch into parts of at most `size`. Rows of similar length share a part."""
-    return list(batch["length"].argsort(stable=True).split(size))
-
-
-def select(batch: dict[str, Tensor], index: Tensor) -> dict[str, Tensor]:
-    """Select the rows `index` of a PPO batch and cut them to the longest: (B, T) to (b, t), (B, R) to (b, r)."""
-    device = batch["tokens"].device
-    rows = to_device(index, device)
-    part = {name: x[rows if x.device == device else index] for name, x in batch.items()}
-    t = int(part["length"].max())
-    r = int((part["length"] - part["prompt_len"]).max())
-    for name, x in part.items():
-        if x.dim() == 2:
-            part[name] = x[:, :t] if name == "tokens" else x[:, :r]
-    return part
 
 
 def hold_out(items: list[Row] | list[Group], share: int = 20) -> tuple[list, list]:

@@ -1,10 +1,10 @@
 """Anthropic's HH (Bai et al. 2022): dialogues with an assistant, two final answers for each, and a person's choice.
 
-    python -m data.hh                                download the helpful-base set and write its files to out/data/hh
-    python -m data.hh --sets harmless-base,…         other sets: helpful-online, helpful-rejection-sampled
-    python -m data.hh --source FILE …                read your own .jsonl or .jsonl.gz files
-    python -m data.hh --chatml                       write turns as <|im_start|>user … <|im_end|>, for chat models
-    python -m data.hh --messages                     write conversations, for the model's own chat template
+    python -m tools.get.hh                            download the helpful-base set and write its files to out/data/hh
+    python -m tools.get.hh --sets harmless-base,…     other sets: helpful-online, helpful-rejection-sampled
+    python -m tools.get.hh --source FILE …                read your own .jsonl or .jsonl.gz files
+    python -m tools.get.hh --chatml                   write turns as <|im_start|>user … <|im_end|>, for chat models
+    python -m tools.get.hh --messages                 write conversations, for the model's own chat template
 
 The prompt is the dialogue up to its last "Assistant:". Each of the two answers is a complete text and gets EOS. The
 train files give fine-tuning pairs (the chosen answers), comparisons, and prompts for PPO. The test files give the
@@ -20,9 +20,10 @@ from collections import Counter
 from pathlib import Path
 
 from data.chat import split_dialogue
-from data.files import InputError, download_from_hub, iterate_jsonl, write_jsonl
+from data.files import InputError, iterate_jsonl, write_jsonl
+from tools.get.download import download_from_hub
 
-FOLDER = Path(__file__).resolve().parent.parent / "out/data/hh"
+FOLDER = Path(__file__).resolve().parents[2] / "out/data/hh"
 SETS = ("helpful-base", "helpful-online", "helpful-rejection-sampled", "harmless-base")
 
 
@@ -77,7 +78,7 @@ def main() -> None:
                 sources.append((target, "eval" if part == "test" else "train"))
         prepare(sources, options.chatml, options.messages)
     except InputError as error:
-        print(f"data.hh: {error}", file=sys.stderr)
+        print(f"tools.get.hh: {error}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 import common
+from common.judges import Judge, ask
 from data import Group, InputError
-from functions import Judge, ask
 
 Texts = list[tuple[str, str]]  # (prompt, response)
 BY_TOKEN = ("logp", "ref_logp", "entropy", "rewards", "values", "advantages", "returns", "ratio")

@@ -208,7 +208,7 @@ async function follow() {
       draw_all();
     }
   } catch {
-    document.title = "no answer from data.page";
+    document.title = "no answer from tools.page";
   }
   setTimeout(follow, 2000);
 }

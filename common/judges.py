@@ -16,12 +16,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from data.chance import seed_of
 from data.files import InputError
+from data.rng import seed_of
 
 Judge = Callable[[str, str], float]  # (prompt, response) -> how good
 AT_ONCE = 256  # pairs that a function of lists gets in one call
 IMPORTED: dict[tuple, Any] = {}  # (path, time, size) → module
+ROOT = Path(__file__).parent.parent
 QUIET = 10  # seconds until a slow function shows its progress
 
 
@@ -32,8 +33,8 @@ def load_function(name: str) -> Judge:
     InputError, after the user's own traceback, if it fails.
     """
     file, _, function = name.rpartition(":")
-    if not Path(file).is_file() and (Path(__file__).parent / file).is_file():
-        file = str(Path(__file__).parent / file)  # a function of this project, while another folder is the current one
+    if not Path(file).is_file() and (ROOT / file).is_file():
+        file = str(ROOT / file)  # a function of this project, while another folder is the current one
     if not Path(file).is_file():
         raise InputError(f"{name}: no such file; a function is named path/to/file.py:function")
     called = getattr(import_file(name, Path(file).resolve()), function, None)
