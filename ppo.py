@@ -73,7 +73,6 @@ class Config:
     judge: str = ""  # FILE.py:function, never trained on; of several (commas) the first is measured in training too
     out: str = "out/ppo"  # run folder to write
     block_size: int = 0  # longest prompt and answer together, in tokens; 0: the model's context
-    drop_long: bool = False  # leave out prompts that with the answer exceed that
     # run
     seed: int = 0  # of prompts, samples and minibatches
     device: str = "auto"  # auto, cpu, cuda or mps
@@ -428,7 +427,7 @@ def train(cfg: Config) -> None:
     room = common.context(cfg, policy) - cfg.response_len
     if room < 1:
         raise InputError(f"--response_len {cfg.response_len}: leaves no room for a prompt in the context; give less")
-    prompts, held_out = data.prompts_and_held_out(*sources, encoding, room, cfg.drop_long, cfg.eval_prompts)
+    prompts, held_out = data.prompts_and_held_out(*sources, encoding, room, cfg.eval_prompts, common.say)
     if cfg.iterations and len(prompts) < cfg.batch_size:
         raise InputError(
             f"--batch_size {cfg.batch_size}: {sources[0]} leaves {len(prompts)} prompts to train on; give less"

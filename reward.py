@@ -39,7 +39,6 @@ class Config:
     out: str = "out/reward"  # run folder to write
     evaluate: str = ""  # run folder of a reward model to measure on --data, in place of training one
     block_size: int = 0  # longest prompt and response together, in tokens; 0: the model's context
-    drop_long: bool = False  # leave out comparisons longer than that
     # sampling and comparing
     judge: str = ""  # the simulated person, FILE.py:function, where --data holds prompts alone; the tales have theirs
     label_temperature: float = 0.1  # of the simulated person's choices: 0.1 judges 0.1 better right in 73%
@@ -77,7 +76,7 @@ def sample_and_compare(
     texts = data.prompt_texts(source)[: cfg.n_prompts or None]
     lengths = [len(data.encode_prompt(encoding, text)) + cfg.response_len for text in texts]
     what = f"prompts of {source} (with --response_len {cfg.response_len})"
-    texts = data.fit(texts, lengths, common.context(cfg, policy), cfg.drop_long, what)
+    texts = data.keep_short(texts, lengths, common.context(cfg, policy), what, common.say)
     common.say(f"{cfg.init} answers {len(texts):,} prompts of {source}, {cfg.samples} times each; {name} compares")
     seeds = common.seed_of("answers", cfg.seed), common.seed_of("choices", cfg.seed)
     with autocast:
@@ -107,13 +106,13 @@ def build(
                 f"{source}: has {', '.join(columns)}, which are no comparisons (prompt, chosen, rejected); rename "
                 "them, or name a --judge that compares samples for its prompts"
             )
-        options = (cfg.response_len, cfg.temperature, cfg.samples, cfg.n_prompts, cfg.label_temperature, cfg.drop_long)
+        options = (cfg.response_len, cfg.temperature, cfg.samples, cfg.n_prompts, cfg.label_temperature)
         key = run.inputs["init"], run.inputs["judge"], common.fingerprint(source), cfg.seed, cfg.block_size, *options
         make = partial(sample_and_compare, cfg, source, policy, encoding, autocast)
         comparisons = run.made("comparisons.jsonl", key, make)
     groups = data.comparisons(comparisons, encoding, policy.config.eos, common.say)[: cfg.n_prompts or None]
     lengths = [max(len(row.tokens) for row in group.rows) for group in groups]
-    groups = data.fit(groups, lengths, common.context(cfg, policy), cfg.drop_long, f"comparisons of {source}")
+    groups = data.keep_short(groups, lengths, common.context(cfg, policy), f"comparisons of {source}", common.say)
     held_out, groups = data.hold_out(groups, share=10)
     return policy, encoding, groups, held_out
 
@@ -174,7 +173,7 @@ def inspect(cfg: Config) -> None:
     model = common.shard(model, cfg)
     groups = data.comparisons(cfg.data, encoding, model.config.eos, common.say)[: cfg.n_prompts or None]
     lengths = [max(len(row.tokens) for row in group.rows) for group in groups]
-    groups = data.fit(groups, lengths, common.context(cfg, model), cfg.drop_long, f"comparisons of {cfg.data}")
+    groups = data.keep_short(groups, lengths, common.context(cfg, model), f"comparisons of {cfg.data}", common.say)
     scores = read_scores(model, groups, cfg, device, autocast)
     common.say(f"{cfg.evaluate} on {cfg.data}: {len(groups):,} prompts")
     common.say(agreement_report(*agreement(groups, scores)) + "\n\n" + by_source_and_length(groups, scores))

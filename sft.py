@@ -28,7 +28,6 @@ class Config:
     init: str = ""  # run folder to start from; empty: random weights
     out: str = "out/sft"  # run folder to write
     block_size: int = 0  # longest row, in tokens; 0: the context of --init. Without --init the context; 0: 128
-    drop_long: bool = False  # leave out rows longer than that
     # run
     seed: int = 0  # of weights, data order and samples
     device: str = "auto"  # auto, cpu, cuda or mps
@@ -96,7 +95,7 @@ def completion_rows(
 ) -> tuple[list[data.Row], Callable[[int], list[data.Row]], float]:
     """Prompt → completion: held-out rows, the batch of each step, batches in an epoch."""
     rows = data.completions(cfg.data, encoding, eos)
-    rows = data.fit(rows, [len(row.tokens) for row in rows], width, cfg.drop_long, f"rows of {cfg.data}")
+    rows = data.keep_short(rows, [len(row.tokens) for row in rows], width, f"rows of {cfg.data}", common.say)
     held_out, rows = data.hold_out(rows)
     lengths = [len(row.tokens) for row in rows]
     batch = partial(data.shuffled, rows, cfg.batch_size, cfg.seed, lengths)

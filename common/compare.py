@@ -3,22 +3,14 @@
 import itertools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import tiktoken
 
 from common.judges import ask
+from data.label import Answer, preference
 from data.rng import generator, shuffler
 from data.tokenizer import encode_prompt
 from model import GPT
-
-
-class Answer(NamedTuple):
-    """A response to compare. The ids, without EOS, are those that the model sampled."""
-
-    text: str
-    ended: bool  # with EOS, before the length limit
-    ids: list[int] | None = None
 
 
 def sample_responses(
@@ -73,25 +65,3 @@ def simulate(
                 a, b, p = b, a, 1 - p
             rows.append({"prompt": prompt} | preference([answers[a], answers[b]]) | {"p_chosen": round(p, 4)})
     return rows
-
-
-def preference(ordered: list[Answer]) -> dict:
-    """Return the columns of a row for two or more responses, which a person ordered from best to worst.
-
-    The ids are kept, because encoding a sampled text again can give other ids than those that were sampled.
-    """
-    if len(ordered) > 2:
-        return columns("ranked", ordered)
-    pair = columns("", ordered).items()
-    return {f"chosen{name}": column[0] for name, column in pair} | {
-        f"rejected{name}": column[1] for name, column in pair
-    }
-
-
-def columns(name: str, answers: list[Answer]) -> dict[str, list]:
-    """Return the columns NAME, NAME_ended and NAME_ids, each with an entry for each answer; no ids if one has none."""
-    texts, ended, ids = (list(column) for column in zip(*(Answer(*answer) for answer in answers)))
-    found = {name: texts, f"{name}_ended": ended, f"{name}_ids": ids}
-    if None in ids:
-        del found[f"{name}_ids"]
-    return found

@@ -242,14 +242,17 @@ def prompt_texts(path: str | Path) -> list[Prompt]:
     return found
 
 
-def fit(items: list, lengths: list[int], room: int, drop_long: bool, what: str) -> list:
-    """Return the items of at most `room` tokens. Raises InputError if some are longer and `drop_long` is off."""
+def keep_short(items: list, lengths: list[int], room: int, what: str, say: Callable[[str], None] = print) -> list:
+    """Return the items of at most `room` tokens, and `say` how many are left out.
+
+    Raises InputError if more than a tenth are longer.
+    """
     kept = [item for item, length in zip(items, lengths) if length <= room]
-    dropped = len(items) - len(kept)
-    if dropped and not drop_long:
-        raise InputError(f"{dropped:,} of {len(items):,} {what} are longer than {room} tokens; --drop_long drops them")
-    if not kept:
-        raise InputError(f"none of {len(items):,} {what} fits in {room} tokens; give shorter ones")
+    n_long = len(items) - len(kept)
+    if not kept or n_long > len(items) / 10:
+        raise InputError(f"{n_long:,} of {len(items):,} {what} are longer than {room} tokens; shorten or remove them")
+    if n_long:
+        say(f"{n_long:,} of {len(items):,} {what} are longer than {room} tokens and are left out")
     return kept
 
 
@@ -309,14 +312,14 @@ def hold_out(items: list[Row] | list[Group], share: int = 20) -> tuple[list, lis
 
 
 def prompts_and_held_out(
-    path: str, eval_path: str, encoding: tiktoken.Encoding, room: int, drop_long: bool, most: int
+    path: str, eval_path: str, encoding: tiktoken.Encoding, room: int, most: int, say: Callable[[str], None] = print
 ) -> tuple[list[list[int]], list[list[int]]]:
     """Prompts of at most `room` ids to train on, and up to `most` to evaluate on: of `eval_path`, or some of `path`."""
 
     def load(path: str) -> list[list[int]]:
         found = prompts(path, encoding)
         what = f"prompts of {path} (with --response_len)"
-        return fit(found, [max(1, len(p)) for p in found], room, drop_long, what)
+        return keep_short(found, [max(1, len(p)) for p in found], room, what, say)
 
     if eval_path:
         return load(path), load(eval_path)[:most]

@@ -39,7 +39,6 @@ class Config:
     warmup: int = 10  # steps of warm-up
     max_grad_norm: float = 1.0  # gradients are clipped to this; 0: not clipped
     block_size: int = 0  # longest prompt and response together, in tokens; 0: the model's context
-    drop_long: bool = False  # leave out comparisons longer than that
     resume: bool = False  # continue the run in --out
 
 
@@ -69,7 +68,7 @@ def train(cfg: Config) -> None:
     policy, encoding = common.load_gpt(cfg.init, device, "--init")
     groups = data.comparisons(cfg.data, encoding, policy.config.eos, common.say)
     lengths = [max(len(row.tokens) for row in group.rows) for group in groups]
-    groups = data.fit(groups, lengths, common.context(cfg, policy), cfg.drop_long, f"comparisons of {cfg.data}")
+    groups = data.keep_short(groups, lengths, common.context(cfg, policy), f"comparisons of {cfg.data}", common.say)
     ref = common.freeze(copy.deepcopy(policy), autocast)
     policy.eval()  # no dropout: before the first step π is π₀, and the loss log 2
     optimizer = common.adamw(policy, cfg.lr, 0.0)

@@ -19,10 +19,11 @@ Only this machine can open the page unless --host says otherwise. Its address co
 beside the answers.
 """
 
-from common.compare import Answer, preference, sample_responses, simulate
+from common.compare import sample_responses, simulate
+from data.label import Answer, preference, read_answers
 from tools.label.agreement import agreement, alpha
 from tools.label.command import Config, label, serve
 from tools.label.report import anonymous, report
 from tools.label.server import Handler, Server
-from tools.label.sitting import Question, Sitting, alone, question_of, read_answers
+from tools.label.sitting import Question, Sitting, alone, question_of
 from tools.label.terminal import ask_in_terminal, visible

@@ -8,14 +8,15 @@ from pathlib import Path
 import tiktoken
 
 import common
-from common.compare import Answer, sample_responses, simulate
+from common.compare import sample_responses, simulate
 from data.chat import escaped, render
 from data.files import InputError, is_verdict, write_jsonl
-from data.rows import Prompt, fit, prompt_texts
+from data.label import Answer, read_answers
+from data.rows import Prompt, keep_short, prompt_texts
 from data.tokenizer import encode_prompt
 from tools.label.report import anonymous, report
 from tools.label.server import Server
-from tools.label.sitting import Question, Sitting, alone, read_answers
+from tools.label.sitting import Question, Sitting, alone
 from tools.label.terminal import ask_in_terminal
 
 
@@ -29,7 +30,6 @@ class Config:
     response_len: int = 64  # longest response, in tokens
     temperature: float = 1.0  # of the samples
     n_prompts: int = 0  # use this many prompts from the start of the file; 0: all
-    drop_long: bool = False  # drop prompts that are too long for the context with the response
     people: int = 1  # how many people answer each question
     seed: int = 0  # of the samples and of the order on the page
     device: str = "auto"  # auto, cpu, cuda or mps
@@ -78,7 +78,7 @@ def prepare(cfg: Config) -> tuple[list[str], Callable[[str], Question | None]]:
     for _, model, encoding in models:
         lengths = [len(encode_prompt(encoding, prompt)) + cfg.response_len for prompt in prompts]
         what = f"prompts of {cfg.prompts} (with --response_len {cfg.response_len})"
-        prompts = fit(prompts, lengths, model.config.block_size, cfg.drop_long, what)
+        prompts = keep_short(prompts, lengths, model.config.block_size, what)
     return prompts, make
 
 

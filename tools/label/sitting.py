@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.compare import Answer, columns, preference
-from data.files import VERDICTS, InputError, is_verdict, read_jsonl, write_jsonl
+from data.files import VERDICTS, InputError, is_verdict, write_jsonl
+from data.label import Answer, columns, preference, read_answers
 from data.rng import seed_of
 
 AHEAD = 16  # questions that are prepared before an annotator needs them
@@ -233,47 +233,6 @@ def question_of(row: dict) -> Question:
 
 def now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-
-
-def read_answers(path: Path, repair: bool = False) -> list[dict]:
-    """Return the rows of a label file. `repair` mends the last line that a kill has left without its line break.
-
-    It gets its line break if it is a whole row, and is removed if it is not.
-    """
-    if not path.exists() or path.stat().st_size == 0:
-        return []
-    if repair:
-        whole, _, rest = path.read_bytes().rpartition(b"\n")
-        if rest:
-            with open(path, "r+b") as file:
-                if is_row(rest):
-                    file.seek(0, os.SEEK_END)
-                    file.write(b"\n")
-                else:
-                    file.truncate(len(whole) + bool(whole))
-    if not path.stat().st_size:
-        return []
-    rows = read_jsonl(path, {"prompt": str, "annotator": str, "seconds": float})
-    for number, row in enumerate(rows, 1):
-        texts = row.get("responses") if is_verdict(row) else row.get("ranked", [row.get("chosen"), row.get("rejected")])
-        places = isinstance(row.get("position"), int) or is_verdict(row)
-        checkpoints = row.get("checkpoint")
-        if not (are_texts(texts) and are_texts(checkpoints) and len(texts) == len(checkpoints) > 1 and places):
-            raise InputError(
-                f"{path}: row {number}: not an answer of tools.label (texts, checkpoint, position); remove the row"
-            )
-    return rows
-
-
-def are_texts(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(each, str) for each in value)
-
-
-def is_row(line: bytes) -> bool:
-    try:
-        return isinstance(json.loads(line), dict)
-    except (ValueError, RecursionError):
-        return False
 
 
 @contextmanager
