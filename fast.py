@@ -1,8 +1,8 @@
-"""The arithmetic of model.py, faster. To learn how RLHF works you need not open this file.
+"""The arithmetic of model.py, faster. To learn how RLHF works you need not open this file; all works without it.
 
-Every docstring opens with the plain line that the function equals; tests/test_fast.py holds the two together. No other
-file knows of oneDNN and its packed matrices, attention by plain products, chunks of logits and their derivative, a draw
-in two levels, decoding as a CUDA graph, pinned copies, memory that glibc keeps, or compiled blocks.
+Every docstring opens with the plain line that the function equals; tests/test_fast.py holds the two together. Each
+part names the row of tests/README.md ("How fast") that it earns. No other file knows of oneDNN and its packed matrices,
+chunks of logits and their derivative, a draw in two levels, a decode as a CUDA graph, or memory that glibc keeps.
 """
 
 import contextlib
@@ -16,26 +16,29 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.weak import WeakIdKeyDictionary, WeakTensorKeyDictionary
 
-CHUNK = 2**23  # logits that exist at a time on a CPU: glibc still takes 32 MiB from memory that it has
-GPU_CHUNK = 2**27  # 512 MiB, for a GPU wants products of many rows
+CHUNK = 2**23  # logits that exist at a time on a CPU: 32 MiB
+GPU_CHUNK = 2**27  # 512 MiB: a GPU wants products of many rows
 KEPT = 4  # chunks of logits that the backward need not compute again
 SHORT = 128  # a CPU attends to up to this many keys by plain products
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")  # private operators:
 REORDERS = ONEDNN and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")  # another torch may lack one, or both
-ROUNDED = WeakTensorKeyDictionary()  # weight → (dtype, device) → what `pack` has rounded it to
-DECODES = WeakIdKeyDictionary()  # model → key → the tensors of a decode, and the graph of its step once there is one
+ROUNDED = WeakTensorKeyDictionary()  # weight → its rounded copy, which a CUDA graph reads
+DECODES = WeakIdKeyDictionary()  # model → {key: (the tensors of a decode, and the graph of its step if there is one)}
 
 
-# --- products ---------------------------------------------------------------------------------------------------------
+# --- products: training and generation with GPT-2 124M, generation with 50,257 tokens ---------------------------------
 
 
 class Linear(nn.Linear):
-    """`nn.Linear`. While the model generates, `decoding` puts a product with packed matrices in place of `forward`."""
+    """`nn.Linear`. While the model generates, `packed` holds weight and bias in the form that is multiplied fastest."""
+
+    packed: tuple[Tensor, Tensor | None] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+        return linear(x, *(self.packed or (self.weight, self.bias)))
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -55,7 +58,7 @@ def for_onednn(weight: Tensor) -> bool:
 
 
 class OneDNNLinear(torch.autograd.Function):
-    """`F.linear(x, weight, bias)`: x (…, I), W (O, I), b (O,) or None → (…, O). There is no second derivative."""
+    """`F.linear(x, weight, bias)`: x (…, I), W (O, I), b (O,) or None → (…, O)."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -63,51 +66,35 @@ class OneDNNLinear(torch.autograd.Function):
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple:
-        refuse_second_derivative("fast.linear", "F.linear")
         x, weight = ctx.saved_tensors
         flat = grad.flatten(0, -2)  # (N, O)
         d_bias = flat.sum(0) if ctx.needs_input_grad[2] else None
         return grad @ weight, flat.T @ x.flatten(0, -2), d_bias  # MKL is faster here than oneDNN
 
 
-def refuse_second_derivative(mine: str, plain: str) -> None:
-    """Raises RuntimeError inside a backward of create_graph=True, where gradients are on."""
-    if torch.is_grad_enabled():
-        raise RuntimeError(f"{mine} has no second derivative; use {plain} in its place")
-
-
-def pack(weight: Tensor, keep: bool = False) -> Tensor:
-    """`weight`, under autocast in its dtype; a large matrix in the order that oneDNN reads fastest for a few rows.
-
-    With `keep` it is rounded into the same memory every time, because a graph reads it there.
-    """
-    plain = weight.detach()
+def pack(weight: Tensor) -> Tensor:
+    """`rounded(weight)`. A large matrix comes in the order that oneDNN reads fastest."""
     if REORDERS and for_onednn(weight):
-        return torch.ops.mkldnn._reorder_linear_weight(plain)
-    rounded = plain.to(compute_dtype(weight))
-    if not keep or rounded is plain:
-        return rounded
-    return ROUNDED.setdefault(weight, {}).setdefault((rounded.dtype, rounded.device), rounded).copy_(rounded)
+        return torch.ops.mkldnn._reorder_linear_weight(weight.detach())
+    return rounded(weight)
 
 
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """`x.dtype`, or under autocast the dtype that products are computed in."""
+def rounded(x: Tensor) -> Tensor:
+    """`x`, under autocast in the dtype of its products."""
     kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
 def linear_float32(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear(x.float(), weight.float(), bias.float())`, also under autocast; float64 stays float64.
-
-    Rounded to bfloat16, whose steps are 0.5 from 64 to 128, log-probabilities would be off by more than PPO's ε, and
-    scores that are close would be equal.
-    """
+    """`F.linear(x.float(), weight.float(), bias.float())`, also under autocast; float64 stays float64."""
     both_bfloat16 = x.dtype == weight.dtype == torch.bfloat16
     if x.is_cuda and both_bfloat16 and bias is None and sums_in_float32(x.device):
         return torch.mm(x, weight.T, out_dtype=torch.float32)
+    dtype = torch.promote_types(x.dtype, torch.float32)
     with torch.autocast(x.device.type, enabled=False):
-        return linear(at_least_float32(x), at_least_float32(weight), None if bias is None else at_least_float32(bias))
+        return linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
 
 
 @functools.cache
@@ -121,18 +108,14 @@ def sums_in_float32(device: torch.device) -> bool:
     return True
 
 
-def at_least_float32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-# --- attention --------------------------------------------------------------------------------------------------------
+# --- attention: all rows on a GPU (a fused kernel); training with long rows on a CPU ----------------------------------
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float = 0.0) -> Tensor:
-    """`F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=T > 1, enable_gqa=True)`.
+    """`F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None, enable_gqa=True)`.
 
-    q (B, H, T, D), k and v (B, K, t, D) → (B, H, T, D). One query a row (T = 1) may have a mask (B, 1, 1, t) of 0 and
-    −inf. Short rows on a CPU, and one query on every device, are attended to by two plain products.
+    q (B, H, T, D), k and v (B, K, S, D) → (B, H, T, D). Short rows on a CPU, and one query on every device, are
+    attended to by two plain products.
     """
     B, H, T, D = q.shape
     short = q.device.type == "cpu" and k.shape[2] <= SHORT
@@ -141,17 +124,38 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float 
         if grouped and q.device.type == "cuda" and q.dtype == torch.float32:  # for which CUDA has no fused kernel
             k, v = (x.repeat_interleave(H // x.shape[1], dim=1) for x in (k, v))
             grouped = False
-        return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=T > 1, enable_gqa=grouped)
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None, enable_gqa=grouped)
     q = (q * D**-0.5).reshape(B * k.shape[1], -1, D)  # (B K, H / K · T, D)
-    scores = q.bmm(k.flatten(0, 1).transpose(1, 2))  # (B K, H / K · T, t)
-    if T > 1:
+    scores = q.bmm(k.flatten(0, 1).transpose(1, 2))  # (B K, H / K · T, S)
+    if mask is None and T > 1:
         mask = torch.full((T, T), -math.inf, dtype=q.dtype, device=q.device).triu(1)
     if mask is not None:
         scores = (scores.view(B, H, T, -1) + mask).view_as(scores)
     return scores.softmax(-1).bmm(v.flatten(0, 1)).view(B, H, T, D)
 
 
-# --- log-probabilities ------------------------------------------------------------------------------------------------
+# --- log-probabilities: training and PPO with 50,257 tokens -----------------------------------------------------------
+
+
+def token_logprobs(
+    hidden: Tensor, weight: Tensor, target: Tensor, temperature: float = 1.0, with_entropy: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """`logp = F.log_softmax(hidden @ weight.T / temperature, -1)`, of which `logp.gather(1, target[:, None])[:, 0]`,
+    and if asked `-(logp.exp() * logp).sum(-1)`, both in float32.
+
+    hidden (N, C), W (V, C), target (N,) → (N,), (N,) in nats. Logits exist for one chunk of rows at a time, but where
+    the gradient of an entropy is wanted.
+    """
+    hidden, weight = rounded(hidden), rounded(weight)
+    wanted = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    if not with_entropy:
+        return ChosenLogprobs.apply(hidden, weight, target, temperature, KEPT if wanted else 0), None
+    found = []
+    for h, y in zip(*(x.split(len(target) if wanted else chunk_rows(weight)) for x in (hidden, target))):
+        logp = (linear_float32(h, weight) / temperature).log_softmax(-1)
+        found.append((logp.gather(1, y[:, None])[:, 0], -(logp.exp() * logp).sum(-1)))
+    logp, entropy = map(torch.cat, zip(*found))
+    return logp, entropy
 
 
 def chunk_rows(weight: Tensor) -> int:
@@ -159,37 +163,11 @@ def chunk_rows(weight: Tensor) -> int:
     return max(1, (CHUNK if weight.device.type == "cpu" else GPU_CHUNK) // len(weight))
 
 
-def chosen_logprobs(hidden: Tensor, weight: Tensor, target: Tensor, temperature: float) -> Tensor:
-    """`F.log_softmax(hidden @ weight.T / temperature, -1).gather(1, target[:, None])[:, 0]` in float32.
-
-    hidden (N, C), W (V, C), target (N,) → (N,) in nats. Logits exist for one chunk of rows at a time. The backward
-    computes them again, all but the last few chunks, which are kept where a gradient is wanted. There is no second
-    derivative.
-    """
-    dtype = compute_dtype(hidden)
-    wanted = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    return ChosenLogprobs.apply(hidden.to(dtype), weight.to(dtype), target, temperature, KEPT if wanted else 0)
-
-
-@torch.no_grad()
-def chosen_logprobs_and_entropy(
-    hidden: Tensor, weight: Tensor, target: Tensor, temperature: float
-) -> tuple[Tensor, Tensor]:
-    """`chosen_logprobs`, and `torch.distributions.Categorical(logits=hidden @ weight.T / temperature).entropy()`."""
-    dtype = compute_dtype(hidden)
-    weight, rows = weight.to(dtype), chunk_rows(weight)
-    logp, entropy = [], []
-    for h, y in zip(hidden.to(dtype).split(rows), target.split(rows)):
-        logits = shifted_logits(h, weight, temperature)
-        exp = logits.exp()
-        total = exp.sum(-1)
-        logp.append(logits.gather(1, y[:, None])[:, 0] - total.log())
-        entropy.append(total.log() - exp.mul_(logits).sum(-1) / total)
-    return torch.cat(logp), torch.cat(entropy)
-
-
 class ChosenLogprobs(torch.autograd.Function):
-    """With p = softmax, the gradient of a chosen log-probability with respect to the logits is onehot − p."""
+    """With p = softmax, the gradient of a chosen log-probability with respect to the logits is onehot − p.
+
+    The backward computes the logits again, all but the last few chunks, which are kept.
+    """
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, target: Tensor, temperature: float, n_kept: int) -> Tensor:
@@ -205,8 +183,8 @@ class ChosenLogprobs(torch.autograd.Function):
         return torch.cat(chosen)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple:
-        refuse_second_derivative("fast.chosen_logprobs", "F.log_softmax")
         hidden, weight, target = ctx.saved_tensors
         g = (grad / ctx.temperature)[:, None]  # (N, 1) float32
         d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=grad.dtype)  # (N, C), (V, C)
@@ -217,20 +195,19 @@ class ChosenLogprobs(torch.autograd.Function):
         return d_hidden, d_weight.to(weight.dtype), None, None, None
 
 
-def summed_logprobs(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    """`chosen_logprobs(hidden, weight, target, 1.0).sum()`: a number, what stage 1 learns from.
+def sum_logprobs(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    """`token_logprobs(hidden, weight, target)[0].sum()`: a number, what stage 1 learns from.
 
-    The gradient of each log-probability is one and the same number, so where there are many chunks of logits, both
+    The gradient of each log-probability is one and the same number. So where there are many chunks of logits, both
     gradients are taken in the forward but for that number, and no chunk is kept or computed twice.
     """
     wanted = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     if not wanted or len(hidden) <= KEPT * chunk_rows(weight):
-        return chosen_logprobs(hidden, weight, target, 1.0).sum()
-    dtype = compute_dtype(hidden)
-    return SummedLogprobs.apply(hidden.to(dtype), weight.to(dtype), target)
+        return token_logprobs(hidden, weight, target)[0].sum()
+    return SumLogprobs.apply(rounded(hidden), rounded(weight), target)
 
 
-class SummedLogprobs(torch.autograd.Function):
+class SumLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
         rows, found = chunk_rows(weight), []
@@ -244,18 +221,16 @@ class SummedLogprobs(torch.autograd.Function):
         return torch.stack(found).sum()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple:
-        refuse_second_derivative("fast.summed_logprobs", "F.log_softmax")
         d_hidden, d_weight = ctx.gradients
         return (d_hidden * grad).to(d_hidden.dtype), (d_weight * grad).to(d_hidden.dtype), None
 
 
-def add_gradients(
-    exp: Tensor, total: Tensor, g: Tensor, h: Tensor, weight: Tensor, target: Tensor, d_h: Tensor, d_weight: Tensor
-) -> None:
+def add_gradients(exp, total, g, h, weight, target, d_h, d_weight) -> None:
     """Write the gradient of h (n, C) into d_h, and add that of W (V, C) to d_weight.
 
-    exp / total is the chunk's softmax, and g (n, 1) each row's upstream gradient, divided by its total.
+    exp / total is the chunk's softmax (n, V), and g (n, 1) each row's upstream gradient, divided by its total.
     """
     p = exp.scatter_add_(1, target[:, None], -total).to(h.dtype)  # (n, V): softmax − onehot, times total
     g = g.to(h.dtype)  # (n, 1)
@@ -268,22 +243,16 @@ def add_gradients(
 
 def chunk_softmax(hidden: Tensor, weight: Tensor, target: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
     """The chosen log-probabilities (n,), and the softmax as exp(logits − max) (n, V) and its sums (n, 1)."""
-    logits = shifted_logits(hidden, weight, temperature)
+    logits = linear_float32(hidden, weight)
+    if temperature != 1:
+        logits /= temperature
+    logits -= logits.amax(-1, keepdim=True)  # in place, like exp_: new memory costs more than arithmetic
     chosen = logits.gather(1, target[:, None])
     total = logits.exp_().sum(-1, keepdim=True)
     return (chosen - total.log())[:, 0], logits, total
 
 
-def shifted_logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
-    """hidden @ weight.T / temperature, less each row's largest: (n, V)."""
-    logits = linear_float32(hidden, weight)
-    if temperature != 1:
-        logits /= temperature
-    logits -= logits.amax(-1, keepdim=True)  # in place, like exp_: new memory costs more than arithmetic
-    return logits
-
-
-# --- drawing and decoding ---------------------------------------------------------------------------------------------
+# --- generation with 50,257 tokens ------------------------------------------------------------------------------------
 
 
 def draw(probs: Tensor, uniform: Tensor) -> Tensor:
@@ -291,7 +260,7 @@ def draw(probs: Tensor, uniform: Tensor) -> Tensor:
 
     probs (B, V), uniform (B,) in float64 in [0, 1) → token ids (B,). Sums are in float64: in float32 they are off by up
     to 4e-4 in total variation over 50,257 tokens. A large vocabulary is searched in two levels. Probabilities that are
-    nan give some token: what is read of it is nan too, and stops the run.
+    nan give an arbitrary token; the run then stops, because its log-probability is nan.
     """
     V, width, u = probs.shape[-1], 256, uniform[:, None].clamp(max=1 - 2**-52)  # (B, 1)
     if V <= 16 * width:
@@ -313,13 +282,6 @@ def draw(probs: Tensor, uniform: Tensor) -> Tensor:
     return (stretch * width + place)[:, 0].clamp(max=V - 1)
 
 
-def packed_product(layer: Linear, keep: bool) -> Callable[[Tensor], Tensor]:
-    """`layer.forward`, x (…, I) → (…, O), with weight and bias packed once for a whole generation."""
-    weight, *bias = [pack(x, keep) for x in layer.parameters()]
-    product = linear if for_onednn(weight) else F.linear
-    return functools.partial(product, weight=weight, bias=bias[0] if bias else None)
-
-
 def decoding(generate: Callable) -> Callable:
     """`torch.no_grad()(generate)`, with the model in eval mode meanwhile, the weights of its linear layers packed."""
 
@@ -327,103 +289,109 @@ def decoding(generate: Callable) -> Callable:
     def decorated(model: nn.Module, *args, **options) -> tuple[Tensor, ...]:
         was_training = model.training
         layers = [layer for layer in model.h.modules() if isinstance(layer, Linear)]
-        eager = torch.compiler.set_stance("force_eager") if hasattr(model, "compiled") else contextlib.nullcontext()
+        compiled = any(block._compiled_call_impl for block in model.h)
+        eager = torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
         try:
             with torch.inference_mode(), eager:  # a compiled block would be compiled anew for every token
                 for layer in layers:
-                    layer.forward = packed_product(layer, model.static_decode)
+                    layer.packed = pack(layer.weight), None if layer.bias is None else pack(layer.bias)
                 result = generate(model.eval(), *args, **options)
         finally:
             for layer in layers:
-                layer.__dict__.pop("forward", None)
+                layer.packed = None
             model.train(was_training)
         return tuple(x.clone() for x in result)  # ordinary tensors again
 
     return decorated
 
 
-def uniform(*size: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
-    """`torch.rand(size, dtype=torch.float64)`, from a CPU generator, on a device that has float64."""
-    numbers = torch.rand(size, dtype=torch.float64, generator=generator)
-    return to_device(numbers, device) if device.type == "cuda" else numbers
+# --- compiled blocks, on CUDA a decode as a graph: not measured yet ---------------------------------------------------
 
 
-def up_to(kv: Tensor, gap: Tensor, place: int | Tensor) -> tuple[Tensor, slice | Tensor, Tensor]:
-    """`kv[..., : place + 1, :], place, gap[..., : place + 1]`: the cache up to a place, that place, and its mask.
+def compile_blocks(*models: nn.Module) -> None:
+    """Changes no number. torch.compile fuses the blocks of each GPT; on CUDA a decode step becomes a graph."""
+    for model in models:
+        model.decoder = static_decode if model.wte.weight.is_cuda else None
+        for block in model.h:
+            block.compile(dynamic=True, recompile_limit=64)  # all blocks of all models share one code
 
-    A graph cannot know the value of a tensor. Then these are the whole cache, and a mask that hides what comes later.
+
+def static_decode(model: nn.Module, prompts: list[list[int]], uniform: Tensor, choose: functools.partial) -> tuple:
+    """The loop of `GPT.generate` in shapes that do not change. On CUDA its second step becomes a graph.
+
+    A step reads the whole cache, under a mask that hides what comes later. The width of the prompts is rounded up, and
+    a later call puts its tensors into the memory that a graph of these shapes, options and weights already reads: to
+    capture one costs many steps.
     """
-    if isinstance(place, int):
-        return kv[..., : place + 1, :], slice(place, place + 1), gap[..., : place + 1]
-    later = torch.arange(gap.shape[-1], device=gap.device) > place
-    return kv, place, gap.masked_fill(later, -math.inf)
+    config, device, (N, B) = model.config, uniform.device, uniform.shape
+    longest = max(map(len, prompts))
+    P = max(longest, min(-(-longest // 32) * 32, config.block_size - N))
+    prompt_len = torch.tensor([len(p) for p in prompts])  # (B,)
+    tokens = torch.tensor([p + [config.eos] * (P + N - len(p)) for p in prompts]).to(device)
+    for layer in (layer for layer in model.h.modules() if isinstance(layer, Linear)):
+        layer.packed = in_place(layer.weight), None if layer.bias is None else in_place(layer.bias)
+    weight = in_place(model.output_weight)
+    shape = (config.n_layer, 2, B, config.n_kv_heads, P + N, config.head_size)
+    place, start = torch.arange(P + N, device=device), prompt_len.to(device)
+    in_gap = ((place >= start[:, None]) & (place < P))[:, None, None]  # (B, 1, 1, P + N)
+    fresh = {
+        "start": start, "uniform": uniform, "t": torch.ones(1, dtype=torch.long, device=device),
+        "ends": torch.tensor(config.ends).to(device), "done": torch.zeros(B, dtype=torch.bool, device=device),
+        "new": torch.full((N, B), config.eos, device=device), "n_new": torch.zeros_like(start),
+        "gap": torch.zeros(in_gap.shape, device=device, dtype=weight.dtype).masked_fill(in_gap, -math.inf),
+        "kv": torch.zeros(shape, device=device, dtype=weight.dtype),
+    }  # fmt: skip
+    packed = [x.data_ptr() for layer in model.modules() for x in getattr(layer, "packed", None) or () if x is not None]
+    pointers = [x.data_ptr() for x in model.parameters()] + packed
+    key = str((config, choose.keywords, pointers, weight.data_ptr(), [(x.shape, x.dtype) for x in fresh.values()]))
+    if key not in DECODES.get(model, {}):
+        DECODES[model] = {key: (fresh, [])}  # one per model, for it holds keys and values
+    state, graphs = DECODES[model][key]
+    for name, x in fresh.items():
+        state[name].copy_(x)
+    start, t, done, new, n_new, kv = (state[name] for name in ("start", "t", "done", "new", "n_new", "kv"))
+
+    def add_token(hidden: Tensor, t: Tensor) -> None:
+        token = choose(linear_float32(hidden.to(kv.dtype), weight), state["uniform"][t].view(B))
+        new[t] = torch.where(done, config.eos, token)
+        n_new.add_(~done)
+        done.logical_or_(torch.isin(token, state["ends"]))
+
+    def step() -> None:
+        """Read token t − 1 of every row, then add token t."""
+        mask = state["gap"].masked_fill(place > P + t - 1, -math.inf)
+        hidden = model.hidden(new[t - 1].view(B, 1), (kv, P + t - 1, mask, (start + t - 1)[:, None]))
+        add_token(hidden[:, 0], t)
+        t.add_(1)
+
+    hidden = model.hidden(tokens[:, :P], (kv[..., :P, :], slice(0, P), None, place[:P]))  # (B, P, C)
+    add_token(hidden[torch.arange(B, device=device), start - 1], torch.zeros_like(t))
+    for i in range(1, N):
+        if i % 16 == 0 and bool(done.all()):  # a look waits for the device
+            break
+        if device.type == "cuda" and i > 1 and not graphs:
+            graphs.append(torch.cuda.CUDAGraph())
+            with torch.cuda.graph(graphs[0]):
+                step()
+        graphs[0].replay() if graphs else step()
+    tokens.scatter_(1, start[:, None] + place[:N], new.T)
+    length = prompt_len + n_new.cpu()
+    return tokens[:, : int(length.max())], prompt_len, length
 
 
-def static(model: nn.Module, constants: tuple, tensors: tuple[Tensor, ...]) -> tuple[list[Tensor], Callable]:
-    """`tensors, lambda step, t: step(t)`: what a step of the decode reads and writes, and what takes steps 1, 2, 3 …
-
-    In static decoding t is a tensor, and on CUDA the second step becomes a graph. A later call puts its tensors into
-    the memory that a graph of these shapes, constants and weights already reads: to capture one costs many steps.
-    """
-    if not model.static_decode:
-        return tensors, lambda step, t: step(t)
-    weights = [x.data_ptr() for p in model.parameters() for x in (p, *ROUNDED.get(p, {}).values())]
-    key = str((model.config, constants, weights, [(x.shape, x.dtype) for x in tensors]))
-    fresh = (*tensors, torch.ones(1, dtype=torch.long, device=tensors[0].device))
-    decodes = DECODES.setdefault(model, {})
-    kept, graphs = decodes.pop(key, (fresh, []))
-    decodes[key] = kept, graphs  # the newest stands last
-    if len(decodes) > 4:  # each holds keys and values
-        del decodes[next(iter(decodes))]
-    for old, new in zip(kept, fresh):
-        old.copy_(new)
-    *tensors, time = kept
-
-    def take(step: Callable[[Tensor], None], t: int) -> None:
-        if time.is_cuda and t > 1 and not graphs:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                step(time)
-                time.add_(1)
-            graphs.append(graph)
-        if graphs:
-            return graphs[0].replay()
-        step(time)
-        time.add_(1)
-
-    return tensors, take
+def in_place(weight: Tensor) -> Tensor:
+    """`rounded(weight)`, in the same memory every time, because a graph reads it there."""
+    copy = rounded(weight.detach())
+    if copy.data_ptr() == weight.data_ptr():
+        return copy
+    return ROUNDED.setdefault(weight, copy).copy_(copy)
 
 
-def prompt_width(model: nn.Module, prompts: list[list[int]], n_new: int) -> int:
-    """`max(map(len, prompts))`. Static decoding rounds it up, so that a graph serves prompts of other lengths too."""
-    longest, room = max(map(len, prompts)), model.config.block_size - n_new
-    return max(longest, min(-(-longest // 32) * 32, room)) if model.static_decode else longest
-
-
-def all_true(x: Tensor, t: int) -> bool:
-    """`x.all()`. On an accelerator a look costs a synchronisation, so there it looks at every sixteenth t."""
-    look = x.device.type == "cpu" or t % 16 == 0
-    return look and bool(x.all())
-
-
-# --- memory, copies, compiling ----------------------------------------------------------------------------------------
-
-
-def to_device(x: Tensor, device: torch.device | str) -> Tensor:
-    """`x.to(device)`. The CPU does not wait for a copy to a GPU, which is from pinned memory."""
-    pin = torch.device(device).type == "cuda" and not x.is_cuda
-    return (x.pin_memory() if pin else x).to(device, non_blocking=pin)
-
-
-def pick(x: Tensor, row: Tensor, column: Tensor) -> Tensor:
-    """`x[row, column]` of x (B, T, …), by one index for both, which is faster backward. Indices may be on the CPU."""
-    index = row * x.shape[1] + column
-    flat = to_device(index.flatten(), x.device)
-    return x.flatten(0, 1).index_select(0, flat).view(*index.shape, *x.shape[2:])
+# --- the process ------------------------------------------------------------------------------------------------------
 
 
 def keep_memory() -> None:
-    """Nothing, to a reader. glibc keeps what is freed: new pages cost more than the arithmetic on them."""
+    """Changes no number. glibc keeps freed memory: new pages cost more than the arithmetic on them."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:
         for option, setting in ((-4, 0), (-1, -1)):  # M_MMAP_MAX: no mapping of its own; M_TRIM_THRESHOLD: never
@@ -431,15 +399,6 @@ def keep_memory() -> None:
 
 
 def settle_math() -> None:
-    """Nothing, to a reader. In the first call of exp, of log … MKL picks its code for this CPU. Where two threads were
-    both first, one run in a hundred had other last bits than its seed gives."""
+    """Keeps a seed's bits: MKL picks its code in the first call of exp, of log …, where two threads must not race."""
     for function in (torch.exp, torch.log, torch.tanh, torch.erf, torch.sin, torch.cos):
         function(torch.ones(1))  # one number: one thread
-
-
-def compile_blocks(*models: nn.Module) -> None:
-    """Nothing, to a reader. torch.compile fuses the blocks of each GPT; on CUDA a decode step becomes a graph."""
-    for model in models:
-        model.compiled, model.static_decode = True, model.wte.weight.is_cuda
-        for block in model.h:
-            block.compile(dynamic=True, recompile_limit=64)  # all blocks of all models share one code

@@ -1,34 +1,83 @@
-"""The GPT that every stage shares, written out: GPT-2's architecture, and the Llama family's where its config says so.
+"""The GPT that every stage shares: GPT-2's architecture, and the Llama family's where GPTConfig says so.
 
     GPT           hidden states, logits, log-probabilities of response tokens, generation
     ScalarModel   the same trunk under a scalar head: the reward model and the value net
 
-Sequences are right-padded: tokens (B, T), prompt_len (B,), length (B,). In causal attention no real token looks at the
-pads after it, so training and scoring need no padding mask. `length` decides what is padding; no token id does.
+Sequences are right-padded: tokens (B, T), prompt_len (B,), length (B,). Positions from `length` on are padding,
+whatever their token id. Attention is causal: no real token sees the padding behind it, so no forward needs a mask.
 Quantities per response token live on the response window (B, R): column r is about the token at position
-prompt_len + r, which was predicted at position prompt_len + r − 1. The two lengths of a batch stay on the CPU, so that
-no forward waits for a GPU.
+prompt_len + r, which was predicted from position prompt_len + r − 1. prompt_len and length stay on the CPU.
 
 Letters in shapes: B batch, T positions, R response positions, V vocabulary, C channels, H heads, K key and value heads,
-D channels of a head, L layers. The docstring of each function in fast.py starts with the plain PyTorch that it equals.
-
-    python model.py out/ppo --prompt "Tell me about a shy owl who lost a red key near the lake." --compare out/sft
-    python model.py out/ppo --chat
+D channels of a head, S places of a cache, L layers.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import Linear
 from torch.utils.checkpoint import checkpoint
 
-import fast
-from fast import Linear  # nn.Linear
+# --- the arithmetic in plain lines ------------------------------------------------------------------------------------
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float = 0.0) -> Tensor:
+    """softmax(q kᵀ / √D) v: q (B, H, T, D), k and v (B, K, S, D) → (B, H, T, D). Without a mask it is causal."""
+    T, group = q.shape[2], q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)  # (B, H, S, D)
+    if mask is None:
+        mask = torch.full((T, T), -math.inf, dtype=q.dtype, device=q.device).triu(1)
+    weights = (q @ k.transpose(2, 3) / math.sqrt(q.shape[3]) + mask).softmax(-1)  # (B, H, T, S)
+    return F.dropout(weights, dropout) @ v
+
+
+def pack(weight: Tensor) -> Tensor:
+    """`weight`, under autocast in its dtype: so a frozen copy that is stored in that dtype gives equal numbers."""
+    kind = weight.device.type
+    return weight.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else weight
+
+
+def linear_float32(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear` in at least float32: in bfloat16, log-probabilities would be off by more than PPO's ε."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    with torch.autocast(x.device.type, enabled=False):
+        return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+
+
+def token_logprobs(
+    hidden: Tensor, weight: Tensor, target: Tensor, temperature: float = 1.0, with_entropy: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """log p of each target (N,), if asked its distribution's entropy (N,) too, in nats: hidden (N, C), weight (V, C)."""
+    logits = linear_float32(pack(hidden), pack(weight)) / temperature  # (N, V)
+    logp = logits.log_softmax(-1)
+    entropy = -(logp.exp() * logp).sum(-1) if with_entropy else None
+    return logp.gather(1, target[:, None])[:, 0], entropy
+
+
+def sum_logprobs(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    """Σ log p of all targets: a number. Stage 1 learns from it."""
+    return token_logprobs(hidden, weight, target)[0].sum()
+
+
+def draw(probs: Tensor, uniform: Tensor) -> Tensor:
+    """A token id (B,) from each row of probs (B, V), by inverse transform of uniform (B,) in [0, 1), in float64."""
+    cdf = probs.cumsum(-1, dtype=torch.float64)
+    token = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True)[:, 0]
+    return token.clamp(max=probs.shape[1] - 1)  # where probs are nan
+
+
+decoding = torch.no_grad()  # what `generate` runs in
+# The same numbers, faster. All works without this line.
+from fast import Linear, attend, decoding, draw, linear_float32, pack, sum_logprobs, token_logprobs  # noqa: E402, F811
+
+# --- the model --------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -55,11 +104,15 @@ class GPTConfig:
     rope_llama3: tuple[float, ...] = ()  # factor, low and high frequency factor, first context (Llama 3.1)
     no_rope: tuple[int, ...] = ()  # layers without rotary positions (SmolLM 3)
     stops: tuple[int, ...] = ()  # ids beside eos that end a generation too
-    bos: tuple[int, ...] = ()  # the id that other software puts before a text; only kept for them
+    bos: tuple[int, ...] = ()  # the id that other software puts before a text; kept for the exporter
 
     @property
     def head_size(self) -> int:
         return self.head_dim or self.n_embd // self.n_head
+
+    @property
+    def n_kv_heads(self) -> int:
+        return self.n_kv_head or self.n_head
 
     @property
     def ends(self) -> tuple[int, ...]:
@@ -69,7 +122,7 @@ class GPTConfig:
 class Cache(NamedTuple):
     """Keys and values of earlier tokens, and the place of the new tokens among them. Only generation has one."""
 
-    kv: Tensor  # (L, 2, B, K, S, D): S places for tokens; within a block (2, B, K, S, D)
+    kv: Tensor  # (L, 2, B, K, S, D); within a block (2, B, K, S, D)
     place: slice | Tensor  # the places that the new tokens take
     mask: Tensor | None  # (B, 1, 1, S): 0, or −inf where a row must not look; None: causal
     position: Tensor  # (T,) or (B, T) of the new tokens in their rows
@@ -78,20 +131,17 @@ class Cache(NamedTuple):
 class Attention(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.n_head = config.n_head
-        self.n_kv_head = config.n_kv_head or config.n_head
-        self.head_size = config.head_size
-        self.dropout = config.dropout
-        n_qkv = (self.n_head + 2 * self.n_kv_head) * self.head_size
-        self.c_attn = Linear(config.n_embd, n_qkv, bias=config.qkv_bias)
-        self.c_proj = Linear(self.n_head * self.head_size, config.n_embd, bias=config.bias)
-        self.q_norm = nn.RMSNorm(self.head_size, eps=config.norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(self.head_size, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+        self.config = config
+        H, K, D = config.n_head, config.n_kv_heads, config.head_size
+        self.c_attn = Linear(config.n_embd, (H + 2 * K) * D, bias=config.qkv_bias)
+        self.c_proj = Linear(H * D, config.n_embd, bias=config.bias)
+        self.q_norm = nn.RMSNorm(D, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(D, eps=config.norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, cache: Cache | None) -> Tensor:
-        B, T, _ = x.shape
-        heads = self.c_attn(x).view(B, T, -1, self.head_size).transpose(1, 2)  # (B, H + 2 K, T, D)
-        q, k, v = heads.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=1)
+        H, K, D = self.config.n_head, self.config.n_kv_heads, self.config.head_size
+        heads = self.c_attn(x).unflatten(-1, (-1, D)).transpose(1, 2)  # (B, H + 2 K, T, D)
+        q, k, v = heads.split([H, K, K], dim=1)
         q, k = self.q_norm(q), self.k_norm(k)
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
@@ -101,28 +151,27 @@ class Attention(nn.Module):
             keys[:, :, cache.place] = k
             values[:, :, cache.place] = v
             k, v, mask = keys, values, cache.mask
-        y = fast.attend(q, k, v, mask, self.dropout if self.training else 0.0)  # (B, H, T, D)
-        y = y.transpose(1, 2).reshape(B, T, -1)
-        return F.dropout(self.c_proj(y), self.dropout, self.training)
+        dropout = self.config.dropout if self.training else 0.0
+        y = attend(q, k, v, mask, dropout)  # (B, H, T, D)
+        return F.dropout(self.c_proj(y.transpose(1, 2).flatten(2)), dropout)
 
 
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.dropout = config.dropout
-        self.swiglu = config.swiglu
+        self.config = config
         n_inner = config.n_inner or 4 * config.n_embd
         self.c_fc = Linear(config.n_embd, n_inner * (2 if config.swiglu else 1), bias=config.bias)
         self.c_proj = Linear(n_inner, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.c_fc(x)  # (B, T, n_inner), or gate and value side by side
-        if self.swiglu:
+        if self.config.swiglu:
             gate, value = x.chunk(2, dim=-1)
             x = F.silu(gate) * value
         else:
             x = F.gelu(x, approximate="tanh")
-        return F.dropout(self.c_proj(x), self.dropout, self.training)
+        return F.dropout(self.c_proj(x), self.config.dropout, self.training)
 
 
 class Block(nn.Module):
@@ -146,7 +195,7 @@ def norm(config: GPTConfig) -> nn.Module:
 def rotary_angles(position: Tensor, config: GPTConfig) -> tuple[Tensor, Tensor]:
     """cos and sin of position · theta^(−2i / D) in float32: (1, T, D/2) of position (T,), (B, 1, T, D/2) of (B, T).
 
-    Llama 3.1 to 3.3 slow the waves that are longer than the context in which they were first trained (Llama team 2024,
+    Llama 3.1 to 3.3 slow the waves that are longer than the context of their first training (Llama team 2024,
     section 3.4.2; the numbers and the blend between are those of their code).
     """
     D = config.head_size
@@ -154,8 +203,8 @@ def rotary_angles(position: Tensor, config: GPTConfig) -> tuple[Tensor, Tensor]:
     if config.rope_llama3:
         factor, low, high, context = config.rope_llama3
         turns = context * frequency / (2 * math.pi)  # within that context
-        fast_part = ((turns - low) / (high - low)).clamp(0, 1)
-        frequency = frequency * (fast_part + (1 - fast_part) / factor)
+        kept = ((turns - low) / (high - low)).clamp(0, 1)  # 1: a short wave, left as it is
+        frequency = frequency * (kept + (1 - kept) / factor)
     angle = (position[..., None] * frequency).unsqueeze(-3)
     return angle.cos(), angle.sin()
 
@@ -169,13 +218,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
-        if not config.head_dim and config.n_embd % config.n_head:
+        if config.head_size * config.n_head != config.n_embd and not config.head_dim:
             raise ValueError(f"n_embd {config.n_embd} is not a multiple of n_head {config.n_head}")
-        if config.n_kv_head and config.n_head % config.n_kv_head:
+        if config.n_head % config.n_kv_heads:
             raise ValueError(f"n_head {config.n_head} is not a multiple of n_kv_head {config.n_kv_head}")
         self.config = config
-        self.static_decode = False  # generate in shapes that do not change (see fast.static)
-        self.checkpoint_activations = False  # keep the inputs of blocks alone, and compute the rest again
+        self.checkpoint_activations = False  # compute each block again in the backward, to save memory
+        self.decoder: Callable | None = None  # a loop that takes the place of `generate` (see fast.compile_blocks)
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         if not config.rope_theta:
             self.wpe = nn.Embedding(config.block_size, config.n_embd)
@@ -196,15 +245,12 @@ class GPT(nn.Module):
         return self.wte.weight if self.config.tied else self.lm_head.weight  # (V, C)
 
     def hidden(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
-        """Final hidden states (B, T, C) of tokens (B, T), at positions 0…T-1 and under causal attention.
-
-        With a `cache` the tokens continue what it holds. Raises ValueError where the context is too short.
-        """
+        """Final hidden states (B, T, C) of tokens (B, T). With a `cache` the tokens continue what it holds."""
         T = tokens.shape[1]
-        longest = T if cache is None else cache.kv.shape[4]
-        if longest > self.config.block_size:
-            raise ValueError(f"{longest} tokens do not fit the context of {self.config.block_size}")
-        position = torch.arange(T, device=tokens.device) if cache is None else cache.position
+        if T > self.config.block_size:
+            raise ValueError(f"{T} tokens do not fit the context of {self.config.block_size}")
+        kv, *rest = cache or (None,)  # a tuple does as well
+        position = torch.arange(T, device=tokens.device) if cache is None else rest[-1]
         x = self.wte(tokens)  # (B, T, C)
         rotary = None
         if self.config.rope_theta:
@@ -213,7 +259,7 @@ class GPT(nn.Module):
             x = x + self.wpe(position)
         x = F.dropout(x, self.config.dropout, self.training)
         for i, block in enumerate(self.h):
-            layer_cache = None if cache is None else cache._replace(kv=cache.kv[i])
+            layer_cache = None if cache is None else Cache(kv[i], *rest)
             angles = None if i in self.config.no_rope else rotary
             if self.checkpoint_activations and torch.is_grad_enabled():
                 x = checkpoint(block, x, angles, layer_cache, use_reentrant=False)
@@ -222,46 +268,40 @@ class GPT(nn.Module):
         return self.ln_f(x)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Logits (B, T, V), to experiment with. The stages use `logprobs`, which never makes this tensor."""
+        """Logits (B, T, V), to experiment with. The stages use `logprobs`, which makes logits for responses only."""
         return F.linear(self.hidden(tokens), self.output_weight)
 
     def logprobs(self, tokens: Tensor, prompt_len: Tensor, length: Tensor, temperature: float = 1.0) -> Tensor:
-        """log softmax(logits / temperature) of each response token, in nats: (B, R) float32, 0 outside the response.
+        """log softmax(logits / temperature) of each response token, in nats: (B, R) float32, 0 outside the response."""
+        predicting, target, mask = self.predictions(tokens, prompt_len, length)
+        logp, _ = token_logprobs(predicting, self.output_weight, target, temperature)
+        return logp.new_zeros(mask.shape).masked_scatter(mask, logp)
 
-        The output layer is applied to real response tokens only, so that not even (B, R, V) ever exists.
-        """
-        predicting, target, window = self.predictions(tokens, prompt_len, length)
-        return window(fast.chosen_logprobs(predicting, self.output_weight, target, temperature))
-
-    def summed_logprobs(self, tokens: Tensor, prompt_len: Tensor, length: Tensor) -> Tensor:
-        """`logprobs(...).sum()`, what stage 1 learns from: a number."""
-        predicting, target, _ = self.predictions(tokens, prompt_len, length)
-        return fast.summed_logprobs(predicting, self.output_weight, target)
-
-    @torch.no_grad()
     def logprobs_and_entropy(
         self, tokens: Tensor, prompt_len: Tensor, length: Tensor, temperature: float = 1.0
     ) -> tuple[Tensor, Tensor]:
-        """`logprobs`, without gradient, and the entropy in nats of the distribution of each response token: (B, R)."""
-        predicting, target, window = self.predictions(tokens, prompt_len, length)
-        logp, entropy = fast.chosen_logprobs_and_entropy(predicting, self.output_weight, target, temperature)
-        return window(logp), window(entropy)
+        """`logprobs`, and the entropy in nats of the distribution that each response token was drawn from: (B, R)."""
+        predicting, target, mask = self.predictions(tokens, prompt_len, length)
+        found = token_logprobs(predicting, self.output_weight, target, temperature, with_entropy=True)
+        logp, entropy = (x.new_zeros(mask.shape).masked_scatter(mask, x) for x in found)
+        return logp, entropy
 
-    def predictions(
-        self, tokens: Tensor, prompt_len: Tensor, length: Tensor
-    ) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
-        """For all N response tokens: the hidden states (N, C) before them, their ids (N,), and a function that puts
-        numbers (N,) into the response window (B, R)."""
+    def summed_logprobs(self, tokens: Tensor, prompt_len: Tensor, length: Tensor) -> Tensor:
+        """`logprobs(...).sum()`: a number."""
+        predicting, target, _ = self.predictions(tokens, prompt_len, length)
+        return sum_logprobs(predicting, self.output_weight, target)
+
+    def predictions(self, tokens: Tensor, prompt_len: Tensor, length: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The hidden states (N, C) before all N response tokens, their ids (N,), and their places, a mask (B, R).
+
+        Logits are made of these alone, so (B, R, V) never exists.
+        """
         position, mask = response_window(prompt_len, length)  # (B, R)
-        row, r = mask.nonzero(as_tuple=True)  # (N,) each
-        real = position[mask]  # (N,) their positions
-        hidden = self.hidden(tokens[:, :-1])  # (B, T - 1, C): what follows the last position is not asked for
-        predicting = fast.pick(hidden, row, real - 1)  # (N, C)
-        target = fast.pick(tokens, row, real)  # (N,)
-        index = fast.to_device(row, tokens.device), fast.to_device(r, tokens.device)
-        return predicting, target, lambda x: x.new_zeros(mask.shape).index_put(index, x)
+        row, real = mask.nonzero()[:, 0], position[mask]  # (N,) each
+        hidden = self.hidden(tokens[:, :-1])  # (B, T − 1, C): nothing is predicted from the last position
+        return pick(hidden, row, real - 1), pick(tokens, row, real), mask.to(tokens.device)
 
-    @fast.decoding
+    @decoding
     def generate(
         self,
         prompts: list[list[int]],
@@ -279,60 +319,52 @@ class GPT(nn.Module):
         `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 are off. `generator` is a CPU generator on every device: one
         number per row and step, drawn at the start. Raises ValueError if a prompt and `max_new_tokens` are too long.
         """
-        eos, device = self.config.eos, self.wte.weight.device
-        prompts = [prompt or [eos] for prompt in prompts]
-        B, P, N = len(prompts), fast.prompt_width(self, prompts, max_new_tokens), max_new_tokens
-        if N < 1:
-            raise ValueError(f"max_new_tokens {N}: give at least 1")
-        if P + N > self.config.block_size:
-            raise ValueError(f"a prompt of {P} and {N} new tokens do not fit the context of {self.config.block_size}")
-        prompt_len = torch.tensor([len(p) for p in prompts])  # (B,)
-        start = fast.to_device(prompt_len, device)
-        tokens = fast.to_device(torch.tensor([p + [eos] * (P + N - len(p)) for p in prompts]), device)
-        ends = fast.to_device(torch.tensor(self.config.ends), device)
-        new = torch.full((N, B), eos, device=device)  # the responses
-        n_new = torch.zeros_like(start)
-        done = torch.zeros(B, dtype=torch.bool, device=device)
-        uniform = fast.uniform(N, B, generator=generator, device=device)
-        output_weight = fast.pack(self.output_weight, self.static_decode)
+        config, device = self.config, self.wte.weight.device
+        prompts = [prompt or [config.eos] for prompt in prompts]
+        B, P, N = len(prompts), max(map(len, prompts)), max_new_tokens
+        if N < 1 or P + N > config.block_size:
+            what = f"a prompt of {P} and {N} new tokens (at least 1)"
+            raise ValueError(f"{what} do not fit the context of {config.block_size}")
+        uniform = torch.rand(N, B, dtype=torch.float64, generator=generator)
+        if device.type != "mps":  # which has no float64
+            uniform = uniform.to(device)
+        choose = partial(sample, temperature=temperature, top_k=top_k, top_p=top_p)
+        if self.decoder is not None:
+            return self.decoder(self, prompts, uniform, choose)
+        look = 1 if device.type == "cpu" else 16  # to look whether all rows have ended waits for an accelerator
 
-        # 1 Prefill. Prompts take places 0…P−1 of the cache, new token t takes place P + t. A short prompt leaves a gap.
-        shape = (len(self.h), 2, B, self.h[0].attn.n_kv_head, P + N, self.config.head_size)
-        kv = torch.zeros(shape, device=device, dtype=fast.compute_dtype(output_weight))
+        prompt_len = torch.tensor([len(p) for p in prompts])  # (B,)
+        tokens = torch.tensor([p + [config.eos] * (P + N - len(p)) for p in prompts], device=device)  # (B, P + N)
+        row, start = torch.arange(B, device=device), prompt_len.to(device)
+        length, done = start.clone(), torch.zeros(B, dtype=torch.bool, device=device)
+        ends = torch.tensor(config.ends, device=device)
+        weight = pack(self.output_weight)
+
+        # 1 Prefill. Prompts take places 0…P−1 of the cache, new token t takes P + t. A short prompt leaves a gap.
+        shape = (config.n_layer, 2, B, config.n_kv_heads, P + N, config.head_size)
+        kv = torch.zeros(shape, device=device, dtype=weight.dtype)
         place = torch.arange(P + N, device=device)
         in_gap = (place >= start[:, None]) & (place < P)  # (B, P + N)
-        gap = torch.zeros(B, 1, 1, P + N, device=device, dtype=kv.dtype).masked_fill(in_gap[:, None, None], -math.inf)
-        state = start, ends, uniform, new, n_new, done, gap, kv
-        (start, ends, uniform, new, n_new, done, gap, kv), take = fast.static(self, (temperature, top_k, top_p), state)
-        prompt_cache = Cache(kv[..., :P, :], slice(0, P), mask=None, position=place[:P])
-        hidden = self.hidden(tokens[:, :P], prompt_cache)  # (B, P, C)
-        hidden = fast.pick(hidden, torch.arange(B), prompt_len - 1)  # (B, C) at the end of each prompt
+        mask = torch.zeros(B, 1, 1, P + N, device=device, dtype=kv.dtype).masked_fill(in_gap[:, None, None], -math.inf)
+        cache = Cache(kv[..., :P, :], slice(0, P), mask=None, position=place[:P])
+        hidden = pick(self.hidden(tokens[:, :P], cache), torch.arange(B), prompt_len - 1)  # (B, C)
 
-        def add_token(hidden: Tensor, t: int | Tensor) -> None:
-            """Token t of every row, from the hidden states (B, C) before it."""
-            # 2 Draw.
-            logits = fast.linear_float32(hidden.to(kv.dtype), output_weight)  # (B, V)
-            token = sample(logits, uniform[t].view(B), temperature, top_k, top_p)  # (B,)
-            # 3 Append: a row that has ended stays as it is.
-            new[t] = torch.where(done, eos, token)
-            n_new.add_(~done)
-            done.logical_or_(torch.isin(token, ends))
-
-        def step(t: int | Tensor) -> None:
-            """Read token t − 1 of every row, then add token t."""
-            seen, newest, mask = fast.up_to(kv, gap, P + t - 1)
-            cache = Cache(seen, newest, mask, position=(start + t - 1)[:, None])
-            add_token(self.hidden(new[t - 1].view(B, 1), cache)[:, 0], t)
-
-        add_token(hidden, 0)
-        for t in range(1, N):
-            # 4 Stop where every row has ended.
-            if fast.all_true(done, t):
+        for t in range(N):
+            # 2 Draw a token for every row. A row that has ended gets EOS and does not grow.
+            logits = linear_float32(hidden.to(kv.dtype), weight)  # (B, V)
+            token = choose(logits, uniform[t])  # (B,)
+            tokens[row, start + t] = torch.where(done, config.eos, token)
+            length += ~done
+            done |= torch.isin(token, ends)
+            # 3 Stop where every row has ended.
+            if t + 1 == N or (t % look == 0 and bool(done.all())):
                 break
-            take(step, t)
+            # 4 Read the new token.
+            seen = P + t + 1
+            cache = Cache(kv[..., :seen, :], slice(P + t, seen), mask[..., :seen], position=(start + t)[:, None])
+            hidden = self.hidden(tokens[row, start + t][:, None], cache)[:, 0]  # (B, C)
 
-        tokens.scatter_(1, start[:, None] + place[:N], new.T)
-        length = prompt_len + n_new.cpu()
+        length = length.cpu()
         return tokens[:, : int(length.max())], prompt_len, length
 
 
@@ -345,7 +377,7 @@ class ScalarModel(nn.Module):
     def __init__(self, trunk: GPT):
         super().__init__()
         self.trunk = trunk
-        trunk.lm_head = None  # an output layer of its own, if the trunk has one, is not needed
+        trunk.lm_head = None  # the trunk's own output layer, if it has one, is not needed
         self.head = nn.Linear(trunk.config.n_embd, 1)
         nn.init.normal_(self.head.weight, std=1 / math.sqrt(trunk.config.n_embd + 1))  # Stiennon et al. 2020, C.1
         nn.init.zeros_(self.head.bias)
@@ -358,20 +390,20 @@ class ScalarModel(nn.Module):
 
     def scalar(self, hidden: Tensor) -> Tensor:
         """(…, C) → (…) in at least float32."""
-        raw = fast.linear_float32(hidden, self.head.weight, self.head.bias).squeeze(-1)
+        raw = linear_float32(hidden, self.head.weight, self.head.bias).squeeze(-1)
         return self.gain * raw + self.bias
 
     def scores(self, tokens: Tensor, length: Tensor) -> Tensor:
         """The score (B,) of each whole sequence, read at its last real token."""
         hidden = self.trunk.hidden(tokens)  # (B, T, C)
-        return self.scalar(fast.pick(hidden, torch.arange(len(tokens)), length - 1))
+        return self.scalar(pick(hidden, torch.arange(len(tokens)), length - 1))
 
     def values(self, tokens: Tensor, prompt_len: Tensor, length: Tensor) -> Tensor:
         """The value (B, R) of the state in which each response token was chosen, 0 outside the response."""
         position, mask = response_window(prompt_len, length)  # (B, R)
-        hidden = self.trunk.hidden(tokens[:, :-1])  # (B, T - 1, C)
-        values = self.scalar(fast.pick(hidden, torch.arange(len(tokens))[:, None], position - 1))  # (B, R)
-        return values * fast.to_device(mask, tokens.device)
+        hidden = self.trunk.hidden(tokens[:, :-1])  # (B, T − 1, C)
+        values = self.scalar(pick(hidden, torch.arange(len(tokens))[:, None], position - 1))  # (B, R)
+        return values * mask.to(tokens.device)
 
 
 def response_window(prompt_len: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
@@ -386,19 +418,25 @@ def response_window(prompt_len: Tensor, length: Tensor) -> tuple[Tensor, Tensor]
     return position.minimum(length[:, None] - 1).clamp(min=1), mask
 
 
-def sample(logits: Tensor, uniform: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """Draw token ids (B,) from softmax(logits (B, V) / temperature), one uniform number in [0, 1) a row (B,) float64.
+def pick(x: Tensor, row: Tensor, column: Tensor) -> Tensor:
+    """`x[row, column]` of x (B, T, …). The two become one index, whose backward is faster."""
+    index = row * x.shape[1] + column
+    picked = x.flatten(0, 1).index_select(0, index.flatten().to(x.device))
+    return picked.view(*index.shape, *x.shape[2:])
 
-    Inverse transform sampling, exact to 1e-6 in total variation. top-k keeps the k likeliest tokens, top-p the fewest
-    likeliest whose mass reaches p (Holtzman et al. 2020); both are for this file's own command line, since training
-    scores the whole softmax.
+
+def sample(logits: Tensor, uniform: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+    """Draw token ids (B,) from softmax(logits (B, V) / temperature), one uniform number in [0, 1) per row (B,) float64.
+
+    Exact to 1e-6 in total variation. top-k keeps the k likeliest tokens, top-p the fewest likeliest whose mass reaches
+    p (Holtzman et al. 2020). Rollouts use neither, since training scores the whole softmax.
     """
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits.float()
     if temperature != 1:
         logits = logits / temperature
-    probs = F.softmax(logits, -1).to(uniform.device)  # (B, V)
+    probs = F.softmax(logits, -1)  # (B, V)
     if 0 < top_k < probs.shape[-1] or top_p < 1:
         ordered, index = probs.sort(dim=-1, descending=True, stable=True)
         if top_k:
@@ -408,11 +446,4 @@ def sample(logits: Tensor, uniform: Tensor, temperature: float = 1.0, top_k: int
         keep = mass_before < top_p
         keep[:, 0] = True
         probs = torch.zeros_like(probs).scatter(1, index, ordered * keep)
-    return fast.draw(probs, uniform).to(logits.device)
-
-
-if __name__ == "__main__":
-    import common  # here, since common imports this file
-    from tools import sample as talk
-
-    common.run_main(talk.main)
+    return draw(probs.to(uniform.device), uniform).to(logits.device)

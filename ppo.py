@@ -1,15 +1,14 @@
 """Stage 3: PPO against a frozen copy of the starting policy, with the KL between the two charged to the reward.
 
-    python ppo.py                                            the tales: out/sft and out/reward → out/ppo
+    python ppo.py                                     the tales: out/sft and out/reward → out/ppo
     python ppo.py --data PROMPTS.jsonl --init out/sft --reward out/reward --judge FILE.py:function
-    python ppo.py --reward FILE.py:function                  train on any Python function in place of a reward model
-    python ppo.py --kl_coef 0                                what the KL term is for: see the reward being hacked
-    python ppo.py --iterations 0                             only evaluate the policy in --out
+    python ppo.py --reward FILE.py:function           train on any Python function in place of a reward model
+    python ppo.py --kl_coef 0                         what the KL term is for: see the reward being hacked
 
 Four nets: the policy; its frozen copy, the reference; a frozen reward model; and a value net that starts as the reward
-model. (If a Python function takes the reward model's place, the value net starts as the policy's trunk under a head of
-zeros.) Each iteration answers a batch of prompts, scores the answers, and improves the policy on them. The loop in
-`train` is the table of contents, one function a step; a fork changes one of them.
+model (or, if a Python function is the reward, as the policy's trunk under a head of zeros). Each iteration answers a
+batch of prompts, scores the answers, and improves the policy on them. The loop in `train` is the table of contents, one
+function per step; a fork changes one of them.
 
     Batch: what each step adds                       shape                made by
       tokens, prompt_len, length, ended              (B, T) (B,) …        1 rollout
@@ -27,133 +26,87 @@ value, an entropy bonus, whitening of rewards, dropout.
 """
 
 import copy
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import tiktoken
 import torch
 from torch import Tensor
 
-import common
 import data
-import fast
-from common.measure import (
-    Judge,
-    Texts,
-    best_of,
-    best_of_sizes,
-    by_token,
-    evaluate,
-    paired,
-    report,
-    rollout_metrics,
-    summary,
-)
+from common import cli, dist, judges, measure, nets, runs
+from common.cli import Count, Number, Positive, Share, Whole
 from data import InputError, tales
+from data.rng import generator, seed_of
 from model import GPT, ScalarModel, response_window
 
 Batch = dict[str, Tensor]
-STANDING_STILL = {  # what `update` reports for a net that it does not train
-    "loss/policy_avg": 0.0, "policy/approxkl_avg": 0.0, "policy/clipfrac_avg": 0.0, "policy/grad_norm": 0.0,
-    "loss/value_avg": 0.0, "val/clipfrac_avg": 0.0, "value/grad_norm": 0.0, "val/ratio": 1.0,
-}  # fmt: skip
+WINDOW = ["logp", "ref_logp", "values", "entropy", "mask", "rewards", "advantages", "returns", "ratio"]  # all (B, R)
 SHOWN = ["objective/scores", "objective/judge", "objective/kl", "val/ratio", "val/num_eos_tokens", "tokens_per_s"]
 SHOWN += ["eval/score", "eval/judge", "eval/kl"]
 
 
 @dataclass
-class Config:
+class Config(cli.Shared):
     # data and models
     data: str = ""  # JSONL "prompt"; empty: the tales' prompts
     eval_data: str = ""  # held-out JSONL "prompt"; empty: a part of --data (the tales have their own)
-    init: str = "out/sft"  # run folder of the starting policy; its frozen copy is the reference
-    ref: str = ""  # run folder of the reference, if it is not --init (where --init is itself a run of PPO)
+    init: str = "out/sft"  # run folder of the starting policy
+    ref: str = ""  # run folder of the frozen copy, if --init is itself a run of PPO; empty: --init
     reward: str = "out/reward"  # run folder of the reward model, or FILE.py:function to train on
     judge: str = ""  # FILE.py:function, never trained on; of several (commas) the first is measured in training too
     out: str = "out/ppo"  # run folder to write
-    block_size: int = 0  # longest prompt and answer together, in tokens; 0: the model's context
-    # run
-    seed: int = 0  # of prompts, samples and minibatches
-    device: str = "auto"  # auto, cpu, cuda or mps
-    dtype: str = "auto"  # auto, float32 or bfloat16 (autocast)
-    compile: bool = False  # torch.compile of the blocks, after a minute of compiling
-    checkpoint_activations: bool = False  # in training keep less and compute more
-    shard: bool = False  # divide the nets over the processes of torchrun, where one GPU cannot hold them
-    save_every: int = 20  # iterations between checkpoints
-    resume: bool = False  # continue the run in --out; more --iterations than before prolong it
-    tensorboard: bool = False  # write the metrics for TensorBoard too, into --out
+    block_size: Whole = 0  # longest prompt and answer together, in tokens; 0: the model's context
+    seed: Whole = 0  # of prompts, samples and minibatches
     # training
-    iterations: int = 64  # rounds of answer → score → update; 0: only evaluate
-    batch_size: int = 64  # prompts an iteration, over all processes
-    epochs: int = 1  # passes over an iteration's answers
-    minibatch_size: int = 32  # answers an optimizer step, over all processes
-    micro_batch_size: int = 0  # answers in one forward; 0: the whole minibatch
-    response_len: int = 64  # longest answer, in tokens
-    temperature: float = 1.0  # of sampling and of all log-probabilities
-    lr: float = 4e-4  # of the policy; it rises at first and is annealed to 0
-    value_lr: float = 1e-3  # of the value net, annealed to 0
-    value_warmup: int | None = None  # first iterations, in which only the value net learns; default 2, or a quarter
-    lr_warmup: int | None = None  # iterations after these, in which the policy's rate rises; default 4, or a quarter
+    iterations: Count = 64  # rounds of answer → score → update
+    batch_size: Count = 64  # prompts per iteration, over all processes
+    epochs: Count = 1  # passes over an iteration's answers
+    minibatch_size: Count = 32  # answers per optimizer step, over all processes
+    response_len: Count = 64  # longest answer, in tokens
+    temperature: Positive = 1.0  # of sampling and of all log-probabilities
+    lr: Number = 4e-4  # of the policy; it rises at first and is annealed to 0
+    value_lr: Number = 1e-3  # of the value net; annealed to 0
+    value_warmup: Whole = 2  # first iterations, in which only the value net learns; at most a quarter of all
     # PPO
-    kl_coef: float = 0.05  # β: reward charged per nat of KL to the frozen copy
-    kl_target: float = 0.0  # nats a response; above 0, β adapts towards it (Ziegler et al. 2019, section 2.2)
-    kl_stop: float = 0.0  # nats a response; an iteration above this ends the run, because it has left the language
-    horizon: int = 10000  # episodes in which an adaptive β moves by a factor of at most 1.22
-    gamma: float = 1.0  # discount
-    lam: float = 0.95  # λ of GAE
-    cliprange: float = 0.2  # ε of the policy's ratio
-    cliprange_value: float = 0.2  # a value that moved further than this towards its return gets no gradient
-    vf_coef: float = 1.0  # scales the value loss; Adam undoes that, except through max_grad_norm
-    max_grad_norm: float = 1.0  # gradients are clipped to this, each net's by itself; 0: not clipped
-    score_clip: float = 0.0  # scores are clipped to ± this; 0: not clipped
+    kl_coef: Number = 0.05  # β: reward charged per nat of KL to the frozen copy
+    kl_target: Number = 0.0  # nats per response; above 0, β moves by up to 5% per iteration to reach it
+    kl_stop: Number = 0.0  # nats per response; an iteration above this ends the run, because it has left the language
+    gamma: Share = 1.0  # discount
+    lam: Share = 0.95  # λ of GAE
+    cliprange: Number = 0.2  # ε of the policy's ratio
+    cliprange_value: Number = 0.2  # ε of the value clip
     unended_cap: float | None = None  # highest score without EOS; default −1, or inf for a function
     # evaluation
-    eval_prompts: int = 512  # held-out prompts to evaluate on
-    eval_every: int = 0  # evaluate every so many iterations and keep the best policy as best.pt; 0: only at the end
-    best_of: str = ""  # such as 1,4,16: at the end, show the best of so many answers of the reference too
+    eval_prompts: Count = 512  # held-out prompts to evaluate on
+    eval_every: Whole = 0  # evaluate every so many iterations and keep the best policy as best.pt; 0: only at the end
 
 
 # --- 1 rollout --------------------------------------------------------------------------------------------------------
 
 
-def rollout(policy: GPT, prompts: list[list[int]], cfg: Config, generator: torch.Generator) -> Batch:
+def rollout(policy: GPT, prompts: list[list[int]], cfg: Config, rng: torch.Generator) -> Batch:
     """The policy answers: tokens (B, T), prompt_len (B,), length (B,), ended (B,): whether EOS is the last token."""
-    tokens, prompt_len, length = policy.generate(
-        prompts, cfg.response_len, temperature=cfg.temperature, generator=generator
-    )
-    last = fast.pick(tokens, torch.arange(len(tokens)), length - 1)  # (B,)
-    ended = torch.isin(last, fast.to_device(torch.tensor(policy.config.ends), last.device))
+    tokens, prompt_len, length = policy.generate(prompts, cfg.response_len, temperature=cfg.temperature, generator=rng)
+    last = tokens[torch.arange(len(tokens)), length - 1]  # (B,)
+    ended = torch.isin(last, torch.tensor(policy.config.ends, device=last.device))
     return {"tokens": tokens, "prompt_len": prompt_len, "length": length, "ended": ended}
 
 
-def texts(batch: Batch, encoding: tiktoken.Encoding, eos: int) -> Texts:
-    """(prompt, response) of every row as text, without the EOS."""
-    pairs = []
-    columns = [batch[name].tolist() for name in ("tokens", "prompt_len", "length", "ended")]
-    for row, start, end, ended in zip(*columns):
-        prompt = [] if row[:start] == [eos] else row[:start]  # what an empty prompt starts from
-        response = row[start : end - 1] if ended else row[start:end]
-        pairs.append((encoding.decode(prompt), encoding.decode(response)))
-    return pairs
-
-
-def by_length(batch: Batch, size: int) -> list[Tensor]:
-    """Split the row indices of a PPO batch into parts of at most `size`. Rows of similar length share a part."""
-    return list(batch["length"].argsort(stable=True).split(size))
-
-
 def select(batch: Batch, index: Tensor) -> Batch:
-    """Select the rows `index` of a PPO batch and cut them to the longest: (B, T) to (b, t), (B, R) to (b, r)."""
-    device = batch["tokens"].device
-    rows = fast.to_device(index, device)
-    part = {name: x[rows if x.device == device else index] for name, x in batch.items()}
-    t = int(part["length"].max())
+    """The rows `index` of a batch, cut to the longest of them: tokens (B, T) to (b, t), WINDOW (B, R) to (b, r)."""
+    part = {name: x[index.to(x.device)] for name, x in batch.items()}
     r = int((part["length"] - part["prompt_len"]).max())
-    for name, x in part.items():
-        if x.dim() == 2:
-            part[name] = x[:, :t] if name == "tokens" else x[:, :r]
-    return part
+    part["tokens"] = part["tokens"][:, : int(part["length"].max())]
+    return part | {name: part[name][:, :r] for name in WINDOW if name in part}
+
+
+def split(batch: Batch, size: int, evenly: bool = False) -> list[Tensor]:
+    """The rows of each micro-batch of at most `size`. Rows of like length share one. FSDP reads `evenly`."""
+    parts = list(batch["length"].argsort(stable=True).split(size))
+    return dist.pad_to_equal(parts, parts) if evenly else parts
 
 
 # --- 2 read -----------------------------------------------------------------------------------------------------------
@@ -161,69 +114,62 @@ def select(batch: Batch, index: Tensor) -> Batch:
 
 @torch.no_grad()
 def read(
-    batch: Batch, policy: GPT, ref: GPT, value: ScalarModel | None, score: Callable[[Batch], Tensor], cfg: Config
+    batch: Batch, policy: GPT, ref: GPT, value: ScalarModel, score: Callable[[Batch], Tensor], cfg: Config
 ) -> Batch:
     """What every net makes of the answers: logp, ref_logp, values, entropy, mask (B, R), score (B,).
 
     The old log-probabilities come from the forward that training uses, not from the decode, so that the ratio is 1 at
-    the first step. Rows of like length share a micro-batch, which is cut to its own longest.
+    the first step.
     """
     device = batch["tokens"].device
     _, mask = response_window(batch["prompt_len"], batch["length"])
-    mask = fast.to_device(mask, device)  # (B, R)
-    out = {name: torch.zeros(mask.shape, device=device) for name in ("logp", "ref_logp", "values", "entropy")}
-    out |= {"score": torch.zeros(len(mask), device=device), "mask": mask}
-    reads_text = getattr(score, "reads_text", False)
-    if reads_text:  # a function of the user is asked once, and computes in its own precision
-        with torch.autocast(device.type, enabled=False):
-            out["score"] = score(batch)
-    parts = by_length(batch, cfg.micro_batch_size or cfg.minibatch_size // common.WORLD)
-    if cfg.shard:
-        parts = common.together(parts, parts)
-    for index in parts:
+    found = {"mask": mask.to(device), "score": score(batch)}
+    found |= {name: torch.zeros(mask.shape, device=device) for name in ("logp", "ref_logp", "values", "entropy")}
+    for index in split(batch, cfg.micro_batch_size or cfg.minibatch_size // dist.WORLD, cfg.shard):
         part = select(batch, index)
         sequences = part["tokens"], part["prompt_len"], part["length"]
         logp, entropy = policy.logprobs_and_entropy(*sequences, cfg.temperature)  # (b, r)
         ref_logp = ref.logprobs(*sequences, cfg.temperature)
-        rows, width = fast.to_device(index, device), logp.shape[1]
-        out["logp"][rows, :width] = logp
-        out["ref_logp"][rows, :width] = ref_logp
-        out["entropy"][rows, :width] = entropy
-        if value is not None:
-            out["values"][rows, :width] = value.values(*sequences)
-        if not reads_text:
-            out["score"][rows] = score(part)
-    return out
+        new = {"logp": logp, "entropy": entropy, "ref_logp": ref_logp, "values": value.values(*sequences)}
+        for name, x in new.items():
+            found[name][index.to(device), : x.shape[1]] = x
+    return found
 
 
-def scorer(reward: ScalarModel | Judge, encoding: tiktoken.Encoding, eos: int) -> Callable[[Batch], Tensor]:
-    """A function batch → scores (B,), from a reward model or from a Python function (prompt, response) -> float.
+def scorer(
+    reward: ScalarModel | judges.Judge, encoding: tiktoken.Encoding, eos: int, cfg: Config
+) -> Callable[[Batch], Tensor]:
+    """A function batch → scores (B,), from a reward model or from a function rows → list of numbers.
 
     A reward model reads the very tokens that were sampled; only a function gets text.
     """
-    if isinstance(reward, ScalarModel):
-        return lambda batch: reward.scores(batch["tokens"], batch["length"])
 
+    @torch.no_grad()
     def score(batch: Batch) -> Tensor:
-        scores = common.ask(reward, texts(batch, encoding, eos))
-        return torch.tensor(scores, dtype=torch.float32, device=batch["tokens"].device)
+        device = batch["tokens"].device
+        if not isinstance(reward, ScalarModel):
+            with torch.autocast(device.type, enabled=False):  # a user's function computes in its own precision
+                return torch.tensor(reward(measure.as_rows(batch, encoding, eos)), dtype=torch.float32, device=device)
+        scores = torch.zeros(len(batch["tokens"]), device=device)
+        for index in split(batch, cfg.micro_batch_size or cfg.minibatch_size // dist.WORLD, cfg.shard):
+            part = select(batch, index)
+            scores[index.to(device)] = reward.scores(part["tokens"], part["length"])
+        return scores
 
-    score.reads_text = True
     return score
 
 
 # --- 3 estimate -------------------------------------------------------------------------------------------------------
 
 
-def estimate(batch: Batch, kl_coef: float, cap: float, cfg: Config) -> Batch:
+def estimate(batch: Batch, kl_coef: float, cfg: Config) -> Batch:
     """Per-token rewards → GAE → whitening: rewards, advantages, returns (B, R), final_score (B,).
 
     Every token costs β (log π(y_t) − log π₀(y_t)) (Ziegler et al. 2019, equation 2). The last token earns the final
-    score: the score, clipped if asked, and at most `cap` where EOS is missing. GAE: Schulman et al. 2016, equation 16.
+    score, which is at most --unended_cap where EOS is missing. GAE: Schulman et al. 2016, equation 16.
     """
     mask, values, score = batch["mask"], batch["values"], batch["score"]
-    if cfg.score_clip:
-        score = score.clamp(-cfg.score_clip, cfg.score_clip)
+    cap = -1.0 if cfg.unended_cap is None else cfg.unended_cap
     score = torch.where(batch["ended"], score, score.clamp(max=cap))  # (B,)
 
     rewards = -kl_coef * (batch["logp"] - batch["ref_logp"])  # (B, R)
@@ -243,8 +189,8 @@ def estimate(batch: Batch, kl_coef: float, cap: float, cfg: Config) -> Batch:
 
 def whiten(x: Tensor, mask: Tensor) -> Tensor:
     """x (B, R) shifted and scaled to mean 0, variance 1 over the masked places of the whole batch; 0 elsewhere."""
-    centred = x - common.masked_mean(x, mask)
-    variance = common.masked_mean(centred.square(), mask)
+    centred = x - dist.masked_mean(x, mask)
+    variance = dist.masked_mean(centred.square(), mask)
     return centred * (variance + 1e-8).rsqrt() * mask
 
 
@@ -266,255 +212,201 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, cliprange: f
 
 def update(
     policy: GPT,
-    value: ScalarModel | None,
-    policy_optimizer: torch.optim.Optimizer | None,
-    value_optimizer: torch.optim.Optimizer | None,
+    value: ScalarModel,
+    policy_optimizer: torch.optim.Optimizer,
+    value_optimizer: torch.optim.Optimizer,
     batch: Batch,
     lr: float,
+    value_lr: float,
     cfg: Config,
     autocast: torch.autocast,
     seed: int,
-    value_lr: float | None = None,
 ) -> dict[str, float]:
-    """`epochs` passes over the batch in minibatches, one step of each net's optimizer a minibatch. Returns metrics.
+    """`epochs` passes over the batch in minibatches, one step of each optimizer per minibatch. Returns metrics.
 
-    A net whose optimizer is None stands still and costs nothing. Without a value net `value` and its optimizer are
-    None. The value net learns at `value_lr`, or at `lr` if that is None. Losses are means over the tokens of the whole
-    minibatch (all micro-batches, all processes), so how it is split changes nothing.
+    Losses and metrics are means over the tokens of the whole minibatch (all micro-batches, all processes), so how it is
+    split changes nothing. At `lr` 0 the policy stands still. The last epoch's ratio is put into the batch.
     """
     batch["ratio"] = batch["mask"].float()
-    value_optimizer = value_optimizer if value is not None else None
-    value_lr = lr if value_lr is None else value_lr
-    sums = dict.fromkeys(STANDING_STILL, 0.0)
-    generator, n_steps = common.generator(seed), 0
+    rng, sums, n_steps = generator(seed), {}, 0
     for _ in range(cfg.epochs):
-        order = torch.randperm(len(batch["tokens"]), generator=generator)
-        for rows in order.split(cfg.minibatch_size // common.WORLD):
+        order = torch.randperm(len(batch["tokens"]), generator=rng)
+        for rows in order.split(cfg.minibatch_size // dist.WORLD):
             minibatch = select(batch, rows)
-            n_tokens = common.total(minibatch["mask"].sum())  # of all micro-batches and processes
-            for index in by_length(minibatch, cfg.micro_batch_size or len(rows)):
+            n_tokens = dist.total(minibatch["mask"].sum())
+            for index in split(minibatch, cfg.micro_batch_size or len(rows)):
                 part = select(minibatch, index)
-                mask = part["mask"]
+                mask, advantages, returns = part["mask"], part["advantages"], part["returns"]
                 sequences = part["tokens"], part["prompt_len"], part["length"]
-                if policy_optimizer:
-                    with autocast:
-                        logp = policy.logprobs(*sequences, cfg.temperature)  # (b, r)
-                    pg_losses, ratio = policy_loss(logp, part["logp"], part["advantages"], cfg.cliprange)
-                    pg_loss = (pg_losses * mask).sum() / n_tokens
-                    pg_loss.backward()
-                    with torch.no_grad():
-                        approxkl = 0.5 * (logp - part["logp"]).square()
-                        clipped = pg_losses > -part["advantages"] * ratio
-                        batch["ratio"][fast.to_device(rows[index], mask.device), : mask.shape[1]] = ratio * mask
-                        sums["loss/policy_avg"] += pg_loss
-                        sums["policy/approxkl_avg"] += (approxkl * mask).sum() / n_tokens
-                        sums["policy/clipfrac_avg"] += (clipped * mask).sum() / n_tokens
-                        sums["val/ratio"] += (ratio * mask).sum() / n_tokens
-                if value_optimizer:
-                    with autocast:
-                        values = value.values(*sequences)  # (b, r)
-                    vf_losses = value_loss(values, part["values"], part["returns"], cfg.cliprange_value)
-                    vf_loss = (vf_losses * mask).sum() / n_tokens
-                    (cfg.vf_coef * vf_loss).backward()
-                    with torch.no_grad():
-                        clipped = vf_losses > 0.5 * (values - part["returns"]).square()
-                        sums["loss/value_avg"] += vf_loss
-                        sums["val/clipfrac_avg"] += (clipped * mask).sum() / n_tokens
-            if policy_optimizer:
-                norm = common.step_optimizer(policy_optimizer, policy, lr, cfg.max_grad_norm)
-                sums["policy/grad_norm"] += norm / common.WORLD
-            if value_optimizer:
-                norm = common.step_optimizer(value_optimizer, value, value_lr, cfg.max_grad_norm)
-                sums["value/grad_norm"] += norm / common.WORLD
+                with autocast:
+                    logp = policy.logprobs(*sequences, cfg.temperature)  # (b, r)
+                    values = value.values(*sequences)  # (b, r)
+                pg_losses, ratio = policy_loss(logp, part["logp"], advantages, cfg.cliprange)
+                vf_losses = value_loss(values, part["values"], returns, cfg.cliprange_value)
+                loss = ((pg_losses + vf_losses) * mask).sum() / n_tokens  # of two nets that share nothing
+                loss.backward()
+
+                batch["ratio"][rows[index].to(mask.device), : mask.shape[1]] = ratio.detach() * mask
+                by_token = {
+                    "loss/policy_avg": pg_losses,
+                    "policy/approxkl_avg": 0.5 * (logp - part["logp"]).square(),
+                    "policy/clipfrac_avg": pg_losses > -advantages * ratio,
+                    "val/ratio": ratio,
+                    "loss/value_avg": vf_losses,
+                    "val/clipfrac_avg": vf_losses > 0.5 * (values - returns).square(),
+                }
+                for name, x in by_token.items():
+                    sums[name] = sums.get(name, 0.0) + (x.detach() * mask).sum() / n_tokens
+            steps = ("policy", policy, policy_optimizer, lr), ("value", value, value_optimizer, value_lr)
+            for name, net, optimizer, rate in steps:
+                norm = nets.step_optimizer(optimizer, net, rate, cfg.max_grad_norm)  # equal in all processes
+                sums[f"{name}/grad_norm"] = sums.get(f"{name}/grad_norm", 0.0) + norm / dist.WORLD
             n_steps += 1
-    measured = {name: x / n_steps for name, x in sums.items() if isinstance(x, Tensor)}
-    if not measured:
-        return dict(STANDING_STILL)
-    means = common.total(torch.stack(list(measured.values()))).tolist()  # one wait for the device
-    return STANDING_STILL | dict(zip(measured, means))
+    means = dist.total(torch.stack(list(sums.values()))) / n_steps
+    return dict(zip(sums, means.tolist()))  # one wait for the device
 
 
-# --- 5 rates and β ---------------------------------------------------------------------------------------------------
+# --- 5 rates and β ----------------------------------------------------------------------------------------------------
 
 
 def rates(step: int, cfg: Config) -> tuple[float, float]:
-    """The learning rates of policy and value net at an iteration. At 0 the policy stands still.
+    """The learning rates of policy and value net at an iteration. Both fall to 0 in a straight line.
 
     The reward model was trained on last tokens alone, so what the value net says of a prefix is a guess at first. It
-    learns for some iterations before the policy moves; then the policy's rate rises. Both fall to 0 in a straight line.
+    learns for some iterations before the policy moves. Then the policy's rate rises for four, or a quarter of the run.
     """
-    alone = min(2, cfg.iterations // 4) if cfg.value_warmup is None else cfg.value_warmup  # less in a short run
-    rising = min(4, cfg.iterations // 4) if cfg.lr_warmup is None else cfg.lr_warmup
+    alone = min(cfg.value_warmup, cfg.iterations // 4)
+    rising = max(1, min(4, cfg.iterations // 4))
+    risen = min(1.0, max(0, step - alone + 1) / rising)
     left = 1 - step / cfg.iterations
-    if step < alone:
-        return 0.0, cfg.value_lr * left
-    risen = min(1.0, (step - alone + 1) / max(1, rising))
     return cfg.lr * risen * left, cfg.value_lr * left
 
 
-def adapt(kl_coef: float, kl: float, episodes: int, cfg: Config) -> float:
+def adapt(kl_coef: float, kl: float, cfg: Config) -> float:
     """β for the next iteration, from the KL to the reference in nats per response.
 
-    Ziegler et al. 2019, section 2.2; like their code, with episodes / horizon in the place of the paper's K.
+    Ziegler et al. 2019, section 2.2, with K = 0.25: β can change by a factor of 20 in 64 iterations.
     """
     if not cfg.kl_target:
         return kl_coef
     error = min(max(kl / cfg.kl_target - 1, -0.2), 0.2)
-    return kl_coef * (1 + error * episodes / cfg.horizon)
+    return kl_coef * (1 + 0.25 * error)
 
 
-# --- what the loop needs ----------------------------------------------------------------------------------------------
+# --- nets and prompts -------------------------------------------------------------------------------------------------
 
 
 def build(
-    cfg: Config, policy: GPT, encoding: tiktoken.Encoding, device: torch.device, autocast: torch.autocast
-) -> tuple[GPT, ScalarModel, Callable[[Batch], Tensor], float]:
-    """The policy's frozen copy, the value net, the function that scores, the highest score of a response without EOS.
-
-    Raises InputError if the reward model cannot read what the policy writes.
-    """
-    start = copy.deepcopy(policy)  # a copy: freezing changes the model
-    if cfg.ref:
-        start, ref_encoding = common.load_gpt(cfg.ref, device, "--ref")
-        common.check_vocabulary(f"--ref {cfg.ref}", ref_encoding, encoding, cfg.init)
-        if start.config.block_size < common.context(cfg, policy):
-            raise InputError(f"--ref {cfg.ref}: its context is shorter than the policy's; give a smaller --block_size")
-    ref = common.shard(common.freeze(start, autocast), cfg)
-    if ".py:" in cfg.reward:
-        reward, cap = common.load_function(cfg.reward), float("inf")
+    cfg: Config, device: torch.device, autocast: torch.autocast
+) -> tuple[GPT, GPT, ScalarModel, Callable[[Batch], Tensor], tiktoken.Encoding]:
+    """Policy, frozen reference, value net, function that scores, tokenizer. Raises InputError if they do not fit."""
+    policy, encoding = nets.load_gpt(cfg.init, device, "--init")
+    ref, ref_encoding = nets.load_gpt(cfg.ref or cfg.init, device, "--ref")
+    nets.check_vocabulary(f"--ref {cfg.ref}", ref_encoding, encoding, cfg.init)
+    if judges.is_function(cfg.reward):
+        reward = judges.load_function(cfg.reward)
         value = ScalarModel(copy.deepcopy(policy)).to(device)
         torch.nn.init.zeros_(value.head.weight)
     else:
-        reward, reward_encoding = common.load_scalar(cfg.reward, device, "--reward")
-        common.check_vocabulary(f"--reward {cfg.reward}", reward_encoding, encoding, cfg.init)
-        if reward.config.block_size < common.context(cfg, policy):
-            raise InputError(
-                f"--reward {cfg.reward}: its context is shorter than the policy's; give a --block_size it can read"
-            )
-        value, cap = copy.deepcopy(reward), -1.0
-        reward = common.shard(common.freeze(reward, autocast), cfg)
+        reward, reward_encoding = nets.load_scalar(cfg.reward, device, "--reward")
+        nets.check_vocabulary(f"--reward {cfg.reward}", reward_encoding, encoding, cfg.init)
+        value = copy.deepcopy(reward)
+    if min(ref.config.block_size, value.config.block_size) < nets.context(cfg, policy):
+        raise InputError("--ref or --reward has a shorter context than --init; give a --block_size that fits all")
+    frozen = [ref, reward] if isinstance(reward, ScalarModel) else [ref]
     for net in (policy, value):
         net.eval().requires_grad_(True)  # eval: no dropout, or the ratio would not be 1
-    policy.checkpoint_activations = value.trunk.checkpoint_activations = cfg.checkpoint_activations
-    if cfg.compile:
-        trunks = [reward.trunk] if isinstance(reward, ScalarModel) else []
-        fast.compile_blocks(policy, ref, value.trunk, *trunks)
-    policy, value = common.shard(policy, cfg), common.shard(value, cfg)
-    if cfg.unended_cap is not None:
-        cap = cfg.unended_cap
-    return ref, value, scorer(reward, encoding, policy.config.eos), cap
+    for net in frozen:
+        nets.freeze(net, autocast)
+    cli.prepare(cfg, policy, value, *frozen)
+    return policy, ref, value, scorer(reward, encoding, policy.config.eos, cfg), encoding
+
+
+def load_prompts(cfg: Config, policy: GPT, encoding: tiktoken.Encoding) -> tuple[list[list[int]], list[list[int]]]:
+    """Prompts to train on, and held-out ones. Raises InputError where the options leave too few of them."""
+    if cfg.batch_size % dist.WORLD or cfg.minibatch_size % dist.WORLD:
+        raise InputError(f"--batch_size and --minibatch_size must be multiples of the {dist.WORLD} processes")
+    source, held_out = cfg.data or tales.path("ppo"), cfg.eval_data or ("" if cfg.data else tales.path("eval"))
+    room = nets.context(cfg, policy) - cfg.response_len
+    prompts, held_out = data.prompts_and_held_out(source, held_out, encoding, room, cfg.eval_prompts, dist.print0)
+    if len(prompts) < cfg.batch_size:
+        raise InputError(f"--batch_size {cfg.batch_size}: {source} leaves {len(prompts)} prompts; give less")
+    return prompts, held_out
 
 
 # --- the loop ---------------------------------------------------------------------------------------------------------
 
 
 def train(cfg: Config) -> None:
-    device, autocast = common.setup(cfg)
-    run = common.Run(cfg)
-    if (cfg.value_warmup or 0) >= cfg.iterations > 0:
-        raise InputError(
-            f"--value_warmup {cfg.value_warmup}: leaves the policy no iteration; give fewer than --iterations"
-        )
-    if cfg.batch_size % common.WORLD or cfg.minibatch_size % common.WORLD:
-        raise InputError(f"--batch_size and --minibatch_size must be multiples of the {common.WORLD} processes")
-    if cfg.temperature == 0:
-        raise InputError("--temperature 0: a policy that always says the same cannot learn; give a number above 0")
-    if cfg.kl_target and (cfg.kl_coef == 0 or cfg.horizon < cfg.batch_size):
-        raise InputError("--kl_target: needs a --kl_coef above 0 to scale, and a --horizon of at least --batch_size")
-    sizes = best_of_sizes(cfg.best_of)
-    policy, encoding = common.load_gpt(cfg.init, device, "--init")
-    sources = cfg.data or tales.path("ppo"), cfg.eval_data or ("" if cfg.data else tales.path("eval"))
-    room = common.context(cfg, policy) - cfg.response_len
-    if room < 1:
-        raise InputError(f"--response_len {cfg.response_len}: leaves no room for a prompt in the context; give less")
-    prompts, held_out = data.prompts_and_held_out(*sources, encoding, room, cfg.eval_prompts, common.say)
-    if cfg.iterations and len(prompts) < cfg.batch_size:
-        raise InputError(
-            f"--batch_size {cfg.batch_size}: {sources[0]} leaves {len(prompts)} prompts to train on; give less"
-        )
-    start = common.shard(common.freeze(copy.deepcopy(policy), autocast), cfg) if cfg.ref else None
-    ref, value, score, cap = build(cfg, policy, encoding, device, autocast)
-    judges = common.load_functions(cfg.judge or ("" if cfg.data else tales.MEASURES))
-    first_judge = next(iter(judges.values()), None)
-    policy_optimizer = common.adamw(policy, cfg.lr, 0.0, eps=1e-5)
-    value_optimizer = common.adamw(value, cfg.value_lr, 0.0, eps=1e-5)
-
+    if cfg.unended_cap is None:
+        cfg = replace(cfg, unended_cap=math.inf if judges.is_function(cfg.reward) else -1.0)
+    device, autocast = cli.setup(cfg)
+    run = runs.Run(cfg)
+    policy, ref, value, score, encoding = build(cfg, device, autocast)
+    prompts, held_out = load_prompts(cfg, policy, encoding)
+    judged_by = judges.load_functions(cfg.judge or ("" if cfg.data else tales.MEASURES))
+    policy_optimizer = nets.adamw(policy, cfg.lr, 0.0, eps=1e-5)
+    value_optimizer = nets.adamw(value, cfg.value_lr, 0.0, eps=1e-5)
     saved = {"value": value, "policy_optimizer": policy_optimizer, "value_optimizer": value_optimizer}
     kl_coef = run.state["kl_coef"] if run.state else cfg.kl_coef
-    if cfg.iterations:
-        run.start(cfg.iterations, model=policy, **saved)
-        common.say(
-            f"{cfg.init}, {cfg.reward} → {cfg.out}: {len(prompts):,} prompts, {len(held_out):,} held out"
-            f"{common.known_prompts(cfg.reward, held_out)}, on {device}"
-        )
+    run.start(cfg.iterations, model=policy, **saved)
+    counts = f"{len(prompts):,} prompts, {len(held_out):,} held out"
+    dist.print0(f"{cfg.init}, {cfg.reward} → {cfg.out}: {counts}, on {device}")
 
-    def answer(purpose: str, model: GPT, some: list[list[int]], first: int) -> tuple[Batch, Texts]:
+    def answer(purpose: str, model: GPT, some: list[list[int]], first: int) -> tuple[Batch, list[dict]]:
         """`model` answers some held-out prompts, with random numbers of this purpose alone."""
         with autocast:
-            batch = rollout(common.whole(model, autocast), some, cfg, common.generator(purpose, cfg.seed, first))
-            batch |= read(batch, model, ref, None, score, cfg)
-        return batch, texts(batch, encoding, model.config.eos)
+            batch = rollout(dist.gathered(model, autocast), some, cfg, generator(purpose, cfg.seed, first))
+            batch |= read(batch, model, ref, value, score, cfg)
+        return batch, measure.as_rows(batch, encoding, model.config.eos)
 
     for step in range(run.step, cfg.iterations):
-        run.begin_step()
         # 1 The policy answers a batch of prompts.
-        ids = common.share(data.shuffled(prompts, cfg.batch_size, cfg.seed, None, step))
-        chance = common.generator("rollout", cfg.seed, step, common.RANK)
+        ids = dist.mine(data.shuffled(prompts, cfg.batch_size, cfg.seed, None, step))
+        rng = generator("rollout", cfg.seed, step, dist.RANK)
         with run.timed("rollout"), autocast:
-            batch = rollout(common.whole(policy, autocast), ids, cfg, chance)
+            batch = rollout(dist.gathered(policy, autocast), ids, cfg, rng)
         with run.timed("score"), autocast:
             # 2 Reward model, frozen copy and value net read the answers.
             batch |= read(batch, policy, ref, value, score, cfg)
             # 3 Each token gets its reward, advantage and return.
-            batch |= estimate(batch, kl_coef, cap, cfg)
+            batch |= estimate(batch, kl_coef, cfg)
         # 4 The value net learns from them; after its warm-up, so does the policy.
+        lr, value_lr = rates(step, cfg)
+        seed = seed_of("minibatches", cfg.seed, step, dist.RANK)
         with run.timed("update"):
-            lr, value_lr = rates(step, cfg)
-            learning = policy_optimizer if lr else None
-            seed = common.seed_of("minibatches", cfg.seed, step, common.RANK)
-            losses = update(policy, value, learning, value_optimizer, batch, lr, cfg, autocast, seed, value_lr)
+            losses = update(policy, value, policy_optimizer, value_optimizer, batch, lr, value_lr, cfg, autocast, seed)
         # 5 β moves; metrics, a sample and a checkpoint are written.
-        pairs = texts(batch, encoding, policy.config.eos)
-        judged = common.ask(first_judge, pairs) if first_judge else []
-        metrics = rollout_metrics(batch, judged, kl_coef) | losses | run.times
+        rows = measure.as_rows(batch, encoding, policy.config.eos)
+        judged = next(iter(judged_by.values()))(rows) if judged_by else []
+        metrics = measure.rollout_metrics(batch, judged, kl_coef) | losses
         metrics |= {"lr": lr, "value_lr": value_lr, "episode": (step + 1) * cfg.batch_size}
-        metrics |= run.speed(int(common.total(batch["mask"].sum())))
-        if learning:
-            kl_coef = adapt(kl_coef, metrics["objective/kl"], cfg.batch_size, cfg)
-        last = step + 1 == cfg.iterations
-        run.check(step, metrics)
-        due = cfg.eval_every and (last or (step + 1) % cfg.eval_every == 0)
-        if due:
-            found, goodness = summary(
-                evaluate(partial(answer, "evaluate", policy), held_out, judges), judges, cfg.kl_coef
-            )
+        next_kl_coef = adapt(kl_coef, metrics["objective/kl"], cfg) if lr else kl_coef
+        if cfg.eval_every and ((step + 1) % cfg.eval_every == 0 or step + 1 == cfg.iterations):
+            found = measure.held_out(partial(answer, "evaluate", policy), held_out, judged_by)
+            found, goodness = measure.summary(found, judged_by, cfg.kl_coef)
             metrics |= found
             run.keep_best(goodness, policy, encoding)
-        run.log(step, metrics, show=SHOWN)
-        if cfg.kl_stop and metrics["objective/kl"] > cfg.kl_stop:
+        run.log(step, metrics, SHOWN, tokens=int(dist.total(batch["mask"].sum())))
+        if 0 < cfg.kl_stop < metrics["objective/kl"]:
             raise run.diverged(step + 1, "the KL to the reference", f"above --kl_stop {cfg.kl_stop:g}")
-        if step % 20 == 0 or last:
-            run.sample(step + 1, f"[{batch['score'][0].item():+.2f}] {''.join(pairs[0])}")
-        if run.must_save(step, (step + 1) % cfg.save_every == 0):
-            run.write("rollout.json", by_token(batch, pairs, encoding, step + 1, metrics["kl_coef"]))
-            run.save(step + 1, policy, encoding, {"kl_coef": kl_coef}, **saved)
+        if step % 20 == 0 or step + 1 == cfg.iterations:
+            run.sample(step + 1, f"[{batch['score'][0].item():+.2f}] {rows[0]['prompt']}{rows[0]['response']}")
+        if run.due(step, cfg.save_every or 20):
+            run.write("rollout.json", measure.by_token(batch, rows, encoding, step + 1, kl_coef))
+            run.save(step + 1, policy, encoding, {"kl_coef": next_kl_coef}, **saved)
+        kl_coef = next_kl_coef
 
-    if not cfg.iterations:
-        policy, out_encoding = common.load_gpt(cfg.out, device, "--out")
-        common.check_vocabulary(f"--out {cfg.out}", out_encoding, encoding, cfg.init)
-        policy = common.shard(policy, cfg)
-    before = evaluate(partial(answer, "before", start or ref), held_out, judges)
-    after = evaluate(partial(answer, "after", policy), held_out, judges)
-    run.report(report(before, after, judges), paired(before, after, judges))
-    if sizes:
-        common.say(best_of(partial(answer, "best of", ref), held_out, judges, sizes))
-    if cfg.iterations:
-        run.finish(device)
+    before = measure.held_out(partial(answer, "before", ref), held_out, judged_by)
+    after = measure.held_out(partial(answer, "after", policy), held_out, judged_by)
+    found = measure.paired(before, after, judged_by)
+    run.report(measure.report(found), found)
+    run.finish(device)
 
 
 def main() -> None:
-    train(common.parse(Config))
+    train(cli.parse(Config))
 
 
 if __name__ == "__main__":
-    common.run_main(main)
+    cli.run_main(main)

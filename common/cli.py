@@ -1,232 +1,195 @@
-"""What every stage needs and no reader needs first: command line, functions of the user, optimizer steps.
-
-Its rooms are processes.py (device, torchrun, signals), sharding.py, checkpoints.py, runs.py (run folders) and
-functions.py (judges and rewards of the user); every name is reached by `common`.
-"""
+"""The command line: options from a dataclass, one sentence for bad input, the device."""
 
 import argparse
 import dataclasses
-import difflib
 import inspect
 import math
 import os
 import re
-import signal
+import shutil
 import sys
-import threading
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
-from typing import Any
+from typing import Annotated, Any, get_args
 
-import numpy as np
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+import torch.distributed
+from torch import nn
 
-from common import dist as processes
-from common import sharding
-from common.dist import WORLD
-from common.sharding import sum_gradients
+from common import dist
 from data.files import InputError
-from fast import Linear
-from model import GPT
+from fast import compile_blocks, keep_memory, settle_math
 
-# --- command line -----------------------------------------------------------------------------------------------------
+# The type of an option gives its limits. A plain int or float has none.
+Count = Annotated[int, (1, 10**9)]
+Whole = Annotated[int, (0, 2**63 - 1)]
+Number = Annotated[float, (0.0, 1e9)]
+Positive = Annotated[float, (0.01, 1e9)]
+Share = Annotated[float, (0.0, 1.0)]
+OUT_OF_MEMORY = "out of memory; give a smaller --micro_batch_size, --batch_size, --response_len or model"
 
-ABOVE_ZERO = "samples batch_size minibatch_size epochs response_len n_layer n_head n_embd label_temperature".split()
-ABOVE_ZERO += ["eval_prompts", "save_every", "evals", "horizon", "people"]
-AT_MOST = {"dropout": 0.99, "port": 65535, "gamma": 1, "lam": 1, "top_p": 1, "seed": 2**63 - 1}
-AT_MOST |= {"unended_cap": math.inf}
+
+@dataclass
+class Shared:
+    # of every stage
+    device: str = "auto"  # auto, cpu, cuda or mps
+    dtype: str = "auto"  # auto, float32 or bfloat16 (autocast)
+    compile: bool = False  # torch.compile of the blocks, after a minute of compiling
+    checkpoint_activations: bool = False  # less memory, slower: compute activations again in the backward
+    shard: bool = False  # divide the nets over the processes of torchrun (FSDP), where one GPU cannot hold them
+    micro_batch_size: Whole = 0  # rows in one forward of the training; 0: the whole batch
+    max_grad_norm: Number = 1.0  # gradients are clipped to this, each net's by itself; 0: not clipped
+    save_every: Whole = 0  # steps between checkpoints; 0: the stage's own choice. Once a minute in any case
+    resume: bool = False  # continue the run in --out, with the same options
+    tensorboard: bool = False  # write the metrics for TensorBoard too, into --out
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
         raise InputError(f"{message}; {self.prog} --help lists the options")
 
 
 def parse(config: type, argv: list[str] | None = None, positional: str = "") -> Any:
-    """A `config` dataclass from the command line. Each field is an option; the comment behind it is its help.
+    """A `config` dataclass from the command line. Each field is an option, and the comment behind it is its help.
 
     A comment on a line of its own is the heading of the options below it. The module's docstring down to its examples
     opens the help. With `positional`, returns (config, that argument); in brackets it may be left out, and is then
-    None. Raises InputError for what does not parse.
+    None. Raises InputError for what does not parse, and for a number beyond the limits of its type.
     """
-    module = sys.modules[config.__module__]
-    doc = "\n\n".join((module.__doc__ or "").split("\n\n")[:2])
-    parser = _Parser(
-        usage=f"%(prog)s {positional} [--option value …]".replace("  ", " "),
-        description=doc,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    doc = "\n\n".join((sys.modules[config.__module__].__doc__ or "").split("\n\n")[:2])
+    raw = argparse.RawDescriptionHelpFormatter
+    usage = f"%(prog)s {positional} [--option value …]".replace("  ", " ")
+    parser = Parser(usage=usage, description=doc, allow_abbrev=False, formatter_class=raw)
     if positional:
         parser.add_argument(positional.strip("[]"), nargs="?" if "[" in positional else None, help="a run folder")
-    heading, described, groups = "", {}, {"": parser}  # by name: heading and comment; by heading: the group
+    fields = {field.name: field for field in dataclasses.fields(config)}
     line = re.compile(r"^    (?:# (.*)|(\w+): .*?(?:#\s*(.*))?)$", re.MULTILINE)
-    for title, name, comment in line.findall(inspect.getsource(config)):
-        heading = title or heading
-        described[name] = heading, comment
-    for field in dataclasses.fields(config):
-        heading, comment = described.get(field.name, ("", ""))
-        if heading not in groups:
-            groups[heading] = parser.add_argument_group(heading)
-        kind = field.type.__args__[0] if isinstance(field.type, UnionType) else field.type
-        how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind, "metavar": kind.__name__}
-        if field.default not in ("", None) and kind is not bool:
-            comment += f" (default: {field.default})"
-        groups[heading].add_argument(
-            f"--{field.name}", default=field.default, help=comment.replace("%", "%%") or " ", **how
-        )
-    options = vars(parser.parse_args(spelled(sys.argv[1:] if argv is None else argv, parser)))
+    for each in config.__mro__[:-1]:
+        group: Any = parser
+        for heading, name, comment in line.findall(inspect.getsource(each)):
+            if heading:
+                group = parser.add_argument_group(heading)
+            elif name in fields:
+                add_option(group, fields.pop(name), comment)
+    options = vars(parser.parse_args(argv))
     folder = options.pop(positional.strip("[]"), None)
-    for name, value in options.items():
-        if not isinstance(value, (int, float)):
-            continue
-        if math.isnan(value) or math.isinf(value) and name != "unended_cap":
-            raise InputError(f"--{name} {value}: give a finite number")
-        if name in ABOVE_ZERO and value <= 0:
-            raise InputError(f"--{name} {value}: give a number above 0")
-        if value < 0 and name != "unended_cap":
-            raise InputError(f"--{name} {value}: give a number of at least 0")
-        if value > AT_MOST.get(name, 1e9):
-            raise InputError(f"--{name} {value}: give a number of at most {AT_MOST.get(name, 1e9):g}")
-        if name == "temperature" and 0 < value < 0.01:
-            raise InputError(f"--temperature {value}: give 0, or at least 0.01")
+    for field in dataclasses.fields(config):
+        check_limits(field, options[field.name])
     return (config(**options), folder) if positional else config(**options)
 
 
-def spelled(argv: list[str], parser: argparse.ArgumentParser) -> list[str]:
-    """The words of a command line, with `-` inside the name of an option as `_`.
-
-    Raises InputError for an option that there is not, and names the nearest one.
-    """
-    known, words = list(parser._option_string_actions), []
-    for i, word in enumerate(argv):
-        if word == "--":
-            return words + argv[i:]
-        name, equals, value = word.partition("=")
-        if name.startswith("--") and " " not in name and name not in known:
-            name = f"--{name[2:].replace('-', '_')}"
-            name = f"--no-{name[5:]}" if name.startswith("--no_") else name
-            if name not in known:
-                near = difflib.get_close_matches(name, known, 1)
-                advice = f"did you mean {near[0]}?" if near else f"{parser.prog} --help lists the options"
-                raise InputError(f"{word.partition('=')[0]}: no such option; {advice}")
-        words.append(name + equals + value)
-    return words
+def kind_of(field: dataclasses.Field) -> type:
+    """int, float, str or bool: the type of an option, without its limits and without None."""
+    kind = get_args(field.type)[0] if isinstance(field.type, UnionType) else field.type
+    return getattr(kind, "__origin__", kind)
 
 
-def context(cfg: Any, model: GPT) -> int:
-    """The longest sequence in tokens: --block_size, or the model's whole context if that is 0."""
-    if cfg.block_size > model.config.block_size:
-        raise InputError(
-            f"--block_size {cfg.block_size}: {cfg.init} has a context of {model.config.block_size}; give less"
-        )
-    return cfg.block_size or model.config.block_size
+def add_option(group: Any, field: dataclasses.Field, comment: str) -> None:
+    kind = kind_of(field)
+    how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind, "metavar": kind.__name__}
+    if field.default not in ("", None) and kind is not bool:
+        comment += f" (default: {field.default})"
+    names = dict.fromkeys([f"--{field.name}", f"--{field.name.replace('_', '-')}"])
+    group.add_argument(*names, default=field.default, help=comment.replace("%", "%%") or " ", **how)
+
+
+def check_limits(field: dataclasses.Field, value: Any) -> None:
+    if isinstance(value, float) and math.isnan(value):
+        raise InputError(f"--{field.name} nan: give a number")
+    for low, high in getattr(field.type, "__metadata__", ()):
+        if not low <= value <= high:
+            raise InputError(f"--{field.name} {value}: give a number from {low:g} to {high:g}")
 
 
 def run_main(main: Callable[[], None]) -> None:
     """Run a script's `main`. Bad input ends it with one sentence and exit code 2, a signal with its own code."""
-    name, code, said = Path(sys.argv[0]).name, 0, ""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # where the terminal cannot show a character
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    processes.listen()
+    code, said = 0, ""
     try:
-        processes.check_torch()
+        check_torch()
         main()
     except InputError as error:
         code, said = 2, str(error)
     except KeyboardInterrupt as error:
-        code, said = 128 + (processes.asked or signal.SIGINT), str(error) or "stopped"
+        code, said = error.args or (130, "stopped; what it had saved is whole")
     except BrokenPipeError:  # what reads the output has gone, such as head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
-    except OSError as error:
-        if not error.filename:
-            raise
-        code, said = 2, f"{error.filename}: {error.strerror}; name a file or folder that can be used"
-    except MemoryError:
-        code, said = 2, OUT_OF_MEMORY
-    except RuntimeError as error:
-        if "out of memory" in str(error) or "can't allocate memory" in str(error):
-            code, said = 2, OUT_OF_MEMORY
-        elif WORLD > 1 and re.search("onnection (reset|closed)|NCCL|ProcessGroup", str(error)):
+    except Exception as error:
+        code = 2
+        if isinstance(error, OSError) and error.filename:
+            said = f"{error.filename}: {error.strerror}; name a file or folder that can be used"
+        elif isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", str(error)):
+            said = OUT_OF_MEMORY
+        elif dist.WORLD > 1 and re.search("onnection (reset|closed)|NCCL|ProcessGroup", str(error)):
             code, said = 1, "another process has ended; start all of them again with --resume"
-        elif WORLD == 1:
-            raise
         else:
             traceback.print_exc()
             code = 1
-    except Exception:
-        if WORLD == 1:
-            raise
-        traceback.print_exc()
-        code = 1
-    finally:
-        processes.forget()
-        if threading.current_thread() is threading.main_thread():
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
     if said:
-        print(f"{name}: {said}", file=sys.stderr)
-    if code and WORLD > 1:  # end at once: leaving the group would wait for the other processes, and they for this one
-        sys.stderr.flush()
-        os._exit(code)
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    if sharding.used:  # torch's caches keep gloo's threads, which could abort the process while the interpreter ends
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
+        print(f"{Path(sys.argv[0]).name}: {said}", file=sys.stderr)
+    dist.leave(code)
     if code:
         sys.exit(code)
 
 
-OUT_OF_MEMORY = "out of memory; give a smaller --micro_batch_size, --batch_size, --response_len or model"
+def check_torch(oldest: str = "2.6", what: str = "this project") -> None:
+    """Raises InputError if this torch is older than the oldest that the tests of `what` have passed on."""
+    version, wanted = (tuple(map(int, text.split(".")[:2])) for text in (torch.__version__, oldest))
+    if version < wanted:
+        raise InputError(f"torch {torch.__version__}: {what} needs {oldest} or newer; pip install -r requirements.txt")
 
 
-# --- training --------------------------------------------------------------------------------------------------------
+def pick_device(name: str) -> torch.device:
+    """`auto` takes CUDA, then MPS, then the CPU. Under torchrun every process gets the GPU of its local rank.
 
-
-def freeze(model: nn.Module, autocast: torch.autocast) -> nn.Module:
-    """The model in eval mode, without gradients. Under autocast its linear layers are stored in autocast's dtype.
-
-    Autocast rounds the same weights before each product, so the frozen copy computes what the live model computes. The
-    scalar head and the embeddings stay in float32.
+    Processes on a Mac take the CPU: gloo, which carries their numbers, does not reach MPS.
     """
-    model.eval().requires_grad_(False)
-    if autocast._enabled:
-        for module in model.modules():
-            if isinstance(module, Linear):
-                module.to(autocast.fast_dtype)
-    return model
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if dist.WORLD > 1:
+        available["mps"] = False
+    if name == "auto":
+        name = next(kind for kind, there in available.items() if there)
+    kind = name.partition(":")[0]
+    if not available.get(kind):
+        there = ", ".join(kind for kind, there in available.items() if there)
+        raise InputError(f"--device {name}: not to be had here; give auto, or one of {there}")
+    if kind == "cuda" and dist.WORLD > 1:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    if kind == "cuda" and ":" in name:
+        torch.cuda.set_device(name)
+    return torch.device(name)
 
 
-def adamw(model: nn.Module, lr: float, weight_decay: float, eps: float = 1e-8) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only, not on biases and norms."""
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    others = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=eps, fused=True)
+def setup(cfg: Any) -> tuple[torch.device, torch.autocast]:
+    """Device, autocast context and, under torchrun, the process group. Seeds torch for weight initialisation."""
+    device = pick_device(cfg.device)
+    dist.join(device)
+    if device.type == "cpu":
+        keep_memory()
+        settle_math()
+    if cfg.dtype not in ("auto", "float32", "bfloat16"):
+        raise InputError(f"--dtype {cfg.dtype}: give auto, float32 or bfloat16")
+    bf16 = cfg.dtype == "bfloat16"
+    if cfg.dtype == "auto" and device.type == "cuda":
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    torch.manual_seed(cfg.seed)
+    return device, torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False)
 
 
-def step_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, lr: float, max_norm: float) -> Tensor:
-    """Gradients of all processes → clip → step → zero. Returns the norm before clipping."""
-    sum_gradients(model)
-    norm = sharding.full(nn.utils.clip_grad_norm_(model.parameters(), max_norm or float("inf")))
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.step()
-    optimizer.zero_grad()
-    return norm
-
-
-def warmup_cosine(step: int, steps: int, peak: float, warmup: int) -> float:
-    """Learning rate: a linear warm-up to `peak`, then half a cosine down to a tenth of it."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * (0.55 + 0.45 * float(np.cos(np.pi * (step - warmup) / max(1, steps - warmup))))
+def prepare(cfg: Shared, *models: nn.Module) -> None:
+    """Apply --checkpoint_activations, --compile and --shard to the nets of a stage."""
+    trunks = [getattr(model, "trunk", model) for model in models]
+    for trunk in trunks:
+        trunk.checkpoint_activations = cfg.checkpoint_activations
+    if cfg.compile and trunks[0].wte.weight.device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
+        raise InputError("--compile: on a CPU it needs a C++ compiler; install g++, or leave it out")
+    if cfg.compile:
+        compile_blocks(*trunks)
+    for model in models:
+        dist.shard(model, cfg)

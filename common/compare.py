@@ -1,35 +1,37 @@
-"""Sample several responses to a prompt, and simulate a person who compares them."""
+"""Sample several answers to each prompt, and let a function compare them: a simulated person."""
 
 import itertools
 import math
-from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import tiktoken
 
-from common.judges import ask
+import data
+from common import dist, judges, nets
+from common.judges import Judge
 from data.label import Answer, preference
-from data.rng import generator, shuffler
-from data.tokenizer import encode_prompt
+from data.rng import generator, seed_of, shuffler
 from model import GPT
 
 
 def sample_responses(
     model: GPT,
     encoding: tiktoken.Encoding,
-    prompts: list[str],
+    prompts: list[data.Prompt],
     samples: int,
     response_len: int,
     temperature: float,
     seed: int,
 ) -> list[list[Answer]]:
-    """Sample `samples` responses of at most `response_len` tokens, EOS included, to each prompt."""
-    repeated = [ids for prompt in prompts for ids in [encode_prompt(encoding, prompt)] * samples]
-    chance = generator(seed)
+    """`samples` answers of at most `response_len` tokens, EOS included, to each prompt."""
+    repeated = [ids for prompt in prompts for ids in [data.encode_prompt(encoding, prompt)] * samples]
+    rng = generator(seed)
     answers = []
     rows = min(512, max(1, 2**16 // (max(map(len, repeated)) + response_len)))  # limits the cache size
     for start in range(0, len(repeated), rows):
         part = repeated[start : start + rows]
-        tokens, prompt_len, length = model.generate(part, response_len, temperature=temperature, generator=chance)
+        tokens, prompt_len, length = model.generate(part, response_len, temperature=temperature, generator=rng)
         for row, first, end in zip(tokens.tolist(), prompt_len.tolist(), length.tolist()):
             ended = row[end - 1] in model.config.ends
             ids = row[first : end - ended]
@@ -38,30 +40,52 @@ def sample_responses(
 
 
 def simulate(
-    prompts: list[str],
-    responses: list[list[Answer]],
-    judge: Callable[[str, str], float],
+    prompts: list[data.Prompt],
+    answers: list[list[Answer]],
+    judge: Judge,
     temperature: float,
     seed: int,
     shown: list[str] | None = None,
 ) -> list[dict]:
-    """Decide every pair of responses to a prompt: choose a with probability σ((judge a − judge b) / temperature).
+    """Decide every pair of answers to a prompt: choose a with probability σ((judge a − judge b) / temperature).
 
     This is the model of Bradley and Terry (1952). "p_chosen" is the probability of the choice; it shows the amount of
-    noise in the labels. Pairs of identical texts are omitted. The judge sees `shown` in place of the prompts.
+    noise in the labels. Pairs of identical texts are left out. The judge sees `shown` in place of the prompts.
     """
     rng = shuffler("choices", seed)
+    pairs = [(prompt, answer[0]) for prompt, compared in zip(shown or prompts, answers) for answer in compared]
+    judged = iter(judge([{"prompt": prompt, "response": response} for prompt, response in pairs]))
     rows = []
-    pairs = [(prompt, answer[0]) for prompt, compared in zip(shown or prompts, responses) for answer in compared]
-    judged = iter(ask(judge, pairs))
-    for prompt, compared in zip(prompts, responses):
-        answers = [Answer(*answer) for answer in compared]
-        scores = list(itertools.islice(judged, len(answers)))
-        for a, b in itertools.combinations(range(len(answers)), 2):
-            if answers[a].text == answers[b].text:
+    for prompt, each in zip(prompts, answers):
+        compared = [Answer(*answer) for answer in each]
+        scores = list(itertools.islice(judged, len(compared)))
+        for a, b in itertools.combinations(range(len(compared)), 2):
+            if compared[a].text == compared[b].text:
                 continue
             p = 0.5 + 0.5 * math.tanh((scores[a] - scores[b]) / temperature / 2)  # σ, in a form that cannot overflow
             if rng.random() >= p:
                 a, b, p = b, a, 1 - p
-            rows.append({"prompt": prompt} | preference([answers[a], answers[b]]) | {"p_chosen": round(p, 4)})
+            rows.append({"prompt": prompt} | preference([compared[a], compared[b]]) | {"p_chosen": round(p, 4)})
     return rows
+
+
+def sample_and_compare(
+    cfg: Any, source: str, judge: str, policy: GPT, encoding: tiktoken.Encoding, target: Path
+) -> None:
+    """Let the policy answer the prompts of `source` and the judge compare; write the comparisons to `target`.
+
+    `cfg` has the options of reward.py. Raises InputError if all answers are alike.
+    """
+    prompts = data.prompt_texts(source)[: cfg.n_prompts or None]
+    lengths = [len(data.encode_prompt(encoding, prompt)) + cfg.response_len for prompt in prompts]
+    what = f"prompts of {source} (with --response_len {cfg.response_len})"
+    prompts = data.keep_short(prompts, lengths, nets.context(cfg, policy), what, dist.print0)
+    compares = judges.load_function(judge)
+    dist.print0(f"{cfg.init} answers {len(prompts):,} prompts of {source}, {cfg.samples} times each; {judge} compares")
+    seeds = seed_of("answers", cfg.seed), seed_of("choices", cfg.seed)
+    answers = sample_responses(policy, encoding, prompts, cfg.samples, cfg.response_len, cfg.temperature, seeds[0])
+    shown = [data.prompt_text(encoding, prompt) for prompt in prompts]
+    rows = simulate(prompts, answers, compares, cfg.label_temperature, seeds[1], shown)
+    if not rows:
+        raise data.InputError(f"--init {cfg.init}: its samples are all alike; raise --temperature")
+    data.write_jsonl(target, rows)

@@ -1,152 +1,69 @@
-"""The device, and the processes of torchrun. With one process, `total(x)` is x and `share(items)` is items."""
+"""The processes of torchrun. With one process, `total(x)` is x and `mine(items)` is items.
+
+--shard divides parameters, gradients and optimizer states over the processes, by torch's FSDP2: each block, and the
+rest of a net as one more group, keeps one part of every parameter in each process. A forward or backward gathers the
+blocks one by one; `gathered` gathers a net at once, for a rollout or a file. Without --shard every function here gives back
+what it got, so files do not tell how a run was divided.
+"""
 
 import importlib
 import os
-import shutil
-import signal
-import threading
-import time
+import sys
 from datetime import timedelta
 from typing import Any
 
 import torch
-import torch.distributed as dist
+import torch.distributed
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from data.files import InputError
-from fast import keep_memory, settle_math
+from model import GPT, ScalarModel
 
 RANK = int(os.environ.get("RANK", 0))  # of this process
 WORLD = int(os.environ.get("WORLD_SIZE", 1))  # how many there are
+FORWARDS = (
+    "logprobs",
+    "summed_logprobs",
+    "logprobs_and_entropy",
+    "scores",
+    "values",
+)  # what a sharded net is called for
 
 
-asked = 0  # the signal that has asked this process to stop; 0: none
-_asked_at, _finishes = 0.0, False  # when it came; whether a loop runs that finishes its step first
-
-
-class Stopped(KeyboardInterrupt):
-    """A signal ended the run. The message is one sentence."""
-
-
-def listen() -> None:
-    """Let Ctrl-C and SIGTERM end a run in order: it finishes the step and saves. A second signal ends it at once."""
-
-    def hear(number: int, frame: Any) -> None:
-        global asked, _asked_at
-        again, now = asked > 0, time.monotonic()
-        if again and WORLD > 1 and now - _asked_at < 5:  # torchrun passes on the signal that the terminal sent us too
-            return
-        asked, _asked_at = number, now
-        if again:
-            os._exit(128 + number)
-        if not _finishes:
-            raise Stopped("stopped; what it had saved is whole")
-
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, hear)
-
-
-def forget() -> None:
-    """After a run: no signal has come, and the next one ends the process."""
-    global asked, _finishes
-    asked, _finishes = 0, False
-
-
-def finish_the_step(yes: bool) -> None:
-    """From now on a signal waits until `Run.save`, or, with False, ends the process where it is."""
-    global _finishes
-    _finishes = yes
-
-
-def agree(yes: bool) -> bool:
-    """Whether any process says yes."""
-    if WORLD == 1:
-        return yes
-    device = f"cuda:{torch.cuda.current_device()}" if dist.get_backend() == "nccl" else "cpu"
-    return bool(total(torch.tensor(float(yes), device=device)))
-
-
-def check_torch(oldest: str = "2.6", what: str = "this project") -> None:
-    """Raises InputError if this torch is older than the oldest that the tests of `what` have passed on."""
-    version, wanted = (tuple(map(int, text.split(".")[:2])) for text in (torch.__version__, oldest))
-    if version < wanted:
-        raise InputError(f"torch {torch.__version__}: {what} needs {oldest} or newer; pip install -r requirements.txt")
-
-
-def pick_device(name: str) -> torch.device:
-    """`auto` takes CUDA, then MPS, then the CPU. Under torchrun every process gets the GPU of its local rank.
-
-    Processes on a Mac take the CPU: gloo, which carries their numbers, does not reach MPS.
-    """
-    if WORLD > 1 and name == "mps":
-        raise InputError("--device mps: several processes cannot share it; give cpu, or start one process")
-    available = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available, "cpu": lambda: True}
-    if name == "auto":
-        name = next(k for k, is_available in available.items() if is_available() and not (k == "mps" and WORLD > 1))
-    kind = name.partition(":")[0]
-    if kind not in available:
-        raise InputError(f"--device {name}: give auto, cpu, cuda or mps")
-    if not available[kind]():
-        raise InputError(f"--device {name}: there is none on this machine; --device auto takes what there is")
-    if kind == "cuda" and WORLD > 1:
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
-    if kind == "cuda" and ":" in name:
-        torch.cuda.set_device(name)
-    return torch.device(name)
-
-
-def setup(cfg: Any) -> tuple[torch.device, torch.autocast]:
-    """Device, autocast context and, under torchrun, the process group. Seeds torch for weight initialisation."""
-    device = pick_device(cfg.device)
-    if WORLD > 1 and not dist.is_initialized():
+def join(device: torch.device) -> None:
+    """Start the process group, under torchrun."""
+    if WORLD > 1 and not torch.distributed.is_initialized():
         # The optimizer imports this module. If that happened later, its defaults would keep gloo's threads to the end.
         importlib.import_module("torch.distributed.nn.functional")
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=12))
-    if device.type == "cpu":
-        keep_memory()
-        settle_math()
-    if getattr(cfg, "compile", False) and device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
-        raise InputError("--compile: on a CPU it needs a C++ compiler; install g++, or leave it out")
-    if cfg.dtype not in ("auto", "float32", "bfloat16"):
-        raise InputError(f"--dtype {cfg.dtype}: give auto, float32 or bfloat16")
-    bf16 = cfg.dtype == "bfloat16"
-    if cfg.dtype == "auto" and device.type == "cuda":
-        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    torch.manual_seed(cfg.seed)
-    return device, torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        torch.distributed.init_process_group(backend, timeout=timedelta(hours=12))
+
+
+def leave(code: int) -> None:
+    """End the process group. With a fault the process ends at once: leaving would wait for the others, and they for it.
+
+    It also ends at once after --shard: torch's caches keep gloo's threads, which could abort the interpreter's end.
+    """
+    if WORLD == 1:
+        return
+    if not code and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    if code or "torch.distributed.fsdp" in sys.modules:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+# --- numbers of all processes -----------------------------------------------------------------------------------------
 
 
 def total(x: Tensor) -> Tensor:
     """The sum of x over all processes."""
     if WORLD > 1:
         x = x.clone()
-        dist.all_reduce(x)
+        torch.distributed.all_reduce(x)
     return x
-
-
-def synchronize() -> None:
-    """Wait until the accelerator has done its work, so that a clock can be read."""
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-    elif torch.backends.mps.is_available():
-        torch.mps.synchronize()
-
-
-def broadcast(module: nn.Module) -> None:
-    """Give every process the weights of the first."""
-    if WORLD > 1:
-        for x in module.state_dict().values():
-            dist.broadcast(x, 0)
-
-
-def gather_objects(x: Any) -> list:
-    """x of every process, in order. For text and lists; tensors go through `gather`."""
-    if WORLD == 1:
-        return [x]
-    found: list = [None] * WORLD
-    dist.all_gather_object(found, x)
-    return found
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
@@ -159,37 +76,173 @@ def gather(x: Tensor) -> Tensor:
     if WORLD == 1:
         return x
     parts = [torch.empty_like(x) for _ in range(WORLD)]
-    dist.all_gather(parts, x)
+    torch.distributed.all_gather(parts, x)
     return torch.cat(parts)
 
 
-def sum_gradients(model: nn.Module) -> None:
-    """Sum the gradients over all processes (see sharding.sum_gradients)."""
+def gather_objects(x: Any) -> list:
+    """x of every process, in order. For text and lists; tensors go through `gather`."""
+    if WORLD == 1:
+        return [x]
+    found: list = [None] * WORLD
+    torch.distributed.all_gather_object(found, x)
+    return found
+
+
+def agree(yes: bool) -> bool:
+    """Whether any process says yes."""
+    return any(gather_objects(yes))
+
+
+def barrier() -> None:
+    """Wait for all processes."""
     if WORLD > 1:
-        for p in model.parameters():
-            if p.grad is None:  # this process had no row of this batch
-                p.grad = torch.zeros_like(p)
-        for handle in [dist.all_reduce(p.grad, async_op=True) for p in model.parameters()]:
-            handle.wait()
+        torch.distributed.barrier()
 
 
-def share(items: list, evenly: bool = False) -> list:
-    """This process's part of a batch: every WORLD-th item. Raises InputError if it must be, and cannot be, even."""
+def mine(items: list, evenly: bool = False) -> list:
+    """This process's part of a batch: every WORLD-th item. Raises InputError if it must be even and cannot be."""
     if evenly and len(items) % WORLD:
         raise InputError(f"--shard: {len(items)} rows cannot be dealt to {WORLD} processes evenly; give more rows")
     return items[RANK::WORLD]
 
 
-def together(items: list, spare: list) -> list:
-    """items, and the last of them (or of `spare`) again until each process has as many: nets that are divided over the
-    processes are read together. So what is done for an item must be the same when it is done twice."""
-    if WORLD == 1:
-        return items
+def pad_to_equal(items: list, spare: list) -> list:
+    """`items`, the last of them (or of `spare`) repeated until each process has as many, as FSDP needs it."""
     most = max(gather_objects(len(items)))
     return items + (items or spare)[-1:] * (most - len(items))
 
 
-def say(text: str, end: str = "\n") -> None:
-    """Print, in the first process only."""
+def print0(text: str) -> None:
+    """Print, in the first process alone."""
     if RANK == 0:
-        print(text, end=end, flush=True)
+        print(text, flush=True)
+
+
+# --- nets and optimizers ----------------------------------------------------------------------------------------------
+
+
+def broadcast(net: nn.Module) -> None:
+    """Give every process the weights of the first."""
+    if WORLD > 1 and not is_sharded(net):
+        for x in net.state_dict().values():
+            torch.distributed.broadcast(x, 0)
+
+
+def sum_gradients(net: nn.Module) -> None:
+    """Sum the gradients over all processes. A sum is right: every loss divides by the tokens of the whole batch."""
+    if WORLD == 1:
+        return
+    if is_sharded(net):
+        for p in net.parameters():
+            p.grad *= WORLD  # FSDP has averaged them in the backward
+        return
+    for p in net.parameters():
+        if p.grad is None:  # this process had no row of this batch
+            p.grad = torch.zeros_like(p)
+    for handle in [torch.distributed.all_reduce(p.grad, async_op=True) for p in net.parameters()]:
+        handle.wait()
+
+
+def check_shard(cfg: Any) -> None:
+    """Raises InputError where --shard cannot do what is asked."""
+    if not getattr(cfg, "shard", False):
+        return
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (
+        2,
+        8,
+    ):  # before, FSDP2 does not run on a CPU, where it is tested
+        raise InputError(f"--shard: needs torch 2.8 or newer, not {torch.__version__}; pip install -r requirements.txt")
+    if WORLD == 1:
+        raise InputError("--shard: divides a net over the processes of torchrun; start several, or leave it out")
+    if cfg.compile:
+        raise InputError("--shard: does not go with --compile; leave one of them out")
+    if cfg.batch_size % WORLD:  # all processes gather together, so each needs as many rows
+        raise InputError(f"--shard: --batch_size must be a multiple of the {WORLD} processes")
+
+
+def shard(net: GPT | ScalarModel, cfg: Any) -> GPT | ScalarModel:
+    """The net, with --shard divided over the processes, in place. From then on only FORWARDS may be called on it."""
+    if not cfg.shard:
+        return net
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    broadcast(net)
+    trunk = net.trunk if isinstance(net, ScalarModel) else net
+    mesh = init_device_mesh(trunk.wte.weight.device.type, (WORLD,))
+    for module in (*trunk.h, net):
+        fully_shard(module, mesh=mesh, reshard_after_forward=True)
+    for name in FORWARDS:
+        if hasattr(net, name):
+            register_fsdp_forward_method(net, name)
+    return net
+
+
+def is_sharded(net: nn.Module) -> bool:
+    return any(map(is_divided, net.parameters()))
+
+
+def is_divided(x: Any) -> bool:
+    """Whether x is a DTensor, whose module takes a second to import."""
+    return hasattr(x, "full_tensor")
+
+
+def full(x: Any) -> Any:
+    """x, gathered if it is divided. All processes must ask together."""
+    return x.full_tensor() if is_divided(x) else x
+
+
+def gathered(net: GPT | ScalarModel, autocast: torch.autocast | None = None) -> GPT | ScalarModel:
+    """The net itself, or where it is divided, a whole copy in eval mode. All processes must ask together.
+
+    A copy that is only run under `autocast` has its linear layers in autocast's dtype (see nets.freeze).
+    """
+    if not is_sharded(net):
+        return net
+    with torch.device("meta"):
+        copy = GPT(net.config)
+        copy = ScalarModel(copy) if isinstance(net, ScalarModel) else copy
+    weights = {name: full(x) for name, x in net.state_dict().items()}
+    if autocast is not None and autocast._enabled:
+        for name, layer in copy.named_modules():
+            if isinstance(layer, nn.Linear) and name != "head":
+                weights |= {
+                    f"{name}.{kind}": weights[f"{name}.{kind}"].to(autocast.fast_dtype) for kind in layer.state_dict()
+                }
+    copy.load_state_dict(weights, assign=True)
+    return copy.eval()
+
+
+def state(part: Any) -> dict:
+    """`part.state_dict()` of a net or an optimizer. What was divided is whole, and in the first process alone."""
+
+    def whole(x: Any) -> Any:
+        if not is_divided(x):
+            return x
+        x = x.full_tensor()
+        return x.cpu() if RANK == 0 else None
+
+    return tree_map(whole, part.state_dict())
+
+
+def load_state(part: Any, saved: dict) -> None:
+    """`part.load_state_dict(saved)`. Each process keeps its part of what was divided."""
+    if isinstance(part, torch.optim.Optimizer):
+        parameters = [p for group in part.param_groups for p in group["params"]]
+        states = {
+            i: {name: divided(x, parameters[i]) for name, x in each.items()} for i, each in saved["state"].items()
+        }
+        saved = saved | {"state": states}
+    elif is_sharded(part):
+        saved = {name: divided(saved[name], x) for name, x in part.state_dict().items()}
+    part.load_state_dict(saved)
+
+
+def divided(x: Tensor, like: Tensor) -> Tensor:
+    """x, divided as `like` is if it has its shape."""
+    if not is_divided(like) or x.shape != like.shape:
+        return x
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(x.to(like.device), like.device_mesh, like.placements)

@@ -1,4 +1,4 @@
-"""What is measured: an iteration, held-out prompts, the report before → after, best-of-n, a reward model.
+"""What is measured: an iteration, answers to held-out prompts, the table before → after, a reward model.
 
 Nothing here changes a net. Every mean is printed with its standard error (±).
 """
@@ -10,14 +10,12 @@ import tiktoken
 import torch
 from torch import Tensor
 
-import common
-from common.judges import Judge, ask
-from data import Group, InputError
+from common import dist
+from common.judges import Judge
+from data import Group
 
-Texts = list[tuple[str, str]]  # (prompt, response)
+KL = "KL to the start (nats)"  # a row of the table
 BY_TOKEN = ("logp", "ref_logp", "entropy", "rewards", "values", "advantages", "returns", "ratio")
-Answer = Callable[[list[list[int]], int], tuple[dict[str, Tensor], Texts]]  # see `evaluate`
-
 
 # --- one iteration ----------------------------------------------------------------------------------------------------
 
@@ -45,13 +43,13 @@ def rollout_metrics(batch: dict[str, Tensor], judged: list[float], kl_coef: floa
     }
     if judged:
         rows["objective/judge"] = torch.tensor(judged, device=kl.device)
-    columns = {name: common.gather(x.float()) for name, x in rows.items()}  # of all processes
+    columns = {name: dist.gather(x.float()) for name, x in rows.items()}  # of all processes
     score, length = columns["objective/scores"], columns["response_len"]
     found = {name: x.mean() for name, x in columns.items()} | {
         "objective/scores_std": score.std(correction=0),
         "objective/kl_max": columns["objective/kl"].max(),
         "score_length_correlation": correlation(score, length),
-        "token_entropy": common.masked_mean(batch["entropy"], mask),
+        "token_entropy": dist.masked_mean(batch["entropy"], mask),
     }
     if "returns" in batch:
         spread = masked_variance(batch["returns"], mask).clamp(min=1e-8)
@@ -61,8 +59,19 @@ def rollout_metrics(batch: dict[str, Tensor], judged: list[float], kl_coef: floa
     return dict(zip(found, numbers)) | {"kl_coef": kl_coef}
 
 
+def as_rows(batch: dict[str, Tensor], encoding: tiktoken.Encoding, eos: int) -> list[dict]:
+    """Every answer as a row of text, "prompt" and "response", without the EOS."""
+    rows = []
+    columns = [batch[name].tolist() for name in ("tokens", "prompt_len", "length", "ended")]
+    for tokens, start, end, ended in zip(*columns):
+        prompt = [] if tokens[:start] == [eos] else tokens[:start]  # what an empty prompt starts from
+        response = tokens[start : end - 1] if ended else tokens[start:end]
+        rows.append({"prompt": encoding.decode(prompt), "response": encoding.decode(response)})
+    return rows
+
+
 def by_token(
-    batch: dict[str, Tensor], pairs: Texts, encoding: tiktoken.Encoding, iteration: int, kl_coef: float
+    batch: dict[str, Tensor], rows: list[dict], encoding: tiktoken.Encoding, iteration: int, kl_coef: float
 ) -> dict:
     """A rollout as plain lists, for rollout.json: each answer with what the step made of each of its tokens.
 
@@ -73,15 +82,15 @@ def by_token(
     columns = {name: batch[name][:n].tolist() for name in BY_TOKEN if name in batch}
     heads = [batch[name][:n].tolist() for name in ("tokens", "prompt_len", "length", "ended", "score", "final_score")]
     for i, (row, start, end, ended, score, final_score) in enumerate(zip(*heads)):
-        answer = {"prompt": pairs[i][0], "response": pairs[i][1], "ended": ended, "score": score}
-        answer |= {"final_score": final_score, "tokens": [spelled(token, encoding) for token in row[start:end]]}
+        answer = rows[i] | {"ended": ended, "score": score}
+        answer |= {"final_score": final_score, "tokens": [token_text(token, encoding) for token in row[start:end]]}
         for name, column in columns.items():
             answer[name] = [float(f"{x:.5g}") for x in column[i][: end - start]]
         answers.append(answer)
     return {"iteration": iteration, "kl_coef": kl_coef, "answers": answers}
 
 
-def spelled(token: int, encoding: tiktoken.Encoding) -> str | list[int] | dict[str, str]:
+def token_text(token: int, encoding: tiktoken.Encoding) -> str | list[int] | dict[str, str]:
     """A token for JSON: its text, its bytes if they are only a part of a character, or {"special": its name}."""
     raw = encoding.decode_single_token_bytes(token)
     if token in encoding._special_tokens.values():
@@ -99,149 +108,108 @@ def correlation(x: Tensor, y: Tensor) -> Tensor:
 
 
 def masked_variance(x: Tensor, mask: Tensor) -> Tensor:
-    return common.masked_mean((x - common.masked_mean(x, mask)).square(), mask)
+    """The variance of x over the places where `mask` is true, in all processes together."""
+    return dist.masked_mean((x - dist.masked_mean(x, mask)).square(), mask)
 
 
 # --- held-out prompts -------------------------------------------------------------------------------------------------
 
 
-def evaluate(answer: Answer, prompts: list[list[int]], judges: dict[str, Judge]) -> dict[str, list]:
-    """One answer to each prompt: a column for each measure, one number a prompt; and "texts", (prompt, response) pairs.
+def held_out(
+    answer: Callable[[list[list[int]], int], tuple[dict[str, Tensor], list[dict]]],
+    prompts: list[list[int]],
+    judges: dict[str, Judge],
+) -> dict[str, list]:
+    """One answer to each prompt: a column for each measure, one number per prompt; and "rows", prompt and response.
 
-    `answer(prompts, start)` gives a batch that has been read (see ppo.py) and its texts; `start` is the number of the
+    `answer(prompts, start)` gives a batch that has been read (see ppo.py) and its rows; `start` is the number of the
     first prompt, for the random numbers. The processes of torchrun share the work; each returns all of it.
     """
     found: dict[int, dict[str, list]] = {}  # by the number of the first prompt
     starts = list(range(0, len(prompts), 128))
-    for start in common.together(common.share(starts), starts):
-        batch, pairs = answer(prompts[start : start + 128], start)
-        new = {name: ask(judge, pairs) for name, judge in judges.items()}
+    for start in dist.pad_to_equal(dist.mine(starts), starts):
+        batch, rows = answer(prompts[start : start + 128], start)
+        new = {name: judge(rows) for name, judge in judges.items()}
         new["score"] = batch["score"].tolist()
-        new["KL to the start (nats)"] = ((batch["logp"] - batch["ref_logp"]) * batch["mask"]).sum(1).tolist()
+        new[KL] = ((batch["logp"] - batch["ref_logp"]) * batch["mask"]).sum(1).tolist()
         new["length (tokens)"] = batch["mask"].sum(1).tolist()
         new["ended by EOS"] = batch["ended"].float().tolist()
-        new["texts"] = pairs
+        new["rows"] = rows
         found[start] = new
-    parts = {start: part for each in common.gather_objects(found) for start, part in each.items()}
+    parts = {start: part for each in dist.gather_objects(found) for start, part in each.items()}
     in_order = [parts[start] for start in sorted(parts)]
     return {name: [x for part in in_order for x in part[name]] for name in in_order[0]}
 
 
 def summary(columns: dict[str, list], judges: dict[str, Judge], kl_coef: float) -> tuple[dict[str, float], float]:
-    """An evaluation as metrics, and how good it is: the first judge's mean, or without one score − β KL."""
-    means = {
-        name: torch.tensor(columns[name], dtype=torch.float64).mean().item() for name in columns if name != "texts"
-    }
-    metrics = {"eval/score": means["score"], "eval/kl": means["KL to the start (nats)"]}
-    if not judges:
-        return metrics, metrics["eval/score"] - kl_coef * metrics["eval/kl"]
-    metrics["eval/judge"] = means[next(iter(judges))]
-    return metrics, metrics["eval/judge"]
+    """Measures of held-out prompts as metrics, and their goodness: the first judge's mean, else score − β KL."""
+    names = {"eval/score": "score", "eval/kl": KL} | ({"eval/judge": next(iter(judges))} if judges else {})
+    metrics = {metric: mean_and_error(columns[name])[0] for metric, name in names.items()}
+    return metrics, metrics.get("eval/judge", metrics["eval/score"] - kl_coef * metrics["eval/kl"])
 
 
 def mean_and_error(column: list[float]) -> tuple[float, float]:
+    """The mean, and its standard error."""
     x = torch.tensor(column, dtype=torch.float64)
     return x.mean().item(), x.std().item() / len(x) ** 0.5 if len(x) > 1 else 0.0
 
 
-def cell(column: list[float]) -> str:
-    mean, error = mean_and_error(column)
-    return f"{mean:8.3f} ± {error:.3f}"
-
-
 def paired(before: dict[str, list], after: dict[str, list], judges: dict[str, Judge]) -> dict:
-    """The numbers of `report` and every answer, for report.json. A pair of numbers is a mean and its ±."""
-    names = [name for name in before if name != "texts"]
-    rows, measure = {}, next(iter(judges), "score")
-    for name in names:
-        columns = before[name], after[name], differences(before[name], after[name])
-        rows[name] = dict(zip(("before", "after", "change"), map(mean_and_error, columns)))
-    answers = []
-    for i, ((prompt, first), (_, second)) in enumerate(zip(before["texts"], after["texts"])):
-        sides = {"before": (first, before), "after": (second, after)}
-        sides = {side: {"text": text} | {n: column[n][i] for n in names} for side, (text, column) in sides.items()}
-        answers.append({"prompt": prompt} | sides)
-    won = mean_and_error(wins(before[measure], after[measure]))
-    return {"table": rows, "win_rate": won, "by": measure, "answers": answers}
-
-
-def differences(before: list[float], after: list[float]) -> list[float]:
-    return [b - a for a, b in zip(before, after)]
-
-
-def wins(before: list[float], after: list[float]) -> list[float]:
-    return [(b > a) + 0.5 * (b == a) for a, b in zip(before, after)]
-
-
-def report(before: dict[str, list], after: dict[str, list], judges: dict[str, Judge]) -> str:
-    """The table before → after, the win rate, and four answers side by side.
+    """The table before → after with every answer, for report.json. A pair of numbers is a mean and its ±.
 
     Both columns answer the same prompts, each with its own random numbers. So the ± of the change comes from the
     differences per prompt, and shared random numbers cannot decide a win.
     """
-    title = f"{len(before['texts'])} held-out prompts"
-    lines = [f"\n{title:<28}{'before':>18}  {'after':>18}  {'change':>18}"]
-    for name in before:
-        if name == "texts":
-            continue
-        cells = [cell(column) for column in (before[name], after[name], differences(before[name], after[name]))]
-        lines.append(f"{name:<28}" + "  ".join(f"{text:>18}" for text in cells))
-    measure = next(iter(judges), "score")
-    won = cell(wins(before[measure], after[measure]))
-    lines.append(f"{'win rate against the start':<28}{'':>18}  {won:>18}  (by {measure}, ties half)\n")
-    for (prompt, first), (_, second) in list(zip(before["texts"], after["texts"]))[:4]:
-        lines += [f"  {prompt.strip()}", f"    before  {first.strip()}", f"    after   {second.strip()}"]
+    names, measure = [name for name in before if name != "rows"], next(iter(judges), "score")
+    table = {}
+    for name in names:
+        change = [b - a for a, b in zip(before[name], after[name])]
+        columns = {"before": before[name], "after": after[name], "change": change}
+        table[name] = {side: mean_and_error(column) for side, column in columns.items()}
+    wins = [(b > a) + 0.5 * (b == a) for a, b in zip(before[measure], after[measure])]
+    answers = []
+    for i, row in enumerate(before["rows"]):
+        answer = {"prompt": row["prompt"]}
+        for side, columns in (("before", before), ("after", after)):
+            answer[side] = {"text": columns["rows"][i]["response"]} | {name: columns[name][i] for name in names}
+        answers.append(answer)
+    return {"table": table, "win_rate": mean_and_error(wins), "by": measure, "answers": answers}
+
+
+def report(found: dict) -> str:
+    """`paired` as text: the table, the win rate, and four answers side by side."""
+    lines = [f"\n{len(found['answers'])} held-out prompts".ljust(29) + f"{'before':>18}  {'after':>18}  {'change':>18}"]
+    for name, row in found["table"].items():
+        lines.append(f"{name:<28}" + "  ".join(f"{cell(row[side]):>18}" for side in ("before", "after", "change")))
+    won = f"{'win rate against the start':<28}{'':>18}  {cell(found['win_rate']):>18}"
+    lines.append(f"{won}  (by {found['by']}, ties half)\n")
+    for each in found["answers"][:4]:
+        lines.append(f"  {each['prompt'].strip()}")
+        lines += [f"    {side:<6}  {each[side]['text'].strip()}" for side in ("before", "after")]
     return "\n".join(lines)
 
 
-# --- best of n --------------------------------------------------------------------------------------------------------
-
-
-def best_of_sizes(option: str) -> list[int]:
-    """The numbers of --best_of. Raises InputError for what is not a list of numbers above 0."""
-    try:
-        sizes = [int(word) for word in option.split(",") if word]
-    except ValueError:
-        sizes = [0]
-    if any(n < 1 for n in sizes) or (option and not sizes):
-        raise InputError(f"--best_of {option}: give numbers above 0, separated by commas")
-    return sizes
-
-
-def expected_at_best(scores: Tensor, values: Tensor, n: int) -> Tensor:
-    """The expected value of the best-scored of n answers, from N ≥ n answers to each prompt: (P, N), (P, N) → (P,).
-
-    Unbiased: it is the mean over all n-subsets. The i-th answer from below (i = 1…N) is the best of a subset of n with
-    probability C(i − 1, n − 1) / C(N, n) (Nakano et al. 2021, arXiv 2112.09332).
-    """
-    N = scores.shape[1]
-    weight = torch.tensor([math.comb(i, n - 1) / math.comb(N, n) for i in range(N)], dtype=torch.float64)
-    ordered = values.gather(1, scores.argsort(dim=1, stable=True))
-    return ordered.double() @ weight
-
-
-def best_of(answer: Answer, prompts: list[list[int]], judges: dict[str, Judge], sizes: list[int]) -> str:
-    """A table of best-of-n by the score: what choosing among n answers of the start gives, for each n of `sizes`.
-
-    Its KL to the start is at most log n − (n − 1) / n (Stiennon et al. 2020, appendix G.3; Beirami et al. 2024).
-    """
-    N = max(sizes)
-    found = evaluate(answer, [prompt for prompt in prompts for _ in range(N)], judges)
-    columns = {name: torch.tensor(found[name]).view(len(prompts), N) for name in [*judges, "score"]}
-    lines = [f"\n{'best of n by the score':<24}{'KL (nats)':>10}  " + "  ".join(f"{name:>24}" for name in columns)]
-    for n in sizes:
-        cells = [cell(expected_at_best(columns["score"], x, n).tolist()) for x in columns.values()]
-        kl = math.log(n) - (n - 1) / n
-        lines.append(f"{n:<24}{kl:>10.2f}  " + "  ".join(f"{text:>24}" for text in cells))
-    return "\n".join(lines)
+def cell(pair: tuple[float, float]) -> str:
+    mean, error = pair
+    return f"{mean:8.3f} ± {error:.3f}"
 
 
 # --- a reward model -------------------------------------------------------------------------------------------------
 
 
-def agreement(groups: list[Group], scores: list[Tensor]) -> tuple[dict[str, float], list[tuple]]:
-    """Held-out metrics, and ten rows (from, to, pairs, mean predicted, observed win rate) of a calibration table."""
-    margin = torch.cat([margins(group, each) for group, each in zip(groups, scores)])  # (P,)
+def margins(groups: list[Group], scores: Tensor) -> Tensor:
+    """The score of the winner − the score of the loser of every pair (P,), from the scores (N,) of all responses."""
+    offset, pairs = 0, []
+    for group in groups:
+        pairs += [(offset + winner, offset + loser) for winner, loser in group.pairs]
+        offset += len(group.rows)
+    winner, loser = torch.tensor(pairs).to(scores.device).T
+    return scores[winner] - scores[loser]
+
+
+def agreement(groups: list[Group], margin: Tensor) -> tuple[dict[str, float], list[tuple]]:
+    """Metrics of the groups' margins (P,), and ten rows (from, to, pairs, mean predicted, observed win rate) of a
+    calibration table."""
     certain = [p for group in groups for p in group.certainty]
     right = (margin > 0).double() + 0.5 * (margin == 0).double()
     metrics = {"eval/accuracy": right.mean().item()}
@@ -264,12 +232,6 @@ def agreement(groups: list[Group], scores: list[Tensor]) -> tuple[dict[str, floa
     return metrics, table
 
 
-def margins(group: Group, scores: Tensor) -> Tensor:
-    """score of the winner − score of the loser for each pair of a group."""
-    winner, loser = torch.tensor(group.pairs).T
-    return scores[winner] - scores[loser]
-
-
 def clustered_error(x: Tensor, sizes: list[int]) -> float:
     """The standard error of the mean of x (P,). Values of one group depend on each other; groups are independent.
 
@@ -290,25 +252,4 @@ def agreement_report(metrics: dict[str, float], table: list[tuple]) -> str:
     lines = [first, "\nwin rate        pairs   predicted   observed"]
     for low, high, n, predicted, observed in table:
         lines.append(f"{low:.1f} – {high:.1f}   {n:>8,}       {predicted:.3f}      {observed:.3f}")
-    return "\n".join(lines)
-
-
-def by_source_and_length(groups: list[Group], scores: list[Tensor]) -> str:
-    """Accuracy for each source that the rows name, and whether the model likes length more than people do."""
-    lines = []
-    sources = sorted({group.source for group in groups})
-    for source in sources if len(sources) > 1 else []:
-        chosen = [i for i, group in enumerate(groups) if group.source == source]
-        found, _ = agreement([groups[i] for i in chosen], [scores[i] for i in chosen])
-        pairs = sum(len(groups[i].pairs) for i in chosen)
-        accuracy = f"{found['eval/accuracy']:.3f} ± {found['eval/accuracy_se']:.3f}"
-        lines.append(f"{source or 'no source':<32} {pairs:>7,} pairs  {accuracy}")
-    people, model = [], []
-    for group, each in zip(groups, scores):
-        length = torch.tensor([float(len(row.tokens) - row.prompt_len) for row in group.rows])
-        differs = margins(group, length)
-        people.append((differs[differs != 0] > 0).double())
-        model.append((margins(group, each) * differs.sign() > 0)[differs != 0].double())
-    longer = [f"{100 * torch.cat(each).mean():.1f}%" for each in (people, model)]
-    lines.append(f"the longer response wins {longer[0]} of the pairs by the labels, {longer[1]} by the scores")
     return "\n".join(lines)

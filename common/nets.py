@@ -1,4 +1,4 @@
-"""Checkpoints: a model.pt with weights, shape and tokenizer, written whole or not at all, checked when it is read."""
+"""Nets: a model.pt with weights, shape and tokenizer, checked when it is read; frozen copies; optimizer steps."""
 
 import dataclasses
 import math
@@ -7,12 +7,14 @@ from typing import Any
 
 import tiktoken
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from common import dist
 from data.files import InputError, replacing
-from data.rng import seed_of
 from data.tokenizer import encoding_from_state, encoding_state
 from model import GPT, GPTConfig, ScalarModel
+
+# --- files ------------------------------------------------------------------------------------------------------------
 
 
 def save_file(content: dict, path: Path) -> None:
@@ -24,14 +26,20 @@ def save_file(content: dict, path: Path) -> None:
             raise OSError(f"{error}".partition("\n")[0]) from None
 
 
-def save_model(model: GPT | ScalarModel, encoding: tiktoken.Encoding, path: Path, **more: Any) -> None:
-    """A model.pt: {"model": weights, "config": GPTConfig's fields, "tokenizer": the encoding} | more, all plain."""
-    content = {
-        "model": model.state_dict(),
-        "config": dataclasses.asdict(model.config),
-        "tokenizer": encoding_state(encoding),
-    }
-    save_file(content | more, path)
+def save_model(model: GPT | ScalarModel, encoding: tiktoken.Encoding, path: Path) -> None:
+    """A model.pt: {"model": weights, "config": GPTConfig's fields, "tokenizer": the encoding}, all plain."""
+    config, tokenizer = dataclasses.asdict(model.config), encoding_state(encoding)
+    save_file({"model": model.state_dict(), "config": config, "tokenizer": tokenizer}, path)
+
+
+def read_checkpoint(path: Path, advice: str = "name another run folder") -> dict:
+    """What torch.load makes of a model.pt or state.pt, on the CPU. Raises InputError if it is none."""
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        saved["model"].items()
+    except Exception as error:  # torch.load raises many kinds
+        raise InputError(f"{path}: not a checkpoint of this project ({type(error).__name__}); {advice}") from None
+    return saved
 
 
 def load(
@@ -41,75 +49,41 @@ def load(
 
     Raises InputError if there is none, or if it is not of the `kind` that `option` wants.
     """
-    path = Path(folder) / "model.pt" if Path(folder).suffix != ".pt" else Path(folder)
+    path = Path(folder) if Path(folder).suffix == ".pt" else Path(folder) / "model.pt"
     if not path.exists():
-        what = f"{option} {folder}".strip()
-        if str(folder).endswith(".py"):
-            raise InputError(f"{what}: a function is named {folder}:function")
-        raise InputError(f"{what}: no model.pt there; run the stage that writes it, or name another run folder")
+        advice = "name a run folder, or a function as path/to/file.py:function"
+        raise InputError(f"{option} {folder}: no model.pt there; run the stage that writes it, or {advice}".strip())
     saved = read_checkpoint(path)
-    if not {"config", "tokenizer"} <= saved.keys():
-        raise InputError(f"{path}: not a checkpoint of this project (no config or tokenizer); name another run folder")
     try:
-        scalar = "head.weight" in saved["model"]
-        config = GPTConfig(**saved["config"])
-        encoding = encoding_from_state(saved["tokenizer"])
-        model = empty_model(config, saved["model"], scalar)
-        if encoding.n_vocab > config.vocab_size or config.eos not in encoding._special_tokens.values():
-            raise ValueError("tokenizer and model do not fit each other")
+        model, encoding = build(saved)
     except Exception as error:  # whatever the damage is
-        raise InputError(f"{path}: damaged ({error}); name another run folder, or train it again") from None
-    if kind is GPT and scalar:
-        raise InputError(f"{option} {folder}: holds a reward model; give a run folder of sft.py or ppo.py")
-    if kind is ScalarModel and not scalar:
-        raise InputError(f"{option} {folder}: holds a language model; give a run folder of reward.py")
-    model.load_state_dict(saved["model"], assign=True)
+        what = " ".join(f"{error}".split())[:200]
+        raise InputError(f"{path}: damaged ({what}); name another run folder, or train it again") from None
+    if kind is not None and not isinstance(model, kind):
+        holds, give = ("reward", "sft.py or ppo.py") if kind is GPT else ("language", "reward.py")
+        raise InputError(f"{option} {folder}: holds a {holds} model; give a run folder of {give}")
     return model.to(device).eval(), encoding
 
 
-def read_checkpoint(path: Path, advice: str = "name another run folder") -> dict:
-    """What torch.load makes of a model.pt or state.pt, on the CPU. Raises InputError if it is none."""
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises many kinds
-        raise InputError(f"{path}: not a checkpoint of this project ({type(error).__name__}); {advice}") from None
-    if not isinstance(saved, dict) or not isinstance(saved.get("model"), dict):
-        raise InputError(f"{path}: not a checkpoint of this project (no weights); {advice}")
-    return saved
-
-
-def empty_model(config: GPTConfig, weights: dict[str, Tensor], scalar: bool) -> GPT | ScalarModel:
-    """A model without memory, whose parameters the weights are to become.
-
-    Raises ValueError if they are not those of a model of this shape, or are not all finite.
-    """
-    layers = {name.split(".")[-4] for name in weights if ".c_attn.weight" in name}
+def build(saved: dict) -> tuple[GPT | ScalarModel, tiktoken.Encoding]:
+    """The model and the tokenizer of what `save_model` wrote. Raises many kinds of errors if it is damaged."""
+    weights, config, encoding = saved["model"], GPTConfig(**saved["config"]), encoding_from_state(saved["tokenizer"])
     for field in dataclasses.fields(GPTConfig):
         value = getattr(config, field.name)
-        if type(value) is not type(field.default) and not (type(field.default) is float and type(value) is int):
-            raise ValueError(f"{field.name} is {value!r}")
         numbers = value if isinstance(value, tuple) else (value,)
-        if not all(0 <= number < (1 if field.name == "dropout" else math.inf) for number in numbers):
-            raise ValueError(f"{field.name} is {value}")
-    if config.n_layer != len(layers):  # before a model of a million layers is built
-        raise ValueError(f"n_layer is {config.n_layer}, but there are weights of {len(layers)} layers")
+        if type(value) not in (type(field.default), int) or not all(0 <= number < math.inf for number in numbers):
+            raise ValueError(f"{field.name} is {value!r}")
+    if config.n_layer != sum("attn.c_attn.weight" in name for name in weights):  # before a million layers are made
+        raise ValueError(f"n_layer is {config.n_layer}, but the weights are of another number of layers")
+    if encoding.n_vocab > config.vocab_size or config.eos not in encoding._special_tokens.values():
+        raise ValueError("tokenizer and model do not fit each other")
     with torch.device("meta"):
         model = GPT(config)
-        model = ScalarModel(model) if scalar else model
-    wanted = model.state_dict()
-    kinds = {x.dtype for x in weights.values()}
-    if len(kinds) > 1 or not all(kind.is_floating_point for kind in kinds):
-        raise ValueError("weights are not all of one floating-point type")
-    for name in sorted(wanted.keys() | weights.keys()):
-        if name not in weights:
-            raise ValueError(f"weight {name} is missing")
-        if name not in wanted:
-            raise ValueError(f"weight {name} belongs to no model of this shape")
-        if weights[name].shape != wanted[name].shape:
-            raise ValueError(f"weight {name} has shape {tuple(weights[name].shape)}")
-        if not weights[name].isfinite().all():
-            raise ValueError(f"weight {name} is not finite")
-    return model
+        model = ScalarModel(model) if "head.weight" in weights else model
+    model.load_state_dict(weights, assign=True)
+    if len({x.dtype for x in weights.values()}) > 1 or not all(x.isfinite().all() for x in weights.values()):
+        raise ValueError("weights are not all finite, or not all of one type")
+    return model, encoding
 
 
 def load_gpt(folder: str | Path, device: torch.device | str = "cpu", option: str = "") -> tuple[GPT, tiktoken.Encoding]:
@@ -129,16 +103,52 @@ def check_vocabulary(what: str, encoding: tiktoken.Encoding, wanted: tiktoken.En
         raise InputError(f"{what}: was trained with another vocabulary than {init}; train it from that policy")
 
 
-def prompt_key(ids: list[int]) -> int:
-    return seed_of("prompt", *ids)
+def context(cfg: Any, model: GPT | ScalarModel) -> int:
+    """The longest sequence in tokens: --block_size, or the model's whole context if that is 0."""
+    longest = model.config.block_size
+    if cfg.block_size > longest:
+        raise InputError(f"--block_size {cfg.block_size}: a model of this run has a context of {longest}; give less")
+    return cfg.block_size or longest
 
 
-def known_prompts(reward: str, prompts: list[list[int]]) -> str:
-    """How many of the prompts have trained the reward model, for a log line; "" if none, or if it does not say."""
-    if ".py:" in reward:
-        return ""
-    path = Path(reward) / "model.pt" if Path(reward).suffix != ".pt" else Path(reward)
-    trained = torch.load(path, map_location="cpu", weights_only=True, mmap=True).get("prompts", torch.tensor([]))
-    known = set(trained.tolist())
-    n = sum(prompt_key(prompt) in known for prompt in prompts)
-    return f" ({n:,} of them trained the reward model)" if n else ""
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def freeze(model: GPT | ScalarModel, autocast: torch.autocast) -> GPT | ScalarModel:
+    """The model in eval mode, without gradients. Under autocast its trunk's linear layers are stored in that dtype.
+
+    Autocast rounds the same weights before each product, so the frozen copy computes what the live model computes. The
+    scalar head and the embeddings stay in float32.
+    """
+    model.eval().requires_grad_(False)
+    if autocast._enabled:
+        for module in getattr(model, "trunk", model).modules():
+            if isinstance(module, nn.Linear):
+                module.to(autocast.fast_dtype)
+    return model
+
+
+def adamw(model: nn.Module, lr: float, weight_decay: float, eps: float = 1e-8) -> torch.optim.AdamW:
+    """AdamW with weight decay on matrices only, not on biases and norms."""
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    others = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=eps, fused=True)
+
+
+def step_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, lr: float, max_norm: float) -> Tensor:
+    """Gradients of all processes → clip → step → zero. Returns the norm before clipping."""
+    dist.sum_gradients(model)
+    norm = dist.full(nn.utils.clip_grad_norm_(model.parameters(), max_norm or float("inf")))
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad()
+    return norm
+
+
+def warmup_cosine(step: int, steps: int, peak: float, warmup: int) -> float:
+    """Learning rate: a linear warm-up to `peak`, then half a cosine down to a tenth of it."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * (0.55 + 0.45 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))

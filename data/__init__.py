@@ -27,6 +27,7 @@ from data.files import (
 )
 from data.rows import (
     Group,
+    Prompt,
     Row,
     comparisons,
     completions,
