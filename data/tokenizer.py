@@ -61,14 +61,13 @@ def learn_bpe(texts: Iterable[str], vocab_size: int, limit: int = 50_000_000) ->
                 else:
                     merged.append(ids[j])
                     j += 1
+            words[i] = (merged, count)
             for old in zip(ids, ids[1:]):
                 pairs[old] -= count
-                changed.add(old)
             for fresh in zip(merged, merged[1:]):
                 pairs[fresh] += count
                 words_with[fresh].add(i)
-                changed.add(fresh)
-            words[i] = (merged, count)
+            changed.update(zip(ids, ids[1:]), zip(merged, merged[1:]))
         for each in changed:
             if pairs[each] > 0:
                 heapq.heappush(heap, (-pairs[each], each))
@@ -88,15 +87,17 @@ def gpt2_encoding() -> tiktoken.Encoding:
 
 def encoding_state(encoding: tiktoken.Encoding) -> dict:
     """Return the encoding as a plain dict for a checkpoint. Bytes are written as Latin-1 text."""
-    ranks = {token.decode("latin-1"): rank for token, rank in encoding._mergeable_ranks.items()}
     state = {
         "name": encoding.name,
         "pattern": encoding._pat_str,
-        "ranks": ranks,
+        "ranks": {token.decode("latin-1"): rank for token, rank in encoding._mergeable_ranks.items()},
         "special": dict(encoding._special_tokens),
     }
-    more = {"plain": sorted(plain_tokens(encoding)), "chat": template_of(encoding)}
-    return state | {name: value for name, value in more.items() if value}
+    if plain_tokens(encoding):
+        state["plain"] = sorted(plain_tokens(encoding))
+    if template_of(encoding):
+        state["chat"] = template_of(encoding)
+    return state
 
 
 def encoding_from_state(state: dict) -> tiktoken.Encoding:
@@ -136,43 +137,41 @@ def encode_prompt(encoding: tiktoken.Encoding, prompt: str | Messages) -> list[i
     In completions and documents the same text is ordinary, so a model does not learn special tokens from quotations.
     So it is in the messages of a conversation, where only the template writes special tokens.
     """
-    special = frozenset(encoding._special_tokens)
-    if isinstance(prompt, str):
-        return _encode(encoding, prompt, special)
-    messages, marks = escaped(encoding, prompt)
-    text = render(encoding, messages)
-    if not marks:
-        return _encode(encoding, text, special)
-    plain = plain_tokens(encoding)
+    marks: dict[str, str] = {}
+    if not isinstance(prompt, str):
+        messages, marks = escaped(encoding, prompt)
+        prompt = render(encoding, messages)
     ids: list[int] = []
-    for part in _names(special).split(text):
-        if part in special:
+    for part in _split(prompt, frozenset(encoding._special_tokens)):
+        if part in encoding._special_tokens:
             ids.append(encoding._special_tokens[part])
             continue
         for mark, name in marks.items():
             part = part.replace(mark, name)
-        ids += _encode(encoding, part, plain)
+        ids += encode_text(encoding, part)
     return ids
 
 
 def encode_text(encoding: tiktoken.Encoding, text: str) -> list[int]:
     """Encode a completion or a document: the text of a special token is ordinary text."""
-    return _encode(encoding, text, plain_tokens(encoding))
-
-
-def _encode(encoding: tiktoken.Encoding, text: str, special: frozenset[str]) -> list[int]:
-    """Encode text in which the names of some special tokens are those tokens; of two that begin alike, the longer."""
-    if not special:
-        return _ordinary(encoding, text)
+    plain = plain_tokens(encoding)
     ids: list[int] = []
-    for part in _names(special).split(text):
-        ids += [encoding._special_tokens[part]] if part in special else _ordinary(encoding, part)
+    for part in _split(text, plain):
+        if part in plain:
+            ids.append(encoding._special_tokens[part])
+        else:
+            ids += _ordinary(encoding, part)
     return ids
 
 
+def _split(text: str, names: frozenset[str]) -> list[str]:
+    """Split a text before and after each of the names; of two that begin alike, the longer counts."""
+    return _pattern(names).split(text) if names else [text]
+
+
 @functools.lru_cache(maxsize=64)
-def _names(special: frozenset[str]) -> regex.Pattern:
-    longest_first = sorted(special, key=len, reverse=True)
+def _pattern(names: frozenset[str]) -> regex.Pattern:
+    longest_first = sorted(names, key=len, reverse=True)
     return regex.compile("(" + "|".join(map(regex.escape, longest_first)) + ")")
 
 
