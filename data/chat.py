@@ -32,13 +32,10 @@ def check(messages: object, where: str) -> Messages:
     """Return the messages as roles and contents. Raises InputError if they are none."""
     if not isinstance(messages, list) or not messages:
         raise InputError(f"{where}: a conversation is a list of messages; fix the row")
-    found = []
-    for message in messages:
-        role, content = (message.get(key) if isinstance(message, dict) else None for key in ("role", "content"))
-        if not isinstance(content, str) or role not in ROLES:
+    for each in messages:
+        if not (isinstance(each, dict) and isinstance(each.get("content"), str) and each.get("role") in list(ROLES)):
             raise InputError(f'{where}: a message has a "role" ({", ".join(ROLES)}) and a text "content"; fix the row')
-        found.append({"role": role, "content": content})
-    return found
+    return [{"role": each["role"], "content": each["content"]} for each in messages]
 
 
 def plain_form(messages: Messages) -> str:
@@ -67,16 +64,11 @@ def render(encoding: tiktoken.Encoding, messages: Messages) -> str:
     try:
         return world.from_string(template).render(messages=messages, add_generation_prompt=True, **names)
     except Exception as error:  # a template may raise anything
-        raise InputError(
-            f"the model's chat template refuses a conversation ({error}); change the messages, or the template"
-        ) from None
+        raise InputError(f"the model's chat template refuses a conversation ({error}); change one of them") from None
 
 
 def escaped(encoding: tiktoken.Encoding, messages: Messages) -> tuple[Messages, dict[str, str]]:
-    """Return the messages with a mark in place of each special token's name, and mark → name.
-
-    A mark is a number between two characters for private use.
-    """
+    """Return the messages with a mark, a private character around a number, for each special token; and mark → name."""
     marks: dict[str, str] = {}
     marked = []
     longest_first = sorted(encoding._special_tokens, key=len, reverse=True)
@@ -104,10 +96,7 @@ def prompt_text(encoding: tiktoken.Encoding, prompt: str | Messages) -> str:
 
 
 def turns(text: str) -> list[tuple[str, str]]:
-    """Return (Human or Assistant, text) for every turn, without the spaces around the text.
-
-    What stands before the first turn is a turn of the System.
-    """
+    """Return (speaker, text) for every turn of a dialogue. The System says what stands before the first turn."""
     parts = TURN.split(text.replace("\r\n", "\n"))
     found = [(who, said.strip()) for who, said in zip(parts[1::2], parts[2::2])]
     return [("System", parts[0].strip()), *found] if parts[0].strip() else found

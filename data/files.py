@@ -102,8 +102,7 @@ def read_jsonl(path: str | Path, columns: dict[str, type]) -> list[dict]:
 def replacing(path: str | Path, mode: str = "w") -> Iterator[IO]:
     """Open a temporary file that takes the place of `path` at the end, whole and on the disk.
 
-    A kill leaves either the old file or the new one. Raises InputError if the file cannot be written; `path` is then as
-    it was.
+    A kill leaves the old file or the new one. Raises InputError, and leaves the old one, if it cannot be written.
     """
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -166,27 +165,14 @@ def has_rows(path: str | Path) -> bool:
 
 def documents(path: str | Path) -> Iterator[str]:
     """Yield the texts of a file. A .txt file is one document, which is yielded in pieces of whole lines."""
-    if not has_rows(path):
-        yield from _pieces(path)
+    if has_rows(path):
+        first = first_row(path)
+        columns = {"messages": TEXT} if "messages" in first else {"prompt": TEXT, "completion": TEXT}
+        if "text" in first:
+            columns = {"text": str}
+        for row in iterate_jsonl(path, columns):
+            yield "".join(_contents(row[column]) for column in columns)
         return
-    columns = {"prompt": TEXT, "completion": TEXT}
-    first = first_row(path)
-    if "messages" in first:
-        columns = {"messages": TEXT}
-    if "text" in first:
-        columns = {"text": str}
-    for row in iterate_jsonl(path, columns):
-        yield "".join(_contents(row[column]) for column in columns)
-
-
-def _contents(text: str | list) -> str:
-    """Return a text, or what the messages of a conversation say."""
-    if isinstance(text, str):
-        return text
-    return "\n\n".join(str(message.get("content", "")) for message in text if isinstance(message, dict))
-
-
-def _pieces(path: str | Path) -> Iterator[str]:
     piece = ""
     for _, line in _lines(path):
         piece += line
@@ -195,3 +181,10 @@ def _pieces(path: str | Path) -> Iterator[str]:
             piece = ""
     if piece:
         yield piece
+
+
+def _contents(text: str | list) -> str:
+    """Return a text, or what the messages of a conversation say."""
+    if isinstance(text, str):
+        return text
+    return "\n\n".join(str(message.get("content", "")) for message in text if isinstance(message, dict))

@@ -46,17 +46,13 @@ def read_answers(path: Path, repair: bool = False) -> list[dict]:
         checkpoints = row.get("checkpoint")
         placed = is_verdict(row) or isinstance(row.get("position"), int)
         if not (are_texts(texts) and are_texts(checkpoints) and len(texts) == len(checkpoints) > 1 and placed):
-            raise InputError(
-                f"{path}: row {number}: not an answer of tools.label (texts, checkpoint, position); remove the row"
-            )
+            raise InputError(f"{path}: row {number}: not an answer of a person to tools.label; remove the row")
     return rows
 
 
 def mend_last_line(path: Path) -> None:
     """Give the last line its line break if it is a whole row, and remove it if it is not."""
     whole, line_break, rest = path.read_bytes().rpartition(b"\n")
-    if not rest:
-        return
     try:
         complete = isinstance(json.loads(rest), dict)
     except (ValueError, RecursionError):

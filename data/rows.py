@@ -39,12 +39,7 @@ class Group(NamedTuple):
 
 
 def encode_row(
-    encoding: tiktoken.Encoding,
-    eos: int,
-    prompt: Prompt,
-    response: str,
-    ended: bool = True,
-    ids: list[int] | None = None,
+    encoding: tiktoken.Encoding, eos: int, prompt: Prompt, response: str, ended: bool = True, ids: list | None = None
 ) -> Row:
     """Encode prompt and response separately, because generation also continues the ids of the prompt.
 
@@ -70,11 +65,10 @@ def completions(path: str | Path, encoding: tiktoken.Encoding, eos: int) -> list
     columns = {"messages": list} if column == "messages" else {"prompt": TEXT, "completion": TEXT}
     for number, row in enumerate(iterate_jsonl(path, columns), 1):
         where = f"{path}: row {number}"
-        answer = row.get("completion", "")
         if column == "messages":
             prompt, answer = split_last(row["messages"], where)
         else:
-            prompt = read_prompt(row["prompt"], where)
+            prompt, answer = read_prompt(row["prompt"], where), row["completion"]
         if isinstance(answer, list):
             _, answer = split_last(answer, where)
         if not isinstance(prompt, str):
@@ -129,32 +123,27 @@ def comparisons(
         if isinstance(row, str):
             omitted[row] += 1
             continue
-        texts, ended, ids = read_answers(row, where)
-        certainty = read_certainty(row, where)
+        texts, ended, ids, certainty = read_responses(row, where)
         if "ranked" in row or row["prompt"] != previous:
             groups.append(Group([], [], [], str(row.get("subset", row.get("source", "")))))
             places = {}
         previous = None if "ranked" in row else row["prompt"]
-        group = groups[-1]
-        for answer in zip(texts, ended, ids):
-            if answer[:2] not in places:
-                places[answer[:2]] = len(group.rows)
-                group.rows.append(encode_row(encoding, eos, row["prompt"], *answer))
-        index = [places[answer] for answer in zip(texts, ended)]
+        group, index = groups[-1], []
+        for text, end, sampled in zip(texts, ended, ids):
+            if (text, end) not in places:
+                places[text, end] = len(group.rows)
+                group.rows.append(encode_row(encoding, eos, row["prompt"], text, end, sampled))
+            index.append(places[text, end])
         compared = list(itertools.combinations(range(len(texts)), 2))  # (winner, loser)
         pairs = [(index[w], index[l]) for w, l in compared if texts[w] != texts[l]]
         equal += len(compared) - len(pairs)
         group.pairs.extend(pairs)
         group.certainty.extend([certainty] * len(pairs))
-    what = f"{path}: {' and '.join(kinds)}, {sum(kinds.values()):,} rows"
-    if omitted:
-        reasons = ", ".join(f"{n:,} {reason}" for reason, n in omitted.most_common())
-        what += f", {omitted.total():,} left out: {reasons}"
-    say(what)
-    if equal:
-        say(f"{path}: {equal:,} pairs of equal texts were left out")
-    if undecided:
-        say(f"{path}: {undecided:,} ties and skips were left out")
+    reasons = "".join(f", {n:,} left out ({reason})" for reason, n in omitted.most_common())
+    say(f"{path}: {' and '.join(kinds)}, {kinds.total():,} rows{reasons}")
+    for n, what in ((equal, "pairs of equal texts"), (undecided, "ties and skips")):
+        if n:
+            say(f"{path}: {n:,} {what} were left out")
     groups = [group for group in groups if group.pairs]
     if not groups:
         raise InputError(f"{path}: all pairs are of equal texts, or ties; give some preferences")
@@ -186,8 +175,8 @@ def with_texts(row: dict, encoding: tiktoken.Encoding, where: str) -> tuple[str,
     return "ranked lists" if "ranked" in row else "preferences", row | {"prompt": read_prompt(row["prompt"], where)}
 
 
-def read_answers(row: dict, where: str) -> tuple[list[str], list[bool], list]:
-    """Return texts, best first, whether each ended, and the sampled ids, or None, of each. Raises InputError."""
+def read_responses(row: dict, where: str) -> tuple[list[str], list[bool], list, float]:
+    """Return texts, best first; whether each ended; its sampled ids or None; and the certainty of the order or nan."""
     pair = ("chosen", "rejected")
     texts = row.get("ranked", [row.get(name) for name in pair])
     if not are_texts(texts) or len(texts) < 2:
@@ -200,15 +189,10 @@ def read_answers(row: dict, where: str) -> tuple[list[str], list[bool], list]:
         raise InputError(f'{where}: a column "…_ended" must be true or false for each text; fix the row')
     if not isinstance(ids, list) or len(ids) != len(texts):
         ids = [None] * len(texts)
-    return texts, ended, ids
-
-
-def read_certainty(row: dict, where: str) -> float:
-    """Return the probability of the likelier outcome, from "p_chosen"; nan if the row does not say."""
     p = row.get("p_chosen", math.nan)
     if isinstance(p, bool) or not isinstance(p, (int, float)) or p < 0 or p > 1:
         raise InputError(f'{where}: "p_chosen" is not a probability from 0 to 1; fix the row')
-    return max(p, 1 - p)
+    return texts, ended, ids, max(p, 1 - p)
 
 
 def prompts(path: str | Path, encoding: tiktoken.Encoding) -> list[list[int]]:
@@ -230,10 +214,7 @@ def prompt_texts(path: str | Path) -> list[Prompt]:
 
 
 def keep_short(items: list, lengths: list[int], room: int, what: str, say: Callable[[str], None] = print) -> list:
-    """Return the items of at most `room` tokens, and `say` how many are left out.
-
-    Raises InputError if more than a tenth are longer.
-    """
+    """Return the items of at most `room` tokens, and `say` how many others there are: InputError if above a tenth."""
     kept = [item for item, length in zip(items, lengths) if length <= room]
     n_long = len(items) - len(kept)
     if not kept or n_long > len(items) / 10:
@@ -303,7 +284,7 @@ def hold_out_prompts(prompts: list[list[int]], most: int) -> tuple[list[list[int
 
 
 def _choose(prompts: list[tuple[int, ...]], n: int) -> set[tuple[int, ...]]:
-    """Return n of the prompts at random. No option changes the choice, so that it is the same in every run."""
+    """Return n of the prompts at random, by a key that no option changes: every run holds out the same prompts."""
     return {prompts[i] for i in shuffler("hold out").permutation(len(prompts))[:n]}
 
 

@@ -77,8 +77,7 @@ def write_story(wish: dict[str, str], rng: random.Random) -> str:
     plan = [OPENING, LOSS] + [SEARCH] * rng.choice((0, 1, 1, 2)) + [NOT_FOUND if sad else FOUND, SAD if sad else HAPPY]
     story = []
     for templates in plan:
-        template = rng.choice([t for t in templates if t not in story])
-        story.append(template)
+        story.append(rng.choice([t for t in templates if t not in story]))
     if rng.random() < 0.12:  # the story repeats a sentence
         index = rng.randrange(1, len(story))
         story.insert(index, story[index - 1])
@@ -161,7 +160,4 @@ def path(name: str) -> str:
 
 if __name__ == "__main__":
     for name, content in rows().items():
-        print(f"{path(name)}: {len(content):,} rows")
-        for row in content[:3]:
-            shown = row.get("prompt", "") + row.get("completion", row.get("text", ""))
-            print(f"  {judge(row['prompt'], row['completion']):.2f}  {shown}" if "completion" in row else f"  {shown}")
+        print(f"{path(name)}: {len(content):,} rows", *content[:3], sep="\n  ")
