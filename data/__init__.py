@@ -11,47 +11,16 @@ or false) and "ranked_ended" (a list) mark a sample that the length limit cut. "
 completion must contain the space between the two. Special tokens are encoded as special tokens in prompts only.
 """
 
+# ruff: noqa: I001 (several names on a line)
 from data.chat import prompt_text
 from data.files import (
-    InputError,
-    cannot_write,
-    documents,
-    first_row,
-    has_rows,
-    is_verdict,
-    iterate_jsonl,
-    read_jsonl,
-    replacing,
-    suffix,
+    InputError, cannot_write, documents, first_row, has_rows, is_verdict, iterate_jsonl, read_jsonl, replacing, suffix,
     write_jsonl,
-)
+)  # fmt: skip
 from data.rows import (
-    Group,
-    Prompt,
-    Row,
-    comparisons,
-    completions,
-    encode_row,
-    hold_out,
-    hold_out_prompts,
-    keep_short,
-    micro_batches,
-    pad,
-    prompt_texts,
-    prompts,
-    prompts_and_held_out,
-    random_windows,
-    shuffled,
-    token_stream,
-    windows,
-)
+    Group, Prompt, Row, comparisons, completions, encode_row, hold_out, hold_out_prompts, keep_short, micro_batches, pad,
+    prompt_texts, prompts, prompts_and_held_out, random_windows, shuffled, token_stream, windows,
+)  # fmt: skip
 from data.tokenizer import (
-    EOS_TEXT,
-    SPLIT,
-    encode_prompt,
-    encode_text,
-    encoding_from_state,
-    encoding_state,
-    gpt2_encoding,
-    learn_bpe,
-)
+    EOS_TEXT, SPLIT, encode_prompt, encode_text, encoding_from_state, encoding_state, gpt2_encoding, learn_bpe,
+)  # fmt: skip

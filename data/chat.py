@@ -1,13 +1,12 @@
 """Conversations: a list of messages, {"role": "user", "content": "…"}, becomes token ids through a chat template.
 
 The template comes with a model (Jinja, as on Hugging Face) and is kept with its tokenizer. Without one a conversation
-is written as in Anthropic's HH, whose dialogues are taken apart here too. What a user's text spells stays text: it
-cannot forge a turn.
+is written as in Anthropic's HH, whose dialogues are taken apart here too. The name of a special token in a message
+stays text: a user cannot forge a turn.
 """
 
 import json
 import re
-from typing import Any
 
 import tiktoken
 
@@ -15,15 +14,8 @@ from data.files import InputError
 
 TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")  # of the plain form
 ROLES = {"user": "\n\nHuman: ", "assistant": "\n\nAssistant: ", "system": ""}  # of the plain form
-FIRST, LAST = "\ue000", "\ue001"  # around the number of a name that a user has spelled: characters for private use
+SPEAKERS = {"Human": "user", "Assistant": "assistant", "System": "system"}
 Messages = list[dict[str, str]]
-GENERATION = re.compile(
-    r"\{%(-?)\s*(end)?generation\s*(-?)%\}"
-)  # marks the assistant's text for trainers, writes nothing
-
-
-def _if_true(tag: re.Match) -> str:
-    return f"{{%{tag[1]} {'endif' if tag[2] else 'if true'} {tag[3]}%}}"
 
 
 def template_of(encoding: tiktoken.Encoding) -> dict[str, str]:
@@ -40,20 +32,22 @@ def check(messages: object, where: str) -> Messages:
     """Return the messages as roles and contents. Raises InputError if they are none."""
     if not isinstance(messages, list) or not messages:
         raise InputError(f"{where}: a conversation is a list of messages; fix the row")
-    found = []
-    for message in messages:
-        role, content = (message.get(key) if isinstance(message, dict) else None for key in ("role", "content"))
-        if not isinstance(content, str) or role not in ROLES:
+    for each in messages:
+        if not (isinstance(each, dict) and isinstance(each.get("content"), str) and each.get("role") in list(ROLES)):
             raise InputError(f'{where}: a message has a "role" ({", ".join(ROLES)}) and a text "content"; fix the row')
-        found.append({"role": role, "content": content})
-    return found
+    return [{"role": each["role"], "content": each["content"]} for each in messages]
+
+
+def plain_form(messages: Messages) -> str:
+    """Return a conversation as a dialogue of HH, up to where the assistant is to speak."""
+    return "".join(ROLES[each["role"]] + each["content"] for each in messages) + "\n\nAssistant:"
 
 
 def render(encoding: tiktoken.Encoding, messages: Messages) -> str:
     """Return a conversation as text, up to where the assistant is to speak."""
     chat = template_of(encoding)
     if not chat:
-        return "".join(ROLES[each["role"]] + each["content"] for each in messages) + "\n\nAssistant:"
+        return plain_form(messages)
     import jinja2  # torch brings it along
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -63,33 +57,32 @@ def render(encoding: tiktoken.Encoding, messages: Messages) -> str:
     world = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
     world.filters["tojson"] = lambda x, **options: json.dumps(x, ensure_ascii=False, **options)
     world.globals["raise_exception"] = refuse  # and no clock: a prompt must not change with the date
-    names: dict[str, Any] = {key: value for key, value in chat.items() if key != "template"}
+    # {% generation %} marks the assistant's text for trainers and writes nothing.
+    template = re.sub(r"(\{%-?\s*)generation(\s*-?%\})", r"\1if true\2", chat["template"])
+    template = re.sub(r"(\{%-?\s*)endgeneration(\s*-?%\})", r"\1endif\2", template)
+    names = {name: token for name, token in chat.items() if name != "template"}
     try:
-        return world.from_string(GENERATION.sub(_if_true, chat["template"])).render(
-            messages=messages, add_generation_prompt=True, **names
-        )
+        return world.from_string(template).render(messages=messages, add_generation_prompt=True, **names)
     except Exception as error:  # a template may raise anything
-        raise InputError(
-            f"the model's chat template refuses a conversation ({error}); change the messages, or the template"
-        ) from None
+        raise InputError(f"the model's chat template refuses a conversation ({error}); change one of them") from None
 
 
 def escaped(encoding: tiktoken.Encoding, messages: Messages) -> tuple[Messages, dict[str, str]]:
-    """Return the messages with marks in place of the special tokens that they spell, and mark → what it stands for."""
+    """Return the messages with a mark, a private character around a number, for each special token; and mark → name."""
     marks: dict[str, str] = {}
-    plain = []
+    marked = []
     longest_first = sorted(encoding._special_tokens, key=len, reverse=True)
     for message in messages:
         content = message["content"]
-        if FIRST in content or LAST in content:
+        if "\ue000" in content or "\ue001" in content:
             raise InputError("a message holds the private characters U+E000 or U+E001; remove them")
         for name in longest_first:
             if name in content:
-                mark = f"{FIRST}{len(marks)}{LAST}"
+                mark = f"\ue000{len(marks)}\ue001"
                 marks[mark] = name
                 content = content.replace(name, mark)
-        plain.append(message | {"content": content})
-    return plain, marks
+        marked.append(message | {"content": content})
+    return marked, marks
 
 
 def reply(encoding: tiktoken.Encoding, content: str) -> str:
@@ -103,10 +96,7 @@ def prompt_text(encoding: tiktoken.Encoding, prompt: str | Messages) -> str:
 
 
 def turns(text: str) -> list[tuple[str, str]]:
-    """Return (Human or Assistant, text) for every turn, without the spaces around the text.
-
-    What stands before the first turn is a turn of the System.
-    """
+    """Return (speaker, text) for every turn of a dialogue. The System says what stands before the first turn."""
     parts = TURN.split(text.replace("\r\n", "\n"))
     found = [(who, said.strip()) for who, said in zip(parts[1::2], parts[2::2])]
     return [("System", parts[0].strip()), *found] if parts[0].strip() else found
@@ -122,20 +112,17 @@ def split_dialogue(row: dict, chatml: bool, messages: bool = False) -> dict | st
     opening = next((text for who, text in chosen if who == "Human"), None)
     if opening is None:
         return "a dialogue in which no person speaks"
-    history, good, bad = chosen[:-1], chosen[-1][1], rejected[-1][1]
+    good, bad = chosen[-1][1], rejected[-1][1]
     if not good or not bad:
         return "an empty answer"
     if good == bad:
         return "two answers that are the same"
-    roles = {"System": "system", "Human": "user", "Assistant": "assistant"}
+    prompt = [{"role": SPEAKERS[who], "content": text} for who, text in chosen[:-1]]
     if messages:
-        prompt = [{"role": roles[who], "content": text} for who, text in history]
-        answers = ([{"role": "assistant", "content": text}] for text in (good, bad))
-        return {"prompt": prompt, "chosen": next(answers), "rejected": next(answers), "opening": opening}
-    if chatml:
-        said = [f"<|im_start|>{roles[who]}\n{text}<|im_end|>\n" for who, text in history]
-        prompt, space = "".join(said) + "<|im_start|>assistant\n", ""
+        good, bad = ([{"role": "assistant", "content": text}] for text in (good, bad))
+    elif chatml:
+        said = [f"<|im_start|>{each['role']}\n{each['content']}<|im_end|>\n" for each in prompt]
+        prompt = "".join(said) + "<|im_start|>assistant\n"
     else:
-        said = [text if who == "System" else f"\n\n{who}: {text}" for who, text in history]
-        prompt, space = "".join(said) + "\n\nAssistant:", " "
-    return {"prompt": prompt, "chosen": space + good, "rejected": space + bad, "opening": opening}
+        prompt, good, bad = plain_form(prompt), f" {good}", f" {bad}"
+    return {"prompt": prompt, "chosen": good, "rejected": bad, "opening": opening}

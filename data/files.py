@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import math
 import os
 import zlib
 from collections.abc import Iterable, Iterator
@@ -12,6 +11,8 @@ from typing import IO
 
 TEXT = (str, list)  # a text, or a conversation: a list of messages
 VERDICTS = ("tie", "bad", "skip")  # of a person, in place of a preference
+Kind = type | tuple[type, ...]  # of a JSON value
+KINDS = {str: "text", TEXT: "text", list: "list", dict: "JSON object", int: "whole number", float: "number"}
 
 
 class InputError(Exception):
@@ -26,86 +27,65 @@ def _lines(path: str | Path) -> Iterator[tuple[int, str]]:
         with gzip.open(path) if Path(path).suffix == ".gz" else open(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror or error}; give a readable file") from None
-    except (EOFError, zlib.error) as error:
-        raise InputError(f"{path}: cannot be read as gzip ({error}); fetch it again") from None
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{path}: cannot be read ({reason}); give a readable file, or fetch it again") from None
     except UnicodeDecodeError:
         raise InputError(f"{path}:{number}: not UTF-8; save the file as UTF-8") from None
 
 
-def iterate_jsonl(path: str | Path, columns: dict[str, type]) -> Iterator[dict]:
+def iterate_jsonl(path: str | Path, columns: dict[str, Kind]) -> Iterator[dict]:
     """Yield the rows of a JSONL or parquet file. Raises InputError if a row lacks a column or has a wrong type.
 
     A column that is null is absent: a file that went through a table has every column in every row.
     """
     empty = True
-    for number, row in _rows(path):
+    for number, row in _parquet_rows(path) if suffix(path) == ".parquet" else _json_rows(path):
+        row = {column: value for column, value in row.items() if value is not None}
         for column, kind in columns.items():
             if column not in row:
                 raise InputError(f'{path}:{number}: no column "{column}"; a row needs {", ".join(columns)}')
-            if not _is(row[column], kind):
-                names = {str: "text", list: "list", dict: "JSON object", int: "whole number", TEXT: "text"}
-                name = names.get(kind, "number")
-                raise InputError(f'{path}:{number}: "{column}" is not a {name}; fix the line')
+            if not _has_kind(row[column], kind):
+                raise InputError(f'{path}:{number}: "{column}" is not a {KINDS[kind]}; fix the line')
         empty = False
         yield row
     if empty:
         raise InputError(f"{path}: no rows; give a file with at least one")
 
 
-def _rows(path: str | Path) -> Iterator[tuple[int, dict]]:
-    """Yield (line or row number, row) without the columns that are null."""
-    if suffix(path) == ".parquet":
-        yield from _parquet(path)
-        return
+def _json_rows(path: str | Path) -> Iterator[tuple[int, dict]]:
     for number, line in _lines(path):
-        if line.strip():
-            yield number, _object(path, number, line)
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            if "\\u" in line:
+                json.dumps(row, ensure_ascii=False).encode("utf-8")  # refuses half of a surrogate pair
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path}:{number}: not JSON ({error}); fix or remove the line") from None
+        if not isinstance(row, dict):
+            raise InputError(f"{path}:{number}: not a JSON object; each line must be {{…}}")
+        yield number, row
 
 
-def _parquet(path: str | Path) -> Iterator[tuple[int, dict]]:
+def _parquet_rows(path: str | Path) -> Iterator[tuple[int, dict]]:
     try:
         from pyarrow import parquet
     except ImportError:
         raise InputError(f"{path}: parquet files need pyarrow: pip install pyarrow") from None
-    number = 0
     try:
-        for batch in parquet.ParquetFile(path).iter_batches(1024):
-            for row in batch.to_pylist():
-                number += 1
-                yield number, {column: value for column, value in row.items() if value is not None}
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error}); give a readable file") from None
-    except ValueError as error:  # pyarrow's own errors are kinds of it
-        raise InputError(f"{path}: not a parquet file ({error}); fetch it again") from None
+        batches = parquet.ParquetFile(path).iter_batches(1024)
+        yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
+    except (OSError, ValueError) as error:  # pyarrow's own errors are kinds of ValueError
+        raise InputError(f"{path}: not a parquet file that can be read ({error}); fetch it again") from None
 
 
-def _object(path: str | Path, number: int, line: str) -> dict:
-    """Return the JSON object of a line, without the columns that are null."""
-    try:
-        row = json.loads(line)
-        if "\\u" in line:
-            json.dumps(row, ensure_ascii=False).encode("utf-8")
-    except UnicodeEncodeError:
-        raise InputError(f"{path}:{number}: a \\u escape is half a character; fix or remove the line") from None
-    except RecursionError:
-        raise InputError(f"{path}:{number}: JSON nested too deep; fix or remove the line") from None
-    except ValueError as error:
-        raise InputError(f"{path}:{number}: not JSON ({error}); fix or remove the line") from None
-    if not isinstance(row, dict):
-        raise InputError(f"{path}:{number}: not a JSON object; each line must be {{…}}")
-    return {column: value for column, value in row.items() if value is not None}
-
-
-def _is(value: object, kind: type | tuple[type, ...]) -> bool:
+def _has_kind(value: object, kind: Kind) -> bool:
     """Return True if a JSON value is of `kind`. A whole number is a float too; true and false are no numbers."""
-    if isinstance(kind, tuple):
-        return any(_is(value, each) for each in kind)
     if isinstance(value, bool):
         return kind is bool
     if kind is float:
-        return isinstance(value, (int, float)) and abs(value) < 1e300 and math.isfinite(value)
+        return isinstance(value, (int, float)) and abs(value) < 1e300  # and neither nan nor infinite
     return isinstance(value, kind)
 
 
@@ -122,8 +102,7 @@ def read_jsonl(path: str | Path, columns: dict[str, type]) -> list[dict]:
 def replacing(path: str | Path, mode: str = "w") -> Iterator[IO]:
     """Open a temporary file that takes the place of `path` at the end, whole and on the disk.
 
-    A kill leaves either the old file or the new one. Raises InputError if the file cannot be written; `path` is then as
-    it was.
+    A kill leaves the old file or the new one. Raises InputError, and leaves the old one, if it cannot be written.
     """
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -163,10 +142,13 @@ def read_json(path: Path) -> dict:
 
 
 def first_row(path: str | Path) -> dict:
-    """Return the first row of a JSONL file. Its columns show which kind of data the file holds."""
-    rows = iterate_jsonl(path, {})
-    first = next(rows)
-    return next((row for row in rows if not is_verdict(row)), first) if is_verdict(first) else first
+    """Return the first row that is no verdict, if there is one. Its columns show which kind of data the file holds."""
+    first = None
+    for row in iterate_jsonl(path, {}):
+        if not is_verdict(row):
+            return row
+        first = first or row
+    return first
 
 
 def suffix(path: str | Path) -> str:
@@ -181,27 +163,28 @@ def has_rows(path: str | Path) -> bool:
     return suffix(path) != ".txt"
 
 
-def _spelled(text: str | list) -> str:
-    """Return a text, or the contents of a conversation, for a vocabulary to be learned from."""
-    if isinstance(text, str):
-        return text
-    return "\n\n".join(str(message.get("content", "")) for message in text if isinstance(message, dict))
-
-
 def documents(path: str | Path) -> Iterator[str]:
     """Yield the texts of a file. A .txt file is one document, which is yielded in pieces of whole lines."""
     if has_rows(path):
-        columns = next((c for c in (["text"], ["messages"]) if c[0] in first_row(path)), ["prompt", "completion"])
-        for row in iterate_jsonl(path, dict.fromkeys(columns, str if columns == ["text"] else TEXT)):
-            yield "".join(_spelled(row[column]) for column in columns)
+        first = first_row(path)
+        columns = {"messages": TEXT} if "messages" in first else {"prompt": TEXT, "completion": TEXT}
+        if "text" in first:
+            columns = {"text": str}
+        for row in iterate_jsonl(path, columns):
+            yield "".join(_contents(row[column]) for column in columns)
         return
-    piece: list[str] = []
-    size = 0
+    piece = ""
     for _, line in _lines(path):
-        piece.append(line)
-        size += len(line)
-        if size > 2**20:
-            yield "".join(piece)
-            piece, size = [], 0
+        piece += line
+        if len(piece) > 2**20:
+            yield piece
+            piece = ""
     if piece:
-        yield "".join(piece)
+        yield piece
+
+
+def _contents(text: str | list) -> str:
+    """Return a text, or what the messages of a conversation say."""
+    if isinstance(text, str):
+        return text
+    return "\n\n".join(str(message.get("content", "")) for message in text if isinstance(message, dict))

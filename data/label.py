@@ -23,57 +23,46 @@ def preference(ordered: list[Answer]) -> dict:
     """
     if len(ordered) > 2:
         return columns("ranked", ordered)
-    pair = columns("", ordered).items()
-    return {f"chosen{name}": column[0] for name, column in pair} | {
-        f"rejected{name}": column[1] for name, column in pair
-    }
+    chosen, rejected = columns("chosen", ordered), columns("rejected", ordered)
+    return {name: texts[0] for name, texts in chosen.items()} | {name: texts[1] for name, texts in rejected.items()}
 
 
 def columns(name: str, answers: list[Answer]) -> dict[str, list]:
     """Return the columns NAME, NAME_ended and NAME_ids, each with an entry for each answer; no ids if one has none."""
-    texts, ended, ids = (list(column) for column in zip(*(Answer(*answer) for answer in answers)))
-    found = {name: texts, f"{name}_ended": ended, f"{name}_ids": ids}
-    if None in ids:
-        del found[f"{name}_ids"]
-    return found
+    texts, ended, ids = map(list, zip(*(Answer(*answer) for answer in answers)))
+    found = {name: texts, f"{name}_ended": ended}
+    return found if None in ids else found | {f"{name}_ids": ids}
 
 
 def read_answers(path: Path, repair: bool = False) -> list[dict]:
-    """Return the rows of a label file. `repair` mends the last line that a kill has left without its line break.
-
-    It gets its line break if it is a whole row, and is removed if it is not.
-    """
-    if not path.exists() or path.stat().st_size == 0:
-        return []
-    if repair:
-        whole, _, rest = path.read_bytes().rpartition(b"\n")
-        if rest:
-            with open(path, "r+b") as file:
-                if is_row(rest):
-                    file.seek(0, os.SEEK_END)
-                    file.write(b"\n")
-                else:
-                    file.truncate(len(whole) + bool(whole))
-    if not path.stat().st_size:
+    """Return the rows of a label file. `repair` mends a last line that a kill has left without its line break."""
+    if repair and path.exists():
+        mend_last_line(path)
+    if not path.exists() or not path.stat().st_size:
         return []
     rows = read_jsonl(path, {"prompt": str, "annotator": str, "seconds": float})
     for number, row in enumerate(rows, 1):
         texts = row.get("responses") if is_verdict(row) else row.get("ranked", [row.get("chosen"), row.get("rejected")])
-        places = isinstance(row.get("position"), int) or is_verdict(row)
         checkpoints = row.get("checkpoint")
-        if not (are_texts(texts) and are_texts(checkpoints) and len(texts) == len(checkpoints) > 1 and places):
-            raise InputError(
-                f"{path}: row {number}: not an answer of tools.label (texts, checkpoint, position); remove the row"
-            )
+        placed = is_verdict(row) or isinstance(row.get("position"), int)
+        if not (are_texts(texts) and are_texts(checkpoints) and len(texts) == len(checkpoints) > 1 and placed):
+            raise InputError(f"{path}: row {number}: not an answer of a person to tools.label; remove the row")
     return rows
+
+
+def mend_last_line(path: Path) -> None:
+    """Give the last line its line break if it is a whole row, and remove it if it is not."""
+    whole, line_break, rest = path.read_bytes().rpartition(b"\n")
+    try:
+        complete = isinstance(json.loads(rest), dict)
+    except (ValueError, RecursionError):
+        complete = False
+    if complete:
+        with open(path, "ab") as file:
+            file.write(b"\n")
+    else:
+        os.truncate(path, len(whole + line_break))
 
 
 def are_texts(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(each, str) for each in value)
-
-
-def is_row(line: bytes) -> bool:
-    try:
-        return isinstance(json.loads(line), dict)
-    except (ValueError, RecursionError):
-        return False

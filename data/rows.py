@@ -14,10 +14,12 @@ from torch import Tensor
 
 from data.chat import Messages, check, reply, split_dialogue
 from data.files import TEXT, InputError, documents, first_row, has_rows, is_verdict, iterate_jsonl, replacing
+from data.label import are_texts
 from data.rng import shuffler
 from data.tokenizer import encode_prompt, encode_text
 
 Prompt = str | Messages
+COMPARISON = 'a comparison has the texts "prompt", "chosen" and "rejected", or "prompt" and a list "ranked"'
 
 
 class Row(NamedTuple):
@@ -37,53 +39,43 @@ class Group(NamedTuple):
 
 
 def encode_row(
-    encoding: tiktoken.Encoding,
-    eos: int,
-    prompt: Prompt,
-    response: str,
-    ended: bool = True,
-    ids: list[int] | None = None,
+    encoding: tiktoken.Encoding, eos: int, prompt: Prompt, response: str, ended: bool = True, ids: list | None = None
 ) -> Row:
     """Encode prompt and response separately, because generation also continues the ids of the prompt.
 
     `ids` are the tokens that a model sampled. They are used if they decode to `response`.
     """
     start = encode_prompt(encoding, prompt) or [eos]
-    if ids is None or not _spell(encoding, ids, response):
+    if not _decodes_to(encoding, ids, response):
         ids = encode_text(encoding, response)
     return Row(start + ids + [eos] * ended, len(start))
 
 
-def _spell(encoding: tiktoken.Encoding, ids: list[int], text: str) -> bool:
+def _decodes_to(encoding: tiktoken.Encoding, ids: object, text: str) -> bool:
     try:
         return encoding.decode(ids) == text
     except (KeyError, OverflowError, TypeError):  # ids of another vocabulary, or no ids
         return False
 
 
-def _ended(path: str | Path, number: int, row: dict, column: str) -> bool:
-    ended = row.get(f"{column}_ended", True)
-    if not isinstance(ended, bool):
-        raise InputError(f'{path}: row {number}: "{column}_ended" is neither true nor false; fix the row')
-    return ended
-
-
 def completions(path: str | Path, encoding: tiktoken.Encoding, eos: int) -> list[Row]:
     """A row has "prompt" and "completion", or "messages", of which the last is the assistant's and is learned."""
     rows = []
-    whole = prompt_column(path) == "messages"
-    columns = {"messages": list} if whole else {"prompt": TEXT, "completion": TEXT}
+    column = prompt_column(path)
+    columns = {"messages": list} if column == "messages" else {"prompt": TEXT, "completion": TEXT}
     for number, row in enumerate(iterate_jsonl(path, columns), 1):
         where = f"{path}: row {number}"
-        if whole:
-            prompt, answer = _last_said(check(row["messages"], where), where)
+        if column == "messages":
+            prompt, answer = split_last(row["messages"], where)
         else:
-            prompt, answer = _prompt(row["prompt"], where), row["completion"]
+            prompt, answer = read_prompt(row["prompt"], where), row["completion"]
         if isinstance(answer, list):
-            _, answer = _last_said(check(answer, where), where)
+            _, answer = split_last(answer, where)
         if not isinstance(prompt, str):
             answer = reply(encoding, answer)
-        ended = _ended(path, number, row, "completion")
+        ended = row.get("completion_ended", True)
+        if not isinstance(ended, bool):
+            raise InputError(f'{where}: "completion_ended" is neither true nor false; fix the row')
         if not answer and not ended:
             raise InputError(f'{where}: "completion" is empty and has no end to learn; remove the row')
         rows.append(encode_row(encoding, eos, prompt, answer, ended))
@@ -95,15 +87,16 @@ def prompt_column(path: str | Path) -> str:
     return "messages" if "messages" in row and "prompt" not in row else "prompt"
 
 
-def _prompt(value: str | list, where: str) -> Prompt:
+def read_prompt(value: str | list, where: str) -> Prompt:
     return value if isinstance(value, str) else check(value, where)
 
 
-def _last_said(messages: Messages, where: str) -> tuple[Messages, str]:
-    """Return the conversation before its last message, and what the assistant says there."""
-    if messages[-1]["role"] != "assistant":
+def split_last(messages: object, where: str) -> tuple[Messages, str]:
+    """Return a conversation before its last message, and what the assistant says there. Raises InputError."""
+    *before, last = check(messages, where)
+    if last["role"] != "assistant":
         raise InputError(f"{where}: the last message is not the assistant's; fix the row")
-    return messages[:-1], messages[-1]["content"]
+    return before, last["content"]
 
 
 def comparisons(
@@ -116,113 +109,90 @@ def comparisons(
     what the file was taken for.
     """
     groups: list[Group] = []
-    index: dict[tuple[str, bool], int] = {}  # (text, ended) → its row in the group
+    places: dict[tuple[str, bool], int] = {}  # (text, ended) → its row in the group
     previous, equal, undecided = None, 0, 0
     kinds: Counter[str] = Counter()
     omitted: Counter[str] = Counter()
     for number, row in enumerate(iterate_jsonl(path, {}), 1):
+        where = f"{path}: row {number}"
         if is_verdict(row):
             undecided += 1
             continue
-        kind, row = _told_apart(path, number, row, encoding)
+        kind, row = with_texts(row, encoding, where)
         kinds[kind] += 1
         if isinstance(row, str):
             omitted[row] += 1
             continue
-        texts, ends, ids = _responses(path, number, row)
+        texts, ended, ids, certainty = read_responses(row, where)
         if "ranked" in row or row["prompt"] != previous:
             groups.append(Group([], [], [], str(row.get("subset", row.get("source", "")))))
-            index = {}
+            places = {}
         previous = None if "ranked" in row else row["prompt"]
-        group, places = groups[-1], []
-        for response, sampled in zip(zip(texts, ends), ids):
-            if response not in index:
-                index[response] = len(group.rows)
-                group.rows.append(encode_row(encoding, eos, row["prompt"], *response, sampled))
-            places.append(index[response])
-        compared = list(itertools.combinations(range(len(places)), 2))  # (winner, loser)
-        pairs = [(places[w], places[l]) for w, l in compared if texts[w] != texts[l]]
+        group, index = groups[-1], []
+        for text, end, sampled in zip(texts, ended, ids):
+            if (text, end) not in places:
+                places[text, end] = len(group.rows)
+                group.rows.append(encode_row(encoding, eos, row["prompt"], text, end, sampled))
+            index.append(places[text, end])
+        compared = list(itertools.combinations(range(len(texts)), 2))  # (winner, loser)
+        pairs = [(index[w], index[l]) for w, l in compared if texts[w] != texts[l]]
         equal += len(compared) - len(pairs)
         group.pairs.extend(pairs)
-        group.certainty.extend([_certainty(path, number, row)] * len(pairs))
-    what = f"{path}: {' and '.join(kinds)}, {sum(kinds.values()):,} rows"
-    if omitted:
-        reasons = ", ".join(f"{n:,} {reason}" for reason, n in omitted.most_common())
-        what += f", {omitted.total():,} left out: {reasons}"
-    say(what)
-    if equal:
-        say(f"{path}: {equal:,} pairs of equal texts were left out")
-    if undecided:
-        say(f"{path}: {undecided:,} ties and skips were left out")
+        group.certainty.extend([certainty] * len(pairs))
+    reasons = "".join(f", {n:,} left out ({reason})" for reason, n in omitted.most_common())
+    say(f"{path}: {' and '.join(kinds)}, {kinds.total():,} rows{reasons}")
+    for n, what in ((equal, "pairs of equal texts"), (undecided, "ties and skips")):
+        if n:
+            say(f"{path}: {n:,} {what} were left out")
     groups = [group for group in groups if group.pairs]
     if not groups:
         raise InputError(f"{path}: all pairs are of equal texts, or ties; give some preferences")
     return groups
 
 
-def _told_apart(path: str | Path, number: int, row: dict, encoding: tiktoken.Encoding) -> tuple[str, dict | str]:
-    """Return the kind of a row, and the row with a prompt and texts, or why it is left out. Raises InputError."""
-    where = f"{path}: row {number}"
+def with_texts(row: dict, encoding: tiktoken.Encoding, where: str) -> tuple[str, dict | str]:
+    """Return the kind of a row, and the row with its prompt and its answers as texts, or why it is left out."""
     if isinstance(row.get("chosen"), list):
-        good, bad = (check(row.get(name), where) for name in ("chosen", "rejected"))
-        before, good_text = _last_said(good, where)
-        before_too, bad_text = _last_said(bad, where)
-        given = row.get("prompt", [])
-        if isinstance(given, str):  # beside whole conversations the prompt is only said again
-            given = [] if before else [{"role": "user", "content": given}]
-        given = check(given, where) if given else []
         kind = "conversational preferences"
-        if before != before_too:
+        before, chosen = split_last(row["chosen"], where)
+        same_before, rejected = split_last(row.get("rejected"), where)
+        prompt = row.get("prompt", [])
+        if isinstance(prompt, str):  # beside whole conversations the prompt is only said again
+            prompt = [] if before else [{"role": "user", "content": prompt}]
+        prompt = (check(prompt, where) if prompt else []) + before
+        if before != same_before:
             return kind, "part before the last answer"
-        if not given + before:
+        if not prompt:
             raise InputError(f'{where}: no "prompt", and the conversations hold none; fix the row')
-        if not good_text.strip() or not bad_text.strip():
+        if not chosen.strip() or not rejected.strip():
             return kind, "empty"
-        texts = {name: reply(encoding, text) for name, text in (("chosen", good_text), ("rejected", bad_text))}
-        return kind, row | {"prompt": given + before} | texts
-    if "prompt" not in row and all(isinstance(row.get(name), str) for name in ("chosen", "rejected")):
+        return kind, row | {"prompt": prompt, "chosen": reply(encoding, chosen), "rejected": reply(encoding, rejected)}
+    if "prompt" not in row and are_texts([row.get("chosen"), row.get("rejected")]):
         pair = split_dialogue(row, chatml=False)
         return "dialogues as in HH", pair if isinstance(pair, str) else row | pair
     if not isinstance(row.get("prompt"), TEXT):
-        raise InputError(f'{where}: no column "prompt"; a comparison has "prompt", "chosen" and "rejected"')
-    kind = "ranked lists" if "ranked" in row else "preferences"
-    return kind, row | {"prompt": _prompt(row["prompt"], where)}
+        raise InputError(f'{where}: no column "prompt"; {COMPARISON}; fix the row')
+    return "ranked lists" if "ranked" in row else "preferences", row | {"prompt": read_prompt(row["prompt"], where)}
 
 
-def _responses(path: str | Path, number: int, row: dict) -> tuple[list[str], list[bool], list[list[int] | None]]:
-    """Return texts, best first, whether each ended, and the sampled ids or None of each. Raises InputError."""
-    if "ranked" not in row:
-        for column in ("chosen", "rejected"):
-            if not isinstance(row.get(column), str):
-                raise InputError(
-                    f'{path}: row {number}: no text "{column}"; a comparison has "prompt", "chosen" and "rejected", '
-                    'or "prompt" and "ranked"'
-                )
-        texts = [row["chosen"], row["rejected"]]
-        ends = [_ended(path, number, row, column) for column in ("chosen", "rejected")]
-        return texts, ends, [_ids(row.get(f"{column}_ids")) for column in ("chosen", "rejected")]
-    texts = row["ranked"]
-    if not isinstance(texts, list) or len(texts) < 2 or not all(isinstance(text, str) for text in texts):
-        raise InputError(f'{path}: row {number}: "ranked" must be two texts or more, best first; fix the row')
-    ends = row.get("ranked_ended", [True] * len(texts))
-    if not isinstance(ends, list) or len(ends) != len(texts) or not all(isinstance(each, bool) for each in ends):
-        raise InputError(f'{path}: row {number}: "ranked_ended" must be true or false for each text; fix the row')
-    ids = row.get("ranked_ids")
+def read_responses(row: dict, where: str) -> tuple[list[str], list[bool], list, float]:
+    """Return texts, best first; whether each ended; its sampled ids or None; and the certainty of the order or nan."""
+    pair = ("chosen", "rejected")
+    texts = row.get("ranked", [row.get(name) for name in pair])
+    if not are_texts(texts) or len(texts) < 2:
+        raise InputError(f"{where}: {COMPARISON}; fix the row")
+    if "ranked" in row:
+        ended, ids = row.get("ranked_ended", [True] * len(texts)), row.get("ranked_ids")
+    else:
+        ended, ids = [row.get(f"{name}_ended", True) for name in pair], [row.get(f"{name}_ids") for name in pair]
+    if not isinstance(ended, list) or len(ended) != len(texts) or not all(isinstance(each, bool) for each in ended):
+        raise InputError(f'{where}: a column "…_ended" must be true or false for each text; fix the row')
     if not isinstance(ids, list) or len(ids) != len(texts):
-        return texts, ends, [None] * len(texts)
-    return texts, ends, [_ids(each) for each in ids]
-
-
-def _ids(ids: object) -> list[int] | None:
-    return ids if isinstance(ids, list) else None
-
-
-def _certainty(path: str | Path, number: int, row: dict) -> float:
-    """Return the probability of the likelier outcome, from "p_chosen"; nan if the row does not say."""
+        ids = [None] * len(texts)
     p = row.get("p_chosen", math.nan)
     if isinstance(p, bool) or not isinstance(p, (int, float)) or p < 0 or p > 1:
-        raise InputError(f'{path}: row {number}: "p_chosen" is not a probability from 0 to 1; fix the row')
-    return max(p, 1 - p)
+        raise InputError(f'{where}: "p_chosen" is not a probability from 0 to 1; fix the row')
+    return texts, ended, ids, max(p, 1 - p)
 
 
 def prompts(path: str | Path, encoding: tiktoken.Encoding) -> list[list[int]]:
@@ -231,22 +201,20 @@ def prompts(path: str | Path, encoding: tiktoken.Encoding) -> list[list[int]]:
 
 def prompt_texts(path: str | Path) -> list[Prompt]:
     """The prompts of a file: texts, or conversations, from which a last answer of the assistant is left out."""
-    column, found = prompt_column(path), []
+    found = []
+    column = prompt_column(path)
     for number, row in enumerate(iterate_jsonl(path, {column: TEXT}), 1):
-        prompt = _prompt(row[column], f"{path}: row {number}")
+        prompt = read_prompt(row[column], f"{path}: row {number}")
         if not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":
             prompt = prompt[:-1]
-            if not prompt:
-                raise InputError(f"{path}: row {number}: a conversation without a question; remove the row")
+        if prompt == []:
+            raise InputError(f"{path}: row {number}: a conversation without a question; remove the row")
         found.append(prompt)
     return found
 
 
 def keep_short(items: list, lengths: list[int], room: int, what: str, say: Callable[[str], None] = print) -> list:
-    """Return the items of at most `room` tokens, and `say` how many are left out.
-
-    Raises InputError if more than a tenth are longer.
-    """
+    """Return the items of at most `room` tokens, and `say` how many others there are: InputError if above a tenth."""
     kept = [item for item, length in zip(items, lengths) if length <= room]
     n_long = len(items) - len(kept)
     if not kept or n_long > len(items) / 10:
@@ -280,9 +248,9 @@ def shuffled(items: list, batch_size: int, seed: int, lengths: list[int] | None,
     rng = shuffler("batches", seed, epoch)
     order = rng.permutation(len(items))[: per_epoch * batch_size]
     if lengths is not None:
-        size, stretch = np.asarray(lengths), 16 * batch_size
-        stretches = [order[start : start + stretch] for start in range(0, len(order), stretch)]
-        order = np.concatenate([part[np.argsort(size[part], kind="stable")] for part in stretches])
+        lengths = np.asarray(lengths)
+        blocks = np.split(order, range(16 * batch_size, len(order), 16 * batch_size))
+        order = np.concatenate([block[np.argsort(lengths[block], kind="stable")] for block in blocks])
         place = rng.permutation(per_epoch)[place]
     return [items[i] for i in order[place * batch_size : (place + 1) * batch_size]]
 
@@ -294,21 +262,30 @@ def micro_batches(rows: list[Row], size: int) -> Iterator[list[Row]]:
         yield rows[start : start + size]
 
 
-def hold_out(items: list[Row] | list[Group], share: int = 20) -> tuple[list, list]:
-    """Return (held out, rest). One prompt in `share`, at most 512, is held out together with all its items."""
+def hold_out(items: list[Row] | list[Group], one_in: int = 20) -> tuple[list, list]:
+    """Return (held out, rest). One prompt in `one_in`, at most 512, is held out together with all its items."""
 
     def prompt(item: Row | Group) -> tuple[int, ...]:
         row = item if isinstance(item, Row) else item.rows[0]
         return tuple(row.tokens[: row.prompt_len])
 
     known = list(dict.fromkeys(map(prompt, items)))
-    chosen = shuffler("hold out").permutation(len(known))[: min(512, len(known) // share)]
-    held_prompts = {known[i] for i in chosen}
-    held = [item for item in items if prompt(item) in held_prompts]
-    rest = [item for item in items if prompt(item) not in held_prompts]
-    if not held:
-        raise InputError(f"{len(known)} different prompts are too few for a held-out set; give at least {share}")
-    return held, rest
+    chosen = _choose(known, min(512, len(known) // one_in))
+    if not chosen:
+        raise InputError(f"{len(known)} different prompts are too few for a held-out set; give at least {one_in}")
+    return [x for x in items if prompt(x) in chosen], [x for x in items if prompt(x) not in chosen]
+
+
+def hold_out_prompts(prompts: list[list[int]], most: int) -> tuple[list[list[int]], list[list[int]]]:
+    """Return (held out, rest): a tenth, at most `most`. A prompt that comes twice is on one side only."""
+    known = list(dict.fromkeys(map(tuple, prompts)))
+    chosen = _choose(known, min(most, math.ceil(len(known) / 10)))
+    return [list(p) for p in known if p in chosen], [p for p in prompts if tuple(p) not in chosen]
+
+
+def _choose(prompts: list[tuple[int, ...]], n: int) -> set[tuple[int, ...]]:
+    """Return n of the prompts at random, by a key that no option changes: every run holds out the same prompts."""
+    return {prompts[i] for i in shuffler("hold out").permutation(len(prompts))[:n]}
 
 
 def prompts_and_held_out(
@@ -327,24 +304,16 @@ def prompts_and_held_out(
     return rest, held_out
 
 
-def hold_out_prompts(prompts: list[list[int]], most: int) -> tuple[list[list[int]], list[list[int]]]:
-    """Return (held out, rest): a tenth, at most `most`. A prompt that comes twice is on one side only."""
-    known = list(dict.fromkeys(map(tuple, prompts)))
-    n = min(most, -(-len(known) // 10))
-    chosen = {known[i] for i in shuffler("hold out").permutation(len(known))[:n]}
-    return [list(p) for p in known if p in chosen], [p for p in prompts if tuple(p) not in chosen]
-
-
 def token_stream(path: str | Path, encoding: tiktoken.Encoding, eos: int, target: str | Path) -> np.memmap:
     """Encode all documents of `path`, with EOS after each, into the file `target`; return it as a memory map."""
     dtype = np.uint16 if encoding.n_vocab <= 2**16 else np.uint32
-    target = Path(target)
-    if not target.exists():
-        whole = not has_rows(path)  # the file is one document, read in pieces
+    if not Path(target).exists():
+        one_document = not has_rows(path)  # which comes in pieces
         with replacing(target, "wb") as file:
             for text in documents(path):
-                np.array(encode_text(encoding, text) + [eos] * (not whole), dtype=dtype).tofile(file)
-            if whole:
+                ids = encode_text(encoding, text)
+                np.array(ids if one_document else ids + [eos], dtype=dtype).tofile(file)
+            if one_document:
                 np.array([eos], dtype=dtype).tofile(file)
     return np.memmap(target, dtype=dtype, mode="r")
 

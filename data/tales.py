@@ -9,11 +9,11 @@ measure. The reward model and PPO never read it: the reward model sees only whic
 
 import hashlib
 import itertools
-import json
-import os
 import random
 import re
 from pathlib import Path
+
+from data.files import replacing, write_jsonl
 
 FOLDER = Path("out/data/tales")
 MEASURES = "data/tales.py:judge,data/tales.py:grammar"
@@ -45,29 +45,15 @@ LOSS = [
     "One night the {colour} {thing} was gone from the {place}.",
     "The {animal} dropped a {colour} {thing} by the {place}.",
 ]
-SEARCH = [
-    "It looked under a {spot}.",
-    "It asked a {helper} for help.",
-    "The {animal} walked all day.",
-]
+SEARCH = ["It looked under a {spot}.", "It asked a {helper} for help.", "The {animal} walked all day."]
 FOUND = [
     "Soon the {thing} lay by the {spot}.",
     "Then the {animal} found the {thing}.",
     "A {helper} brought the {thing} back.",
 ]
-NOT_FOUND = [
-    "But the {thing} was never found.",
-    "The {thing} had sunk into the mud.",
-]
-HAPPY = [
-    "The {animal} was happy again.",
-    "It danced and sang until morning.",
-    "The {animal} smiled and went home.",
-]
-SAD = [
-    "The {animal} cried all night.",
-    "It went home alone.",
-]
+NOT_FOUND = ["But the {thing} was never found.", "The {thing} had sunk into the mud."]
+HAPPY = ["The {animal} was happy again.", "It danced and sang until morning.", "The {animal} smiled and went home."]
+SAD = ["The {animal} cried all night.", "It went home alone."]
 SENTENCES = OPENING + LOSS + SEARCH + FOUND + NOT_FOUND + HAPPY + SAD
 
 
@@ -91,8 +77,7 @@ def write_story(wish: dict[str, str], rng: random.Random) -> str:
     plan = [OPENING, LOSS] + [SEARCH] * rng.choice((0, 1, 1, 2)) + [NOT_FOUND if sad else FOUND, SAD if sad else HAPPY]
     story = []
     for templates in plan:
-        template = rng.choice([t for t in templates if t not in story])
-        story.append(template)
+        story.append(rng.choice([t for t in templates if t not in story]))
     if rng.random() < 0.12:  # the story repeats a sentence
         index = rng.randrange(1, len(story))
         story.insert(index, story[index - 1])
@@ -162,22 +147,17 @@ def path(name: str) -> str:
 
     Writes all files if it is missing, or if another version of this module wrote it.
     """
-    target, version = FOLDER / f"{name}.jsonl", FOLDER / "version"
-    mine = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-    if not target.exists() or not version.exists() or version.read_text() != mine:
-        FOLDER.mkdir(parents=True, exist_ok=True)
+    target = FOLDER / f"{name}.jsonl"
+    stamp = FOLDER / "version"
+    version = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    if not target.exists() or not stamp.exists() or stamp.read_text() != version:
         for file, content in rows().items():
-            temporary = FOLDER / f"{file}.{os.getpid()}.tmp"  # several processes may write it at the same time
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in content))
-            temporary.replace(FOLDER / f"{file}.jsonl")
-        temporary.write_text(mine)
-        temporary.replace(version)
+            write_jsonl(FOLDER / f"{file}.jsonl", content)
+        with replacing(stamp) as file:
+            file.write(version)
     return str(target)
 
 
 if __name__ == "__main__":
     for name, content in rows().items():
-        print(f"{path(name)}: {len(content):,} rows")
-        for row in content[:3]:
-            shown = row.get("prompt", "") + row.get("completion", row.get("text", ""))
-            print(f"  {judge(row['prompt'], row['completion']):.2f}  {shown}" if "completion" in row else f"  {shown}")
+        print(f"{path(name)}: {len(content):,} rows", *content[:3], sep="\n  ")

@@ -23,9 +23,7 @@ def learn_bpe(texts: Iterable[str], vocab_size: int, limit: int = 50_000_000) ->
     than `vocab_size` if no remaining pair occurs twice.
     """
     if vocab_size < 257:
-        raise InputError(
-            f"--vocab_size {vocab_size}: a byte-level vocabulary needs 256 bytes and EOS; give 257 or more"
-        )
+        raise InputError(f"--vocab_size {vocab_size}: 256 bytes and EOS need as many tokens; give 257 or more")
     counts: Counter[str] = Counter()
     for text in texts:
         counts.update(regex.findall(SPLIT, text[:limit]))
@@ -53,22 +51,19 @@ def learn_bpe(texts: Iterable[str], vocab_size: int, limit: int = 50_000_000) ->
         changed = set()
         for i in words_with.pop(pair):
             ids, count = words[i]
-            merged, j = [], 0
-            while j < len(ids):
-                if j + 1 < len(ids) and (ids[j], ids[j + 1]) == pair:
-                    merged.append(new)
-                    j += 2
+            merged = ids[:1]
+            for token in ids[1:]:
+                if (merged[-1], token) == pair:
+                    merged[-1] = new
                 else:
-                    merged.append(ids[j])
-                    j += 1
+                    merged.append(token)
+            words[i] = (merged, count)
             for old in zip(ids, ids[1:]):
                 pairs[old] -= count
-                changed.add(old)
             for fresh in zip(merged, merged[1:]):
                 pairs[fresh] += count
                 words_with[fresh].add(i)
-                changed.add(fresh)
-            words[i] = (merged, count)
+            changed.update(zip(ids, ids[1:]), zip(merged, merged[1:]))
         for each in changed:
             if pairs[each] > 0:
                 heapq.heappush(heap, (-pairs[each], each))
@@ -81,22 +76,19 @@ def gpt2_encoding() -> tiktoken.Encoding:
     try:
         return tiktoken.get_encoding("gpt2")
     except Exception as error:
-        raise InputError(
-            f"--vocab_size 0: tiktoken could not download GPT-2's vocabulary ({error}); connect to the internet once"
-        ) from error
+        raise InputError(f"--vocab_size 0: GPT-2's vocabulary does not download ({error}); go online once") from error
 
 
 def encoding_state(encoding: tiktoken.Encoding) -> dict:
     """Return the encoding as a plain dict for a checkpoint. Bytes are written as Latin-1 text."""
-    ranks = {token.decode("latin-1"): rank for token, rank in encoding._mergeable_ranks.items()}
-    state = {
+    return {
         "name": encoding.name,
         "pattern": encoding._pat_str,
-        "ranks": ranks,
+        "ranks": {token.decode("latin-1"): rank for token, rank in encoding._mergeable_ranks.items()},
         "special": dict(encoding._special_tokens),
+        "plain": sorted(plain_tokens(encoding)),
+        "chat": template_of(encoding),
     }
-    more = {"plain": sorted(plain_tokens(encoding)), "chat": template_of(encoding)}
-    return state | {name: value for name, value in more.items() if value}
 
 
 def encoding_from_state(state: dict) -> tiktoken.Encoding:
@@ -136,43 +128,37 @@ def encode_prompt(encoding: tiktoken.Encoding, prompt: str | Messages) -> list[i
     In completions and documents the same text is ordinary, so a model does not learn special tokens from quotations.
     So it is in the messages of a conversation, where only the template writes special tokens.
     """
-    special = frozenset(encoding._special_tokens)
-    if isinstance(prompt, str):
-        return _encode(encoding, prompt, special)
-    messages, marks = escaped(encoding, prompt)
-    text = render(encoding, messages)
-    if not marks:
-        return _encode(encoding, text, special)
-    plain = plain_tokens(encoding)
+    marks: dict[str, str] = {}
+    if not isinstance(prompt, str):
+        messages, marks = escaped(encoding, prompt)
+        prompt = render(encoding, messages)
+    special = encoding._special_tokens
     ids: list[int] = []
-    for part in _names(special).split(text):
+    for part in _pattern(frozenset(special)).split(prompt):
         if part in special:
-            ids.append(encoding._special_tokens[part])
+            ids.append(special[part])
             continue
         for mark, name in marks.items():
             part = part.replace(mark, name)
-        ids += _encode(encoding, part, plain)
+        ids += encode_text(encoding, part)
     return ids
 
 
 def encode_text(encoding: tiktoken.Encoding, text: str) -> list[int]:
     """Encode a completion or a document: the text of a special token is ordinary text."""
-    return _encode(encoding, text, plain_tokens(encoding))
-
-
-def _encode(encoding: tiktoken.Encoding, text: str, special: frozenset[str]) -> list[int]:
-    """Encode text in which the names of some special tokens are those tokens; of two that begin alike, the longer."""
-    if not special:
+    plain = plain_tokens(encoding)
+    if not plain:
         return _ordinary(encoding, text)
     ids: list[int] = []
-    for part in _names(special).split(text):
-        ids += [encoding._special_tokens[part]] if part in special else _ordinary(encoding, part)
+    for part in _pattern(plain).split(text):
+        ids += [encoding._special_tokens[part]] if part in plain else _ordinary(encoding, part)
     return ids
 
 
 @functools.lru_cache(maxsize=64)
-def _names(special: frozenset[str]) -> regex.Pattern:
-    longest_first = sorted(special, key=len, reverse=True)
+def _pattern(names: frozenset[str]) -> regex.Pattern:
+    """Return the pattern that splits a text at the names; of two that begin alike, at the longer."""
+    longest_first = sorted(names, key=len, reverse=True)
     return regex.compile("(" + "|".join(map(regex.escape, longest_first)) + ")")
 
 

@@ -8,8 +8,10 @@ import pytest
 
 import data
 from data import InputError, Row, tales
+from data.tokenizer import with_plain_tokens
 from tests.conftest import write
 from tools import label
+from tools.get.download import download
 
 ALPHABETS = [
     "plain text",
@@ -41,8 +43,15 @@ def test_bpe_is_the_same_every_time_and_stops_where_nothing_repeats():
     assert data.learn_bpe(["abc"], 1000).n_vocab == 257
 
 
-def test_a_text_that_spells_the_end_of_text_is_not_one(encoding):
-    assert encoding.eot_token not in encoding.encode_ordinary("<|endoftext|>")
+def test_the_name_of_a_special_token_is_that_token_in_prompts_only(encoding):
+    """In a conversation it is text, in whatever message; a plain token is one token everywhere."""
+    eot, text = encoding.eot_token, "ask <|endoftext|> me"
+    assert eot in data.encode_prompt(encoding, text) and eot not in data.encode_text(encoding, text)
+    ids = data.encode_prompt(encoding, [{"role": "user", "content": text}])
+    assert eot not in ids and encoding.decode(ids) == f"\n\nHuman: {text}\n\nAssistant:"
+    with_plain_tokens(encoding, [data.EOS_TEXT])
+    assert eot in data.encode_text(encoding, text)
+    assert eot in data.encode_prompt(encoding, [{"role": "user", "content": text}])
 
 
 def test_an_encoding_survives_its_checkpoint_form(encoding):
@@ -94,6 +103,8 @@ def test_a_judge_on_any_scale_can_be_the_simulated_person():
         (b'{"prompt": "a"}\n{"text": "b"}\n', ':2: no column "prompt"'),
         (b'{"prompt": 3}\n', ':1: "prompt" is not a text'),
         (b'{"prompt": "a"}\n\xff\xfe\n', ":2: not UTF-8"),
+        (b'{"prompt": "\\ud800"}\n', ":1: not JSON"),
+        (b'{"prompt": [{"role": [], "content": "a"}]}\n', ': row 1: a message has a "role"'),
     ],
 )
 def test_a_bad_file_is_named_with_its_line(tmp_path, encoding, content, message):
@@ -122,8 +133,12 @@ def test_every_epoch_takes_every_row_once_and_in_another_order():
 
 def test_length_batches_pad_less():
     lengths = np.random.default_rng(0).integers(1, 100, 1024).tolist()
-    waste = lambda by: sum(16 * max(b) - sum(b) for b in (data.shuffled(lengths, 16, 0, by, s) for s in range(64)))  # noqa: E731
-    assert waste(lengths) < 0.2 * waste(None)
+
+    def padding(by):
+        batches = [data.shuffled(lengths, 16, 0, by, step) for step in range(64)]
+        return sum(16 * max(batch) - sum(batch) for batch in batches)
+
+    assert padding(lengths) < 0.2 * padding(None)
 
 
 def test_no_prompt_is_both_held_out_and_trained_on():
@@ -131,6 +146,9 @@ def test_no_prompt_is_both_held_out_and_trained_on():
     held, rest = data.hold_out(rows)
     assert len(held) + len(rest) == 600 and held
     assert not {r.tokens[0] for r in held} & {r.tokens[0] for r in rest}
+    assert len({r.tokens[0] for r in data.hold_out(rows, one_in=10)[0]}) == 10
+    with pytest.raises(InputError, match="100 different prompts are too few .*; give at least 101"):
+        data.hold_out(rows, one_in=101)
 
 
 def test_token_stream_is_the_documents_with_eos_behind_each(tmp_path, encoding):
@@ -141,6 +159,10 @@ def test_token_stream_is_the_documents_with_eos_behind_each(tmp_path, encoding):
     (tmp_path / "plain.txt").write_text("ask me.\nyes\n" * 3)
     stream = data.token_stream(tmp_path / "plain.txt", encoding, encoding.eot_token, tmp_path / "ids2")
     assert stream.tolist() == encoding.encode_ordinary("ask me.\nyes\n" * 3) + [encoding.eot_token]
+    (tmp_path / "long.txt").write_text("ask me.\nyes\n" * 100_000)
+    assert [len(text) for text in data.documents(tmp_path / "long.txt")] == [2**20 + 4, 1_200_000 - 2**20 - 4]
+    stream = data.token_stream(tmp_path / "long.txt", encoding, encoding.eot_token, tmp_path / "ids3")
+    assert stream.tolist().count(encoding.eot_token) == 1 and stream[-1] == encoding.eot_token
 
 
 def test_a_download_arrives_whole_or_not_at_all(tmp_path, server):
@@ -148,7 +170,7 @@ def test_a_download_arrives_whole_or_not_at_all(tmp_path, server):
     server.files["/file"] = content
     sha256, md5 = (f"{kind}:{hashlib.new(kind, content).hexdigest()}" for kind in ("sha256", "md5"))
     for url, checksum in (("/file", sha256), ("/file", md5), ("/file", None), ("/late/file", sha256)):
-        data.download(server.url + url, tmp_path / "a", checksum)
+        download(server.url + url, tmp_path / "a", checksum)
         assert (tmp_path / "a").read_bytes() == content
         (tmp_path / "a").unlink()
     for url, checksum, words in (
@@ -157,13 +179,13 @@ def test_a_download_arrives_whole_or_not_at_all(tmp_path, server):
         (f"{server.url}/file", "sha256:" + "0" * 64, "wrong checksum"),
         ("http://127.0.0.1:9/closed", md5, "could not be downloaded"),
     ):
-        with pytest.raises(data.InputError, match=words):
-            data.download(url, tmp_path / "b", checksum, tries=1)
+        with pytest.raises(InputError, match=words):
+            download(url, tmp_path / "b", checksum, tries=1)
     assert not list(tmp_path.iterdir())
 
 
 def test_sampled_ids_are_trained_on_as_they_were_sampled(tmp_path, encoding):
-    """ " yes" can be spelled by other ids than those of encoding it; PPO scores what was sampled, and so must this."""
+    """Other ids than those of encoding " yes" decode to it as well; PPO scores what was sampled, and so must this."""
     letters = [encoding.encode_single_token(byte) for byte in (b" ", b"y", b"e", b"s")]
     assert encoding.encode_ordinary(" yes") != letters
     answers = [label.Answer(" yes", True, letters), label.Answer(" no", False, encoding.encode_ordinary(" no"))]
@@ -183,7 +205,7 @@ def test_sampled_ids_are_trained_on_as_they_were_sampled(tmp_path, encoding):
 def test_a_row_without_anything_to_learn_is_refused_with_its_number(tmp_path, encoding):
     rows = [{"prompt": "a", "completion": ""}, {"prompt": "a", "completion": "", "completion_ended": False}]
     assert len(data.completions(write(tmp_path / "c.jsonl", rows[:1]), encoding, 7)) == 1  # its EOS
-    with pytest.raises(data.InputError, match="row 2: .*nothing|row 2: .*no end to learn"):
+    with pytest.raises(InputError, match="row 2: .*nothing|row 2: .*no end to learn"):
         data.completions(write(tmp_path / "d.jsonl", rows), encoding, 7)
 
 

@@ -17,6 +17,11 @@ STORY = [
 ]
 
 
+@pytest.fixture(scope="module")
+def rows():
+    return tales.rows()
+
+
 @pytest.mark.parametrize(
     "what, change, score",
     [
@@ -42,34 +47,35 @@ def test_nothing_and_noise_are_worth_nothing():
     assert tales.judge("What is an owl?", " ".join(STORY)) == 0
 
 
-def test_every_sentence_of_the_corpus_is_grammatical_but_for_those_that_break_off():
-    for row in tales.rows()["sft"][:2000]:
+def test_every_sentence_of_the_corpus_is_grammatical_but_for_those_that_break_off(rows):
+    for row in rows["sft"][:2000]:
         whole = [s for s in tales.sentences(row["completion"]) if s.endswith(".")]
         assert all(tales.GRAMMAR.fullmatch(s) for s in whole), row
 
 
-def test_the_corpus_is_uneven_and_only_sometimes_perfect():
-    scores = [tales.judge(row["prompt"], row["completion"]) for row in tales.rows()["sft"]]
+def test_the_corpus_is_uneven_and_only_sometimes_perfect(rows):
+    scores = [tales.judge(row["prompt"], row["completion"]) for row in rows["sft"]]
     assert 0.5 < statistics.mean(scores) < 0.75
     assert 0.1 < sum(s == 1 for s in scores) / len(scores) < 0.4
 
 
-def test_training_comparison_ppo_and_evaluation_prompts_are_disjoint():
-    files = {name: {r["prompt"] for r in rows} for name, rows in tales.rows().items() if name != "pretrain"}
+def test_training_comparison_ppo_and_evaluation_prompts_are_disjoint(rows):
+    files = {name: {r["prompt"] for r in content} for name, content in rows.items() if name != "pretrain"}
     names = list(files)
     assert not any(files[a] & files[b] for i, a in enumerate(names) for b in names[i + 1 :])
-    asked = {r["text"].split(".")[0] + "." for r in tales.rows()["pretrain"] if r["text"].startswith("Tell")}
+    asked = {r["text"].split(".")[0] + "." for r in rows["pretrain"] if r["text"].startswith("Tell")}
     assert asked <= files["sft"] and len(files["eval"]) == 512
 
 
-def test_files_that_another_version_wrote_are_written_anew(tmp_path, monkeypatch):
-    monkeypatch.setattr(tales, "FOLDER", tmp_path)
+def test_files_that_another_version_wrote_are_written_anew(tmp_path, monkeypatch, rows):
+    monkeypatch.setattr(tales, "FOLDER", tmp_path / "tales")
+    monkeypatch.setattr(tales, "rows", lambda: rows)
     first = Path(tales.path("eval"))
     content = first.read_text()
     first.write_text("mine\n")
     assert Path(tales.path("eval")).read_text() == "mine\n"  # this version's, so it is left alone
-    (tmp_path / "version").write_text("older")
+    (tmp_path / "tales" / "version").write_text("older")
     assert Path(tales.path("eval")).read_text() == content
-    (tmp_path / "version").unlink()  # as before there was such a file
+    (tmp_path / "tales" / "version").unlink()  # as before there was such a file
     first.write_text("old\n")
     assert Path(tales.path("eval")).read_text() == content
