@@ -12,54 +12,48 @@ SURE = {"": 0, "?": 1, "!": 3}
 
 def ask_in_terminal(sitting: Sitting, annotator: str, instructions: str = "") -> None:
     """Read answers with input(): the positions, best first, or a word of HELP."""
-    print(visible(f"{instructions}\n\n{HELP}".strip()))
-    changing = None  # the index of an earlier answer
-    while (question := sitting.next(annotator)) or changing is not None:
-        earlier = sitting.earlier(annotator)
-        if changing is not None:
-            question = question_of(earlier[changing])
-        order, shown = sitting.order(question, annotator), sitting.progress(annotator)
+    guide = visible(f"{instructions}\n\n{HELP}".strip())
+    print(guide)
+    index = None  # of the earlier answer that is being changed
+    while (question := sitting.next(annotator)) or index is not None:
+        earlier, shown = sitting.earlier(annotator), sitting.progress(annotator)
         pace = f", about {shown['seconds_left'] / 60:.0f} min left" if shown["seconds_left"] else ""
         title = f"{shown['done']} done, {shown['left']} to go{pace}"
-        if changing is not None:
-            title = f"your answer {changing + 1} was: {spelled(sitting.said(earlier[changing]))}"
+        if index is not None:
+            question, said = question_of(earlier[index]), sitting.said(earlier[index])
+            said = said if isinstance(said, str) else " > ".join(str(place + 1) for place in said)
+            title = f"your answer {index + 1} was: {said}"
         print(f"\n{'─' * 72}\n{title}\n\n{visible(question.prompt)}")
-        for place, i in enumerate(order, 1):
-            answer = question.answers[i]
-            print(f"\n[{place}] {visible(answer.text)}{'' if answer.ended else ' …'}")
-        best_first = "1 or 2" if len(order) == 2 else "the order, best first (for example 312)"
-        said, _, comment = input(f"\nBetter: {best_first}; t, b, s, u, q, or h for help > ").partition("#")
-        said = said.strip().lower()
-        if said == "q":
+        for place, i in enumerate(sitting.order(question, annotator), 1):
+            print(f"\n[{place}] {visible(question.answers[i].text)}{'' if question.answers[i].ended else ' …'}")
+        choice = "1 or 2" if len(question.answers) == 2 else "the order, best first (for example 312)"
+        typed, _, comment = input(f"\nBetter: {choice}; t, b, s, u, q, or h for help > ").partition("#")
+        typed, comment = typed.strip().lower(), comment.strip()
+        if typed == "q":
             return
-        if said == "h":
-            print(visible(f"{instructions}\n\n{HELP}".strip()))
-            continue
-        if back := re.fullmatch(r"u\s*(\d*)", said):
-            index = int(back[1] or len(earlier)) - 1
-            if 0 <= index < len(earlier):
-                changing = index
+        if typed == "h":
+            print(guide)
+        elif back := re.fullmatch(r"u\s*(\d*)", typed):
+            wanted = int(back[1] or len(earlier)) - 1
+            if 0 <= wanted < len(earlier):
+                index = wanted
             else:
                 print("there is no such answer")
-            continue
-        sure = said[-1:] if said[-1:] in SURE else ""
-        said = said.removesuffix(sure).strip()
-        verdict: str | list[int] = WORDS.get(said) or [int(digit) - 1 for digit in re.findall(r"\d", said)]
-        if len(order) == 2 and verdict in ([0], [1]):
-            verdict.append(1 - verdict[0])
-        try:
-            if changing is None:
-                sitting.answer(annotator, question.number, verdict, comment.strip(), SURE[sure])
-            else:
-                sitting.revise(annotator, changing, verdict, comment.strip(), SURE[sure])
-            changing = None
-        except ValueError as error:
-            print(error)
+        else:
+            word = typed.rstrip("?!").strip()
+            verdict = WORDS.get(word) or [int(digit) - 1 for digit in re.findall(r"\d", word)]
+            if len(question.answers) == 2 and verdict in ([0], [1]):
+                verdict.append(1 - verdict[0])
+            try:
+                sure = SURE.get(typed[len(word) :].strip(), 0)
+                if index is None:
+                    sitting.answer(annotator, question.number, verdict, comment, sure)
+                else:
+                    sitting.revise(annotator, index, verdict, comment, sure)
+                index = None
+            except ValueError as error:
+                print(error)
     print("\nThat was the last one. Thank you.")
-
-
-def spelled(said: str | list[int]) -> str:
-    return said if isinstance(said, str) else " > ".join(str(place + 1) for place in said)
 
 
 def visible(text: str) -> str:
