@@ -354,21 +354,11 @@ class Run:
             print(f"    “{text}”", flush=True)
 
     def finish(self, device: torch.device, calibration: list[tuple] = ()) -> None:
-        """Print the peak memory. Draw curves.png from metrics.jsonl if matplotlib is installed."""
+        """Print the peak memory."""
         if RANK > 0:
             return
         self._describe()
         say(f"peak memory: {peak_memory(device):.2f} GiB")
-        if self.step >= self.steps:
-            return  # nothing new to draw
-        if importlib.util.find_spec("matplotlib") is None:
-            return say(f"pip install matplotlib, and the next run draws {self.folder}/curves.png")
-        title = f"{self.folder}, seed {self.cfg.seed}"
-        if hasattr(self.cfg, "kl_coef"):
-            title += f", β = {self.cfg.kl_coef:g}"
-        from tools import plots
-
-        plots.curves(read_metrics(self.folder), self.folder / "curves.png", title, calibration)
 
 
 def origin(cfg: Any, device: torch.device, resumed: Path | None) -> dict:
