@@ -472,7 +472,7 @@ def test_the_terminal_changes_any_answer_and_takes_comments_and_instructions(fol
     assert (second["verdict"], second["comment"], "sure" in second) == ("bad", "none # of both", False)
     assert third["position"] == 1
     out = capsys.readouterr().out
-    assert out.count("Prefer the truth.") == 2 and "\x1b" not in out and "there is no such answer" in out
+    assert out.count("Prefer the truth.") == 2 and "\x1b" not in out and "there is no such earlier answer" in out
     assert "your answer 1 was: 1 > 2" in out
 
 

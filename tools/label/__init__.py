@@ -6,12 +6,8 @@
     python -m tools.label … --terminal                    ask the same questions in the terminal
     python -m tools.label --out mine.jsonl --report       summarise a file: counts, position bias, agreement
 
-A row is {"prompt", "chosen", "rejected"}, or {"prompt", "ranked"} (best first) for more than two responses. It also has
-the time, annotator, checkpoint, seed, seconds taken and the position of the preferred response on the page. A tie, "all
-are bad" or a skip is a row with "verdict", which is no preference; readers ignore it. "comment" and "sure" (1 to 3) are
-what people add to a choice. A choice that was changed has the time "revised". Each answer is on disk before the next
-question appears, so no answer is lost; the same command continues. A model's responses to a prompt depend only on the
-seed and the prompt.
+Each answer is on disk before the next question appears, so no answer is lost; the same command continues. A model's
+responses to a prompt depend only on the seed and the prompt. data/README.md lists the columns of a row.
 
 Only this machine can open the page unless --host says otherwise. Its address contains a random token, which is kept
 beside the answers.
@@ -19,6 +15,7 @@ beside the answers.
 
 import itertools
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +31,11 @@ from data.tokenizer import encode_prompt
 from tools.label.report import agreement, alpha, report
 from tools.label.server import EVERYWHERE, Server
 from tools.label.sitting import Question, Sitting, alone, question_of
-from tools.label.terminal import ask_in_terminal
+
+HELP = """t tie, b all are bad, s skip, u change the last answer, u 3 change your third answer, q quit.
+Behind a choice: ! if you are very sure, ? if you are not, # and a comment. For example: 1 ! # the other is rude"""
+WORDS = {"t": "tie", "b": "bad", "s": "skip"}
+SURE = {"": 0, "?": 1, "!": 3}
 
 
 @dataclass
@@ -70,9 +71,8 @@ def prepare(cfg: Config) -> tuple[list[str], Callable[[str], Question | None]]:
     models = [(name, *nets.load_gpt(name, dist.pick_device(cfg.device), "--init")) for name in names]
     prompts = prompt_texts(cfg.prompts)
     for prompt in prompts:
-        _, marks = escaped(models[0][2], prompt) if isinstance(prompt, list) else ([], {})
-        if marks:
-            raise InputError(f"--prompts: a message spells {min(marks.values())}, a special token; leave it out")
+        if isinstance(prompt, list) and (tokens := escaped(models[0][2], prompt)[1].values()):
+            raise InputError(f"--prompts: a message spells {min(tokens)}, a special token; leave it out")
     prompts = list(dict.fromkeys(prompt_text(models[0][2], prompt) for prompt in prompts))[: cfg.n_prompts or None]
     for _, model, encoding in models:
         lengths = [len(encode_prompt(encoding, prompt)) + cfg.response_len for prompt in prompts]
@@ -123,8 +123,54 @@ def label(cfg: Config) -> None:
 
 def serve(sitting: Sitting, cfg: Config, instructions: str) -> None:
     with Server(sitting, cfg.host, cfg.port, instructions) as server:
-        print(f"Open {server.address}")
-        if cfg.host in EVERYWHERE:
-            print("From other machines: the same with the name or address of this machine in place of localhost")
-        print(f"Answers go to {cfg.out}. Ctrl-C stops.", flush=True)
+        elsewhere = "; on other machines, with the name of this one for localhost" if cfg.host in EVERYWHERE else ""
+        print(f"Open {server.address}{elsewhere}\nAnswers go to {cfg.out}. Ctrl-C stops.", flush=True)
         server.serve_forever()
+
+
+def ask_in_terminal(sitting: Sitting, annotator: str, instructions: str = "") -> None:
+    """Read answers with input(): the positions, best first, or a word of HELP."""
+    guide = visible(f"{instructions}\n\n{HELP}".strip())
+    print(guide)
+    index = None  # of the earlier answer that is being changed
+    while (question := sitting.next(annotator)) or index is not None:
+        shown = sitting.progress(annotator)
+        pace = f", about {shown['seconds_left'] / 60:.0f} min left" if shown["seconds_left"] else ""
+        title = f"{shown['done']} done, {shown['left']} to go{pace}"
+        if index is not None:
+            row = sitting.earlier_row(annotator, index)
+            question, said = question_of(row), sitting.said(row)
+            words = said if isinstance(said, str) else " > ".join(str(place + 1) for place in said)
+            title = f"your answer {index + 1} was: {words}"
+        print(f"\n{'─' * 72}\n{title}\n\n{visible(question.prompt)}")
+        for place, i in enumerate(sitting.order(question, annotator), 1):
+            print(f"\n[{place}] {visible(question.answers[i].text)}{'' if question.answers[i].ended else ' …'}")
+        choice = "1 or 2" if len(question.answers) == 2 else "the order, best first (for example 312)"
+        typed, _, comment = input(f"\nBetter: {choice}; t, b, s, u, q, or h for help > ").partition("#")
+        typed = typed.strip().lower()
+        word = typed.rstrip("?!").strip()
+        verdict = WORDS.get(word) or [int(digit) - 1 for digit in re.findall(r"\d", word)]
+        if len(question.answers) == 2 and verdict in ([0], [1]):
+            verdict.append(1 - verdict[0])
+        given = verdict, comment.strip(), SURE.get(typed[len(word) :].strip(), 0)
+        try:
+            if typed == "q":
+                return
+            if typed == "h":
+                print(guide)
+            elif back := re.fullmatch(r"u\s*(\d*)", typed):
+                sitting.earlier_row(annotator, int(back[1] or shown["done"]) - 1)  # raises ValueError if there is none
+                index = int(back[1] or shown["done"]) - 1
+            elif index is None:
+                sitting.answer(annotator, question.number, *given)
+            else:
+                sitting.revise(annotator, index, *given)
+                index = None
+        except ValueError as error:
+            print(error)
+    print("\nThat was the last one. Thank you.")
+
+
+def visible(text: str) -> str:
+    """Replace the control characters that could move a terminal's cursor."""
+    return re.sub(r"[^\n\t\x20-\x7e\xa0-\ud7ff\ue000-\U0010ffff]", "�", text)

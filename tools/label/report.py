@@ -12,7 +12,7 @@ from data.rng import shuffler
 
 SURE = {3: "very sure", 2: "fairly sure", 1: "not sure"}
 RESAMPLES = 2000
-Units = dict[tuple, dict[str, object]]  # question → person → value
+Units = dict[tuple, dict[str, object]]  # question (its prompt, its responses) → person → value
 
 
 def report(rows: list[dict]) -> str:
@@ -41,8 +41,17 @@ def report(rows: list[dict]) -> str:
 
 
 def agreement(rows: list[dict]) -> str:
-    """Report alpha, for all people and for each two, and how often two people said the same."""
-    units = units_of(rows)
+    """Report alpha, for all people and for each two, and how often two people said the same.
+
+    A value is "tie", "bad", or the number of the best response, by checkpoint and then by text. So with two models it
+    says which of them was preferred. A skip is no value.
+    """
+    units: defaultdict[tuple, dict[str, object]] = defaultdict(dict)
+    for row in [row for row in rows if row.get("verdict") != "skip"]:
+        texts = row["responses"] if is_verdict(row) else row.get("ranked") or [row["chosen"], row["rejected"]]
+        numbered = sorted(zip(row["checkpoint"], texts))
+        best = numbered.index((row["checkpoint"][0], texts[0]))
+        units[row["prompt"], tuple(numbered)][row["annotator"]] = row["verdict"] if is_verdict(row) else best
     people = sorted({who for said in units.values() for who in said})
     lines = []
     for group in [people, *(itertools.combinations(people, 2) if len(people) > 2 else [])]:
@@ -56,25 +65,8 @@ def agreement(rows: list[dict]) -> str:
             lines.append(f"{name}: the same in {sum(pairs)} of {len(pairs)} pairs of answers, alpha {interval}")
     if not lines:
         return "agreement: no two people judged the same question (use --people 2)"
-    explained = "(Krippendorff's alpha of the best response, tie or all bad; 95% by a bootstrap over prompts)"
-    return "\n".join([*lines, explained])
-
-
-def units_of(rows: list[dict]) -> Units:
-    """Return what each person said of each question: "tie", "bad", or which response is the best. A skip is no value.
-
-    A question is its prompt and its responses. Responses are numbered by checkpoint, then by text. So with two models a
-    value says which of them was preferred.
-    """
-    units: defaultdict[tuple, dict[str, object]] = defaultdict(dict)
-    for row in rows:
-        if row.get("verdict") == "skip":
-            continue
-        texts = row["responses"] if is_verdict(row) else row.get("ranked") or [row["chosen"], row["rejected"]]
-        numbered = sorted(zip(row["checkpoint"], texts))
-        best = numbered.index((row["checkpoint"][0], texts[0]))
-        units[row["prompt"], tuple(numbered)][row["annotator"]] = row["verdict"] if is_verdict(row) else best
-    return units
+    lines.append("(Krippendorff's alpha of the best response, tie or all bad; 95% by a bootstrap over prompts)")
+    return "\n".join(lines)
 
 
 def alpha(units: Units) -> tuple[float, float, float]:

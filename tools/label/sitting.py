@@ -49,10 +49,9 @@ class Sitting:
         self.waiting: list[Question] = []  # questions that fewer than `people` have answered
         self.open: dict[str, tuple[Question, float]] = {}  # annotator → their open question, and its start time
         self.changed = threading.Condition()
-        self.making, self.stopping, self.error = True, False, ""
-        self.began = time.monotonic()
-        remaining = [prompt for prompt in prompts if len(self.answered_by[prompt]) < people]
-        self.maker = threading.Thread(target=self._make_ahead, args=(remaining, make), daemon=True)
+        self.making, self.error, self.began = True, "", time.monotonic()
+        unanswered = [prompt for prompt in prompts if len(self.answered_by[prompt]) < people]
+        self.maker = threading.Thread(target=self._make_ahead, args=(unanswered, make), daemon=True)
         self.maker.start()
 
     def _make_ahead(self, prompts: list[str], make: Callable[[str], Question | None]) -> None:
@@ -64,9 +63,9 @@ class Sitting:
                     self.waiting += [question] if question else []
                     self.changed.notify_all()
                     self.changed.wait_for(
-                        lambda: self.stopping or [*map(self._takers, self.waiting)].count(set()) < AHEAD
+                        lambda: not self.making or [*map(self._takers, self.waiting)].count(set()) < AHEAD
                     )
-                if self.stopping:
+                if not self.making:
                     return
         except Exception as error:
             self.error = f"sampling failed: {error!r}"
@@ -78,7 +77,7 @@ class Sitting:
     def stop(self) -> None:
         """Stop sampling after the current prompt, because a process must not end during a forward pass."""
         with self.changed:
-            self.stopping = True
+            self.making = False
             self.changed.notify_all()
         self.maker.join()
 
@@ -86,33 +85,31 @@ class Sitting:
         """Return the annotators who have answered a question or have it open."""
         return self.answered_by[question.prompt] | {who for who, (shown, _) in self.open.items() if shown is question}
 
-    def _available(self, annotator: str) -> Iterator[Question]:
-        """Yield the questions that the annotator may be given."""
-        for question in self.waiting:
-            takers = self._takers(question)
-            if len(takers) < self.people and annotator not in takers:
-                yield question
+    def _available(self, annotator: str) -> list[Question]:
+        """Return the questions that the annotator may be given."""
+        takers = [(question, self._takers(question)) for question in self.waiting]
+        return [question for question, who in takers if len(who) < self.people and annotator not in who]
 
-    def _take_over(self, annotator: str) -> Question | None:
+    def _take_over(self, annotator: str) -> list[Question]:
         """Close a question that another annotator left open long ago, and return it."""
         for who, (question, since) in self.open.items():
             if since < time.monotonic() - ABANDONED and annotator not in self.answered_by[question.prompt]:
-                return self.open.pop(who)[0]
-        return None
+                return [self.open.pop(who)[0]]
+        return []
 
     def next(self, annotator: str) -> Question | None:
         """Return the annotator's open question, else a new one, else None. Raises OSError if sampling failed."""
         with self.changed:
-            self.changed.wait_for(lambda: annotator in self.open or any(self._available(annotator)) or not self.making)
-            if annotator not in self.open:  # another request of the annotator may have opened one
-                question = next(self._available(annotator), None) or self._take_over(annotator)
-                if question is None and self.error:
-                    raise OSError(self.error)
-                if question is None:
-                    return None
-                self.open[annotator] = question, time.monotonic()
+            self.changed.wait_for(lambda: annotator in self.open or self._available(annotator) or not self.making)
+            if annotator in self.open:
+                return self.open[annotator][0]
+            found = self._available(annotator) or self._take_over(annotator)
+            if not found and self.error:
+                raise OSError(self.error)
+            if found:
+                self.open[annotator] = found[0], time.monotonic()
                 self.changed.notify_all()
-            return self.open[annotator][0]
+            return found[0] if found else None
 
     def order(self, question: Question, annotator: str) -> list[int]:
         """Return the random order of the answers on the page. It depends on their texts, so it is always the same."""
@@ -131,18 +128,26 @@ class Sitting:
     def answer(self, annotator: str, number: int, verdict: str | list[int], comment: str = "", sure: int = 0) -> None:
         """Append a verdict on the open question: "tie", "bad", "skip", or the positions on the page, best first.
 
-        `sure` is from 1 to 3, or 0 if the annotator does not say. Raises ValueError if one of these is wrong, or if
-        question `number` is not open to the annotator. Raises OSError if the write fails; the file stays unchanged.
+        `sure` is from 1 to 3, or 0 if unsaid. Raises ValueError if an argument is wrong or question `number` is not
+        open to the annotator, and OSError if the write fails; the file then stays unchanged.
         """
         with self.changed:
-            question, since = self.open.get(annotator, (None, 0.0))
+            question, since = self.open.get(annotator, (None, self.began))
             if question is None:  # the server has started again since the page got the question
-                question, since = next((q for q in self._available(annotator) if q.number == number), None), self.began
+                question = next((each for each in self._available(annotator) if each.number == number), None)
             if question is None or question.number != number:
                 raise ValueError("this question is no longer open; your earlier answers show what is saved")
             row = self._row(question, annotator, verdict, comment, sure)
             row |= {"time": now(), "seconds": round(time.monotonic() - since, 2), "seed": self.seed}
-            append(self.out, row)
+            with open(self.out, "ab", buffering=0) as file:
+                size, line = file.tell(), (json.dumps(row) + "\n").encode()
+                try:
+                    if file.write(line) < len(line):
+                        raise OSError("the disk is full")
+                    os.fsync(file.fileno())
+                except OSError:
+                    file.truncate(size)
+                    raise
             self.rows.append(row)
             self.answered_by[question.prompt].add(annotator)
             self.open.pop(annotator, None)
@@ -161,18 +166,11 @@ class Sitting:
             row |= {"checkpoint": [question.checkpoints[i] for i in best_first], "position": verdict[0]}
         else:
             raise ValueError("a verdict is tie, bad, skip, or every place once, best first")
-        if (
-            not isinstance(comment, str)
-            or len(comment) > LONGEST_COMMENT
-            or sure not in range(4)
-            or type(sure) is not int
-        ):
-            raise ValueError(
-                f"a comment has at most {LONGEST_COMMENT:,} characters, and how sure one is goes from 1 to 3"
-            )
+        if not isinstance(comment, str) or len(comment) > LONGEST_COMMENT or repr(sure) not in ("0", "1", "2", "3"):
+            raise ValueError(f"a comment has at most {LONGEST_COMMENT:,} characters; how sure one is goes from 1 to 3")
         f"{annotator}{comment}".encode()  # raises ValueError for half a character, which no reader of the file takes
-        added = {"comment": comment, "sure": sure}
-        return row | {name: value for name, value in added.items() if value} | {"annotator": annotator}
+        about = {"comment": comment, "sure": sure, "annotator": annotator}
+        return row | {name: value for name, value in about.items() if value}
 
     def earlier(self, annotator: str) -> list[dict]:
         """Return the annotator's rows of the file, the oldest first."""
@@ -187,10 +185,7 @@ class Sitting:
         return rows[index]
 
     def revise(self, annotator: str, index: int, verdict: str | list[int], comment: str = "", sure: int = 0) -> None:
-        """Replace the annotator's row `index` of those that `earlier` gives. The arguments are those of `answer`.
-
-        Raises ValueError if one is wrong, InputError if the file cannot be written; it then stays as it was.
-        """
+        """Replace the annotator's row `index` of those that `earlier` gives. Arguments and errors as in `answer`."""
         with self.changed:
             old = self.earlier_row(annotator, index)
             new = self._row(question_of(old), annotator, verdict, comment, sure)
@@ -222,32 +217,16 @@ def now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
-def append(path: Path, row: dict) -> None:
-    """Append a row and wait until it is on the disk. Raises OSError if that fails; the file is then as it was."""
-    with open(path, "ab", buffering=0) as file:
-        size, line = file.tell(), (json.dumps(row) + "\n").encode()
-        try:
-            if file.write(line) < len(line):
-                raise OSError("the disk is full")
-            os.fsync(file.fileno())
-        except OSError:
-            file.truncate(size)
-            raise
-
-
 @contextmanager
 def alone(path: Path) -> Iterator[None]:
     """Hold the lock of `path`. Raises InputError if another process holds it, or if the file cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            open(path, "ab").close()
         lock = open(f"{path}.lock", "w")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"--out {path}: another labelling session writes to it; stop that one first") from None
     except OSError as error:
         raise cannot_write(path, error) from None
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError(f"--out {path}: another labelling session writes to it; stop that one first") from None
         yield
