@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 import data
+from common import compare as label
 from data import InputError, Row, tales
 from tests.conftest import write
-from tools import label
 
 ALPHABETS = [
     "plain text",

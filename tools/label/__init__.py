@@ -159,8 +159,9 @@ def ask_in_terminal(sitting: Sitting, annotator: str, instructions: str = "") ->
             if typed == "h":
                 print(guide)
             elif back := re.fullmatch(r"u\s*(\d*)", typed):
-                sitting.earlier_row(annotator, int(back[1] or shown["done"]) - 1)  # raises ValueError if there is none
-                index = int(back[1] or shown["done"]) - 1
+                wanted = int(back[1] or shown["done"]) - 1
+                sitting.earlier_row(annotator, wanted)  # raises ValueError if there is none
+                index = wanted
             elif index is None:
                 sitting.answer(annotator, question.number, *given)
             else:
