@@ -489,7 +489,7 @@ def test_samples_depend_on_seed_and_prompt_alone_and_two_models_answer_in_turn(f
 @pytest.mark.parametrize("options, named", [
     (["--samples", 1], "--samples 1"), (["--prompts", ""], "--prompts"), (["--init", "nowhere"], "--init nowhere"),
     (["--response_len", 48], "longer than 48 tokens"), (["--out", "nothing.jsonl", "--report"], "nothing.jsonl"),
-    (["--init", "sft,sft"], "name each model once"), (["--host", "no.invalid"], "no.invalid, port 8000"),
+    (["--init", "sft,sft"], "name each model once"), (["--host", "no.invalid"], "no.invalid, --port 8000"),
     (["--instructions", "nothing.txt"], "--instructions nothing.txt"),
 ])  # fmt: skip
 def test_bad_options_are_named(folders, options, named):

@@ -247,7 +247,7 @@ def test_a_watched_page_needs_the_token_and_tells_what_has_changed(tmp_path):
         assert json.loads(get(f"{there}runs?{version}")[1])["runs"][0]["steps"] == 3
         (tmp_path / "config.json").write_text("{")
         assert get(there)[0] == 503 and "config.json: cannot be read" in get(there)[1]
-        with pytest.raises(InputError, match=f"port {server.server_port}: .*port 0 for any free one"):
+        with pytest.raises(InputError, match=f"--port {server.server_port}: .*--port 0 for any free one"):
             page.Server([str(tmp_path)], server.server_port)
         server.shutdown()
 

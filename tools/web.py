@@ -54,7 +54,7 @@ class Server(ThreadingHTTPServer):
         try:
             super().__init__((host, port), handler)
         except (OSError, OverflowError, UnicodeError) as error:
-            raise InputError(f"{host}, port {port}: {error}; give another, or port 0 for any free one") from None
+            raise InputError(f"{host}, --port {port}: {error}; give another, or --port 0 for any free one") from None
 
     def handle_error(self, *_: object) -> None:
         if not isinstance(error := sys.exception(), OSError):  # an OSError: the client has left early
