@@ -15,10 +15,10 @@ import common
 import ppo
 import reward
 import sft
+from common import compare as label
 from data import InputError
 from tests.conftest import ROOT, TORCHRUN, run, write
 from tests.fuzz import sweep
-from tools import label
 
 
 def options(folders, script, **more):

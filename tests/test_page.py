@@ -9,13 +9,14 @@ import threading
 
 import pytest
 
+from data import InputError
 from tests.conftest import CHROMIUM, ROOT, needs_chromium
 from tools import label
 
 playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright drives the browser")
 pytestmark = [pytest.mark.slow, needs_chromium]
 NASTY = "</script><script>document.title = 'owned'</script><img src=x onerror=\"document.title='owned'\">"
-NASTY += "' onmouseover='document.title=1' \u2028\u2029 <!-- ]]> ${document.title=1} {{1}} NONCE INSTRUCTIONS"
+NASTY += "' onmouseover='document.title=1' \u2028\u2029 <!-- ]]> ${document.title=1} {{1}} POLICY INSTRUCTIONS"
 SENTENCE = "The committee agreed on three points after a long debate about the budget of the coming year. "
 WORDS_800 = "\n\n".join([SENTENCE * 10] * 5)
 SIZES = [(1440, 900), (768, 1024), (390, 844)]
@@ -36,8 +37,8 @@ def serve(tmp_path):
     def start(make=make, prompts=tuple(f"<b>question</b> {i}" for i in range(20)), port=0, **more):
         sitting = label.Sitting(list(prompts), make, tmp_path / "answers.jsonl", 1, 0)
         servers.append(label.Server(sitting, "127.0.0.1", port, **more))
-        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
-        sitting.server, sitting.address = servers[-1], servers[-1].addresses[0]
+        threading.Thread(target=servers[-1].serve_forever, args=[0.01], daemon=True).start()
+        sitting.server, sitting.address = servers[-1], servers[-1].address
         return sitting
 
     yield start
@@ -487,16 +488,8 @@ def test_a_server_that_is_killed_and_started_again_loses_nothing(folders, page):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     out = folders["tmp"] / "a.jsonl"
-    command = [
-        sys.executable,
-        "-m",
-        "tools.label",
-        "--init",
-        folders["sft"],
-        "--prompts",
-        folders["tmp"] / "prompts.jsonl",
-    ]
-    command += ["--response_len", "8", "--out", out, "--port", str(port)]
+    command = [sys.executable, "-m", "tools.label", "--init", folders["sft"], "--out", out, "--port", port]
+    command += ["--prompts", folders["tmp"] / "prompts.jsonl", "--response_len", 8]
 
     def start():
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -537,15 +530,16 @@ def test_a_server_that_is_killed_and_started_again_loses_nothing(folders, page):
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "0.0.0.0", "::1"])
-def test_a_browser_opens_every_printed_address(tmp_path, page, host):
+def test_a_browser_opens_the_printed_address_with_and_without_its_last_slash(tmp_path, page, host):
     sitting = label.Sitting(["question"], make, tmp_path / "answers.jsonl", 1, 0)
     try:
         server = label.Server(sitting, host, 0)
-    except OSError:
+    except InputError:
         pytest.skip("this machine has no such address")
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    for address in server.addresses:
-        begin(page, address)
-        assert page.locator("#prompt").text_content() == "question"
+    threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
+    begin(page, server.address)
+    page.goto(server.address.removesuffix("/"))
+    wait(page, "0 done")
+    assert page.locator("#prompt").text_content() == "question"
     server.shutdown()
     server.server_close()

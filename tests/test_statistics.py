@@ -11,9 +11,9 @@ import common
 import data
 import ppo
 import reward
+from common import compare as label
 from model import sample
 from tests.conftest import make_gpt, write
-from tools import label
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])

@@ -4,26 +4,174 @@
     python -m tools.label … --init out/sft,out/ppo        two models answer; the page does not name them
     python -m tools.label … --samples 4                   rank four responses instead of choosing between two
     python -m tools.label … --terminal                    ask the same questions in the terminal
-    python -m tools.label … --judge FILE.py:function      a simulated person decides every pair
     python -m tools.label --out mine.jsonl --report       summarise a file: counts, position bias, agreement
-    python -m tools.label --out mine.jsonl --anonymous P.jsonl                 copy it with P1, P2 … in place of names
 
-A row is {"prompt", "chosen", "rejected"}, or {"prompt", "ranked"} (best first) for more than two responses. It also has
-the time, annotator, checkpoint, seed, seconds taken and the position of the preferred response on the page. A tie, "all
-are bad" or a skip is a row with "verdict", which is no preference; readers ignore it. "comment" and "sure" (1 to 3) are
-what people add to a choice. A choice that was changed has the time "revised". Each answer is on disk before the next
-question appears, so no answer is lost; the same command continues. A model's responses to a prompt depend only on the
-seed and the prompt.
+Each answer is on disk before the next question appears, so no answer is lost; the same command continues. A model's
+responses to a prompt depend only on the seed and the prompt. data/README.md lists the columns of a row.
 
 Only this machine can open the page unless --host says otherwise. Its address contains a random token, which is kept
 beside the answers.
 """
 
-from common.compare import sample_responses, simulate
-from data.label import Answer, preference, read_answers
-from tools.label.agreement import agreement, alpha
-from tools.label.command import Config, label, serve
-from tools.label.report import anonymous, report
-from tools.label.server import Handler, Server
+import itertools
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from common import dist, nets
+from common.compare import sample_responses
+from data.chat import escaped, prompt_text
+from data.files import InputError, is_verdict
+from data.label import Answer, read_answers
+from data.rng import seed_of
+from data.rows import keep_short, prompt_texts
+from data.tokenizer import encode_prompt
+from tools.label.report import agreement, alpha, report
+from tools.label.server import EVERYWHERE, Server
 from tools.label.sitting import Question, Sitting, alone, question_of
-from tools.label.terminal import ask_in_terminal, visible
+
+HELP = """t tie, b all are bad, s skip, u change the last answer, u 3 change your third answer, q quit.
+Behind a choice: ! if you are very sure, ? if you are not, # and a comment. For example: 1 ! # the other is rude"""
+WORDS = {"t": "tie", "b": "bad", "s": "skip"}
+SURE = {"": 0, "?": 1, "!": 3}
+
+
+@dataclass
+class Config:
+    # questions
+    init: str = "out/sft"  # run folder of the model that answers; several, separated by commas, take turns
+    prompts: str = ""  # JSONL "prompt"
+    out: str = "comparisons.jsonl"  # answers are appended to this file
+    samples: int = 2  # responses to a prompt: people compare 2 and rank more
+    response_len: int = 64  # longest response, in tokens
+    temperature: float = 1.0  # of the samples
+    n_prompts: int = 0  # use this many prompts from the start of the file; 0: all
+    people: int = 1  # how many people answer each question
+    seed: int = 0  # of the samples and of the order on the page
+    device: str = "auto"  # auto, cpu, cuda or mps
+    # page
+    host: str = "127.0.0.1"  # address to serve on; 0.0.0.0: every network of this machine
+    port: int = 8000  # 0: any free port
+    instructions: str = ""  # text file that is shown to the annotators
+    # without a page
+    terminal: bool = False  # ask in the terminal instead of on a page
+    annotator: str = os.environ.get("USER", "me")  # name for --terminal
+    report: bool = False  # print a summary of --out
+
+
+def prepare(cfg: Config) -> tuple[list[str], Callable[[str], Question | None]]:
+    """Return the different prompts and a function prompt → question. Its questions depend only on seed and prompt."""
+    if not cfg.prompts:
+        raise InputError("--prompts: name a JSONL file with prompts")
+    names = cfg.init.split(",")
+    if len(set(names)) < len(names) or cfg.samples < max(2, len(names)):
+        raise InputError(f"--init {cfg.init} --samples {cfg.samples}: name each model once, and sample two or more")
+    models = [(name, *nets.load_gpt(name, dist.pick_device(cfg.device), "--init")) for name in names]
+    prompts = prompt_texts(cfg.prompts)
+    for prompt in prompts:
+        if isinstance(prompt, list) and (tokens := escaped(models[0][2], prompt)[1].values()):
+            raise InputError(f"--prompts: a message spells {min(tokens)}, a special token; leave it out")
+    prompts = list(dict.fromkeys(prompt_text(models[0][2], prompt) for prompt in prompts))[: cfg.n_prompts or None]
+    for _, model, encoding in models:
+        lengths = [len(encode_prompt(encoding, prompt)) + cfg.response_len for prompt in prompts]
+        what = f"prompts of {cfg.prompts} (with --response_len {cfg.response_len})"
+        prompts = keep_short(prompts, lengths, model.config.block_size, what)
+
+    def make(prompt: str) -> Question | None:
+        answers: dict[str, tuple[Answer, str]] = {}  # text → answer, checkpoint
+        for attempt, (j, (name, model, encoding)) in itertools.product(range(5), enumerate(models)):
+            n = len(range(j, cfg.samples, len(models))) - [made for _, made in answers.values()].count(name)
+            if n:  # at a later attempt: because some answers were the same
+                shape = cfg.response_len, cfg.temperature, seed_of("question", cfg.seed, attempt, j, prompt)
+                for answer in sample_responses(model, encoding, [prompt], n, *shape)[0]:
+                    answers.setdefault(answer.text, (answer, name))
+        return Question(prompt, *map(list, zip(*answers.values()))) if len(answers) == cfg.samples else None
+
+    return prompts, make
+
+
+def label(cfg: Config) -> None:
+    """Report on --out, or ask people until no question is left or Ctrl-C stops it."""
+    path = Path(cfg.out)
+    if cfg.report:
+        if not path.exists():
+            raise InputError(f"--out {path}: no such file; name a file with answers")
+        return print(report(read_answers(path)))
+    try:
+        instructions = Path(cfg.instructions).read_text(encoding="utf-8-sig").strip() if cfg.instructions else ""
+    except (OSError, ValueError) as error:
+        raise InputError(f"--instructions {cfg.instructions}: {error}; name a text file in UTF-8") from None
+    with alone(path):
+        kind = "chosen" if cfg.samples == 2 else "ranked"
+        if any(not is_verdict(row) and kind not in row for row in read_answers(path, repair=True)):
+            raise InputError(f"--samples {cfg.samples}: {path} compares another number of responses; use another file")
+        sitting = Sitting(*prepare(cfg), path, cfg.people, cfg.seed)
+        try:
+            if cfg.terminal:
+                ask_in_terminal(sitting, cfg.annotator, instructions)
+            else:
+                serve(sitting, cfg, instructions)
+        except (EOFError, KeyboardInterrupt):
+            print(f"\n{path} holds {len(sitting.rows):,} answers; the same command continues")
+        finally:
+            sitting.stop()
+    if sitting.alike:
+        print(f"{sitting.alike:,} prompts were omitted, because the model does not give enough different responses")
+
+
+def serve(sitting: Sitting, cfg: Config, instructions: str) -> None:
+    with Server(sitting, cfg.host, cfg.port, instructions) as server:
+        elsewhere = "; on other machines, with the name of this one for localhost" if cfg.host in EVERYWHERE else ""
+        print(f"Open {server.address}{elsewhere}\nAnswers go to {cfg.out}. Ctrl-C stops.", flush=True)
+        server.serve_forever()
+
+
+def ask_in_terminal(sitting: Sitting, annotator: str, instructions: str = "") -> None:
+    """Read answers with input(): the positions, best first, or a word of HELP."""
+    guide = visible(f"{instructions}\n\n{HELP}".strip())
+    print(guide)
+    index = None  # of the earlier answer that is being changed
+    while (question := sitting.next(annotator)) or index is not None:
+        shown = sitting.progress(annotator)
+        pace = f", about {shown['seconds_left'] / 60:.0f} min left" if shown["seconds_left"] else ""
+        title = f"{shown['done']} done, {shown['left']} to go{pace}"
+        if index is not None:
+            row = sitting.earlier_row(annotator, index)
+            question, said = question_of(row), sitting.said(row)
+            words = said if isinstance(said, str) else " > ".join(str(place + 1) for place in said)
+            title = f"your answer {index + 1} was: {words}"
+        print(f"\n{'─' * 72}\n{title}\n\n{visible(question.prompt)}")
+        for place, i in enumerate(sitting.order(question, annotator), 1):
+            print(f"\n[{place}] {visible(question.answers[i].text)}{'' if question.answers[i].ended else ' …'}")
+        choice = "1 or 2" if len(question.answers) == 2 else "the order, best first (for example 312)"
+        typed, _, comment = input(f"\nBetter: {choice}; t, b, s, u, q, or h for help > ").partition("#")
+        typed = typed.strip().lower()
+        word = typed.rstrip("?!").strip()
+        verdict = WORDS.get(word) or [int(digit) - 1 for digit in re.findall(r"\d", word)]
+        if len(question.answers) == 2 and verdict in ([0], [1]):
+            verdict.append(1 - verdict[0])
+        given = verdict, comment.strip(), SURE.get(typed[len(word) :].strip(), 0)
+        try:
+            if typed == "q":
+                return
+            if typed == "h":
+                print(guide)
+            elif back := re.fullmatch(r"u\s*(\d*)", typed):
+                wanted = int(back[1] or shown["done"]) - 1
+                sitting.earlier_row(annotator, wanted)  # raises ValueError if there is none
+                index = wanted
+            elif index is None:
+                sitting.answer(annotator, question.number, *given)
+            else:
+                sitting.revise(annotator, index, *given)
+                index = None
+        except ValueError as error:
+            print(error)
+    print("\nThat was the last one. Thank you.")
+
+
+def visible(text: str) -> str:
+    """Replace the control characters that could move a terminal's cursor."""
+    return re.sub(r"[^\n\t\x20-\x7e\xa0-\ud7ff\ue000-\U0010ffff]", "�", text)

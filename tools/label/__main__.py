@@ -1,10 +1,10 @@
-"""`python -m tools.label`: see __init__.py for the commands, command.py for the options."""
+"""`python -m tools.label`: see __init__.py."""
 
 import sys
 
-import common
-from tools.label.command import Config, label
+from common import cli
+from tools.label import Config, label
 
 if __name__ == "__main__":
     sys.argv[0] = "tools.label"
-    common.run_main(lambda: label(common.parse(Config)))
+    cli.run_main(lambda: label(cli.parse(Config)))

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.files import VERDICTS, InputError, is_verdict, write_jsonl
+from data.files import VERDICTS, InputError, cannot_write, is_verdict, write_jsonl
 from data.label import Answer, columns, preference, read_answers
 from data.rng import seed_of
 
@@ -29,9 +29,7 @@ class Question:
     def __post_init__(self) -> None:
         self.answers = [Answer(*answer) for answer in self.answers]
         texts = sorted(answer.text for answer in self.answers)
-        self.number = (
-            seed_of(self.prompt, *texts) % 2**53
-        )  # names it, after a restart too; JavaScript is exact to 2**53
+        self.number = seed_of(self.prompt, *texts) % 2**53  # the same after a restart; JavaScript is exact to 2**53
 
 
 class Sitting:
@@ -42,19 +40,18 @@ class Sitting:
     """
 
     def __init__(self, prompts: list[str], make: Callable[[str], Question | None], out: Path, people: int, seed: int):
-        self.out, self.people, self.seed = out, people, seed
+        self.prompts, self.out, self.people, self.seed = prompts, out, people, seed
         self.rows = read_answers(out, repair=True)
         self.answered_by: dict[str, set[str]] = {prompt: set() for prompt in prompts}  # prompt → who has answered it
         for row in self.rows:
             self.answered_by.setdefault(row["prompt"], set()).add(row["annotator"])
-        self.prompts, self.alike = prompts, 0  # alike: the number of prompts without a question
+        self.alike = 0  # prompts without a question, because the model's answers are the same
         self.waiting: list[Question] = []  # questions that fewer than `people` have answered
         self.open: dict[str, tuple[Question, float]] = {}  # annotator → their open question, and its start time
         self.changed = threading.Condition()
-        self.making, self.stopping, self.error = True, False, ""
-        self.began = time.monotonic()
-        remaining = [prompt for prompt in prompts if len(self.answered_by[prompt]) < people]
-        self.maker = threading.Thread(target=self._make_ahead, args=(remaining, make), daemon=True)
+        self.making, self.error, self.began = True, "", time.monotonic()
+        unanswered = [prompt for prompt in prompts if len(self.answered_by[prompt]) < people]
+        self.maker = threading.Thread(target=self._make_ahead, args=(unanswered, make), daemon=True)
         self.maker.start()
 
     def _make_ahead(self, prompts: list[str], make: Callable[[str], Question | None]) -> None:
@@ -62,13 +59,13 @@ class Sitting:
             for prompt in prompts:
                 question = make(prompt)
                 with self.changed:
-                    if question is None:
-                        self.alike += 1
-                    else:
-                        self.waiting.append(question)
+                    self.alike += question is None
+                    self.waiting += [question] if question else []
                     self.changed.notify_all()
-                    self.changed.wait_for(self._wants_more)
-                if self.stopping:
+                    self.changed.wait_for(
+                        lambda: not self.making or [*map(self._takers, self.waiting)].count(set()) < AHEAD
+                    )
+                if not self.making:
                     return
         except Exception as error:
             self.error = f"sampling failed: {error!r}"
@@ -77,13 +74,10 @@ class Sitting:
                 self.making = False
                 self.changed.notify_all()
 
-    def _wants_more(self) -> bool:
-        return self.stopping or sum(not self._takers(question) for question in self.waiting) < AHEAD
-
     def stop(self) -> None:
         """Stop sampling after the current prompt, because a process must not end during a forward pass."""
         with self.changed:
-            self.stopping = True
+            self.making = False
             self.changed.notify_all()
         self.maker.join()
 
@@ -91,61 +85,63 @@ class Sitting:
         """Return the annotators who have answered a question or have it open."""
         return self.answered_by[question.prompt] | {who for who, (shown, _) in self.open.items() if shown is question}
 
-    def _free(self, annotator: str) -> Iterator[Question]:
-        """Yield the questions that the annotator may be given."""
-        for question in self.waiting:
-            takers = self._takers(question)
-            if len(takers) < self.people and annotator not in takers:
-                yield question
+    def _available(self, annotator: str) -> list[Question]:
+        """Return the questions that the annotator may be given."""
+        takers = [(question, self._takers(question)) for question in self.waiting]
+        return [question for question, who in takers if len(who) < self.people and annotator not in who]
+
+    def _take_over(self, annotator: str) -> list[Question]:
+        """Close a question that another annotator left open long ago, and return it."""
+        for who, (question, since) in self.open.items():
+            if since < time.monotonic() - ABANDONED and annotator not in self.answered_by[question.prompt]:
+                return [self.open.pop(who)[0]]
+        return []
 
     def next(self, annotator: str) -> Question | None:
         """Return the annotator's open question, else a new one, else None. Raises OSError if sampling failed."""
-
-        def pick() -> Question | None:
-            return next(self._free(annotator), None)
-
         with self.changed:
-            self.changed.wait_for(lambda: annotator in self.open or pick() or not self.making)
-            if annotator not in self.open:  # the annotator's other request may have opened one
-                if (question := pick()) is None:
-                    if self.error:
-                        raise OSError(self.error)
-                    limit = time.monotonic() - ABANDONED
-                    old = [
-                        who
-                        for who, (q, since) in self.open.items()
-                        if since < limit and annotator not in self.answered_by[q.prompt]
-                    ]
-                    if not old:
-                        return None
-                    question = self.open.pop(old[0])[0]
-                self.open[annotator] = question, time.monotonic()
+            self.changed.wait_for(lambda: annotator in self.open or self._available(annotator) or not self.making)
+            if annotator in self.open:
+                return self.open[annotator][0]
+            found = self._available(annotator) or self._take_over(annotator)
+            if not found and self.error:
+                raise OSError(self.error)
+            if found:
+                self.open[annotator] = found[0], time.monotonic()
                 self.changed.notify_all()
-            return self.open[annotator][0]
+            return found[0] if found else None
 
     def order(self, question: Question, annotator: str) -> list[int]:
         """Return the random order of the answers on the page. It depends on their texts, so it is always the same."""
         keys = [seed_of("place", self.seed, annotator, question.prompt, answer.text) for answer in question.answers]
         return sorted(range(len(keys)), key=keys.__getitem__)
 
+    def progress(self, annotator: str) -> dict:
+        """Return the number of answered and of remaining questions of this annotator, and the seconds remaining."""
+        with self.changed:
+            mine = self.earlier(annotator)
+            answered = [self.answered_by[prompt] for prompt in self.prompts]
+            left = sum(len(people) < self.people and annotator not in people for people in answered) - self.alike
+            pace = statistics.median(row["seconds"] for row in mine[-20:]) if mine else None
+            return {"done": len(mine), "left": left, "seconds_left": pace and pace * left}
+
     def answer(self, annotator: str, number: int, verdict: str | list[int], comment: str = "", sure: int = 0) -> None:
         """Append a verdict on the open question: "tie", "bad", "skip", or the positions on the page, best first.
 
-        `sure` is from 1 to 3, or 0 if the annotator does not say. Raises ValueError if one of these is wrong, or if
-        question `number` is not open to the annotator. Raises OSError if the write fails; the file stays unchanged.
+        `sure` is from 1 to 3, or 0 if unsaid. Raises ValueError if an argument is wrong or question `number` is not
+        open to the annotator, and OSError if the write fails; the file then stays unchanged.
         """
         with self.changed:
-            question, since = self.open.get(annotator, (None, 0.0))
+            question, since = self.open.get(annotator, (None, self.began))
             if question is None:  # the server has started again since the page got the question
-                question, since = next((q for q in self._free(annotator) if q.number == number), None), self.began
+                question = next((each for each in self._available(annotator) if each.number == number), None)
             if question is None or question.number != number:
                 raise ValueError("this question is no longer open; your earlier answers show what is saved")
             row = self._row(question, annotator, verdict, comment, sure)
             row |= {"time": now(), "seconds": round(time.monotonic() - since, 2), "seed": self.seed}
             with open(self.out, "ab", buffering=0) as file:
-                size = file.tell()
+                size, line = file.tell(), (json.dumps(row) + "\n").encode()
                 try:
-                    line = (json.dumps(row) + "\n").encode()
                     if file.write(line) < len(line):
                         raise OSError("the disk is full")
                     os.fsync(file.fileno())
@@ -170,33 +166,31 @@ class Sitting:
             row |= {"checkpoint": [question.checkpoints[i] for i in best_first], "position": verdict[0]}
         else:
             raise ValueError("a verdict is tie, bad, skip, or every place once, best first")
-        if not isinstance(comment, str) or len(comment) > LONGEST_COMMENT:
-            raise ValueError(f"a comment has at most {LONGEST_COMMENT:,} characters")
-        if type(sure) is not int or not 0 <= sure <= 3:
-            raise ValueError("how sure one is goes from 1 to 3")
+        if not isinstance(comment, str) or len(comment) > LONGEST_COMMENT or repr(sure) not in ("0", "1", "2", "3"):
+            raise ValueError(f"a comment has at most {LONGEST_COMMENT:,} characters; how sure one is goes from 1 to 3")
         f"{annotator}{comment}".encode()  # raises ValueError for half a character, which no reader of the file takes
-        row |= {"comment": comment} if comment else {}
-        row |= {"sure": sure} if sure else {}
-        return row | {"annotator": annotator}
+        about = {"comment": comment, "sure": sure, "annotator": annotator}
+        return row | {name: value for name, value in about.items() if value}
 
     def earlier(self, annotator: str) -> list[dict]:
         """Return the annotator's rows of the file, the oldest first."""
         with self.changed:
             return [row for row in self.rows if row["annotator"] == annotator]
 
-    def revise(self, annotator: str, index: int, verdict: str | list[int], comment: str = "", sure: int = 0) -> None:
-        """Replace the annotator's row `index` of those that `earlier` gives. The arguments are those of `answer`.
+    def earlier_row(self, annotator: str, index: int) -> dict:
+        """Return row `index` of those that `earlier` gives. Raises ValueError if there is none."""
+        rows = self.earlier(annotator)
+        if type(index) is not int or not 0 <= index < len(rows):
+            raise ValueError("there is no such earlier answer")
+        return rows[index]
 
-        Raises ValueError if one is wrong, InputError if the file cannot be written; it then stays as it was.
-        """
+    def revise(self, annotator: str, index: int, verdict: str | list[int], comment: str = "", sure: int = 0) -> None:
+        """Replace the annotator's row `index` of those that `earlier` gives. Arguments and errors as in `answer`."""
         with self.changed:
-            mine = [i for i, row in enumerate(self.rows) if row["annotator"] == annotator]
-            if type(index) is not int or not 0 <= index < len(mine):
-                raise ValueError("there is no such earlier answer")
-            old = self.rows[mine[index]]
-            row = self._row(question_of(old), annotator, verdict, comment, sure)
-            row |= {name: old[name] for name in ("time", "seconds", "seed") if name in old} | {"revised": now()}
-            rows = self.rows[: mine[index]] + [row] + self.rows[mine[index] + 1 :]
+            old = self.earlier_row(annotator, index)
+            new = self._row(question_of(old), annotator, verdict, comment, sure)
+            new |= {name: old[name] for name in ("time", "seconds", "seed") if name in old} | {"revised": now()}
+            rows = [new if row is old else row for row in self.rows]
             write_jsonl(self.out, rows)
             self.rows = rows
 
@@ -207,27 +201,15 @@ class Sitting:
         order = self.order(question_of(row), row["annotator"])  # the answers of a preference stand best first
         return [order.index(i) for i in range(len(order))]
 
-    def progress(self, annotator: str) -> dict:
-        """Return the number of answered and of remaining questions of this annotator, and the seconds remaining."""
-        with self.changed:
-            mine = [row for row in self.rows if row["annotator"] == annotator]
-            full = sum(
-                len(self.answered_by[p]) >= self.people or annotator in self.answered_by[p] for p in self.prompts
-            )
-            left = len(self.prompts) - self.alike - full
-            pace = statistics.median(row["seconds"] for row in mine[-20:]) if mine else None
-            return {"done": len(mine), "left": left, "seconds_left": pace and pace * left}
-
 
 def question_of(row: dict) -> Question:
     """Return the question that a row answers."""
-    if is_verdict(row) or "ranked" in row:
-        name = "responses" if is_verdict(row) else "ranked"
-        n = len(row[name])
-        answers = [*zip(row[name], row.get(f"{name}_ended", [True] * n), row.get(f"{name}_ids", [None] * n))]
-    else:
+    if "chosen" in row:
         names = ("chosen", "rejected")
         answers = [(row[name], row.get(f"{name}_ended", True), row.get(f"{name}_ids")) for name in names]
+    else:
+        name, n = "responses" if is_verdict(row) else "ranked", len(row["checkpoint"])
+        answers = [*zip(row[name], row.get(f"{name}_ended", [True] * n), row.get(f"{name}_ids", [None] * n))]
     return Question(row["prompt"], answers, row["checkpoint"])
 
 
@@ -237,17 +219,14 @@ def now() -> str:
 
 @contextmanager
 def alone(path: Path) -> Iterator[None]:
-    """Hold the lock of `path`. Raises InputError if another labelling process holds it, or nothing can be written."""
+    """Hold the lock of `path`. Raises InputError if another process holds it, or if the file cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists() and not (path.is_file() and os.access(path, os.W_OK)):
-            raise PermissionError(13, "not a file that can be written")
         lock = open(f"{path}.lock", "w")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"--out {path}: another labelling session writes to it; stop that one first") from None
     except OSError as error:
-        raise InputError(f"--out {path}: cannot be written ({error.strerror}); name another file") from None
+        raise cannot_write(path, error) from None
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError(f"--out {path}: another labelling session writes to it; stop that one first") from None
         yield

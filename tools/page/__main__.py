@@ -2,9 +2,9 @@
 
 import sys
 
-import common
+from common import cli
 from tools.page import main
 
 if __name__ == "__main__":
     sys.argv[0] = "tools.page"
-    common.run_main(main)
+    cli.run_main(main)

@@ -14,7 +14,7 @@ function ticks(low, high, n) { // round numbers between the two, each with its t
   return found;
 }
 
-function smooth(points) { // the running mean that curves.png draws
+function smooth(points) { // the running mean over a thirtieth of the points to either side
   const reach = Math.floor(points.length / 30);
   return points.map(([x], i) => [x, mean(points.slice(Math.max(0, i - reach), i + reach + 1).map(point => point[1]))]);
 }

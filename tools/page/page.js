@@ -202,7 +202,7 @@ function other_theme() {
 let version = "";
 async function follow() {
   try {
-    const reply = await fetch(`runs?${version}`);
+    const reply = await fetch(`${location.pathname.replace(/\/?$/, "/")}runs?${version}`);
     if (reply.status === 200) {
       ({ runs, version } = await reply.json());
       draw_all();
