@@ -54,7 +54,7 @@ def linear_float32(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
 def token_logprobs(
     hidden: Tensor, weight: Tensor, target: Tensor, temperature: float = 1.0, with_entropy: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """log p of each target (N,), if asked its distribution's entropy (N,) too, in nats: hidden (N, C), weight (V, C)."""
+    """log p of each target (N,), if asked its distribution's entropy (N,) too, in nats: hidden (N, C), W (V, C)."""
     logits = linear_float32(pack(hidden), pack(weight)) / temperature  # (N, V)
     logp = logits.log_softmax(-1)
     entropy = -(logp.exp() * logp).sum(-1) if with_entropy else None

@@ -12,13 +12,14 @@ from common import dist, judges, nets
 from common.judges import Judge
 from data.label import Answer, preference
 from data.rng import generator, seed_of, shuffler
+from data.rows import Prompt
 from model import GPT
 
 
 def sample_responses(
     model: GPT,
     encoding: tiktoken.Encoding,
-    prompts: list[data.Prompt],
+    prompts: list[Prompt],
     samples: int,
     response_len: int,
     temperature: float,
@@ -40,7 +41,7 @@ def sample_responses(
 
 
 def simulate(
-    prompts: list[data.Prompt],
+    prompts: list[Prompt],
     answers: list[list[Answer]],
     judge: Judge,
     temperature: float,

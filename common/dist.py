@@ -2,8 +2,8 @@
 
 --shard divides parameters, gradients and optimizer states over the processes, by torch's FSDP2: each block, and the
 rest of a net as one more group, keeps one part of every parameter in each process. A forward or backward gathers the
-blocks one by one; `gathered` gathers a net at once, for a rollout or a file. Without --shard every function here gives back
-what it got, so files do not tell how a run was divided.
+blocks one by one; `gathered` gathers a net at once, for a rollout or a file. Without --shard every function here gives
+back what it got, so files do not tell how a run was divided.
 """
 
 import importlib
@@ -28,7 +28,7 @@ FORWARDS = (
     "logprobs_and_entropy",
     "scores",
     "values",
-)  # what a sharded net is called for
+)  # called on a sharded net
 
 
 def join(device: torch.device) -> None:

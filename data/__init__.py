@@ -18,7 +18,7 @@ from data.files import (
     write_jsonl,
 )  # fmt: skip
 from data.rows import (
-    Group, Prompt, Row, comparisons, completions, encode_row, hold_out, hold_out_prompts, keep_short, micro_batches, pad,
+    Group, Row, comparisons, completions, encode_row, hold_out, hold_out_prompts, keep_short, micro_batches, pad,
     prompt_texts, prompts, prompts_and_held_out, random_windows, shuffled, token_stream, windows,
 )  # fmt: skip
 from data.tokenizer import (

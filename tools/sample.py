@@ -1,11 +1,16 @@
-"""What `python model.py` does: answers to a prompt, from one model or two, or a conversation in turns."""
+"""Answers to a prompt, from one model or two, or a conversation in turns.
+
+python -m tools.sample out/ppo --compare out/sft --prompt "Tell me about a shy owl who lost a red key near the lake."
+python -m tools.sample out/ppo --chat
+"""
 
 from dataclasses import dataclass
 
 import tiktoken
 import torch
 
-import common
+from common import cli, nets
+from common.cli import Count, Number, Share, Whole
 from data import InputError, encode_prompt
 from data.chat import Messages
 from model import GPT
@@ -16,12 +21,12 @@ class Config:
     prompt: str = ""  # the text to continue
     chat: bool = False  # talk in turns, through the model's chat template; an empty line ends it
     compare: str = ""  # a second run folder, answering beside the first
-    samples: int = 4  # answers from each model
-    response_len: int = 128  # longest answer, in tokens
-    temperature: float = 1.0  # 0 is greedy
-    top_k: int = 0  # keep the k likeliest tokens; 0 keeps all
-    top_p: float = 1.0  # keep the fewest likeliest tokens with this mass; 1 keeps all
-    seed: int = 0  # of the sampler
+    samples: Count = 4  # answers from each model
+    response_len: Count = 128  # longest answer, in tokens
+    temperature: Number = 1.0  # 0 is greedy
+    top_k: Whole = 0  # keep the k likeliest tokens; 0 keeps all
+    top_p: Share = 1.0  # keep the fewest likeliest tokens with this mass; 1 keeps all
+    seed: Whole = 0  # of the sampler
     device: str = "auto"  # auto, cpu, cuda or mps
 
 
@@ -74,15 +79,19 @@ def talk(model: GPT, encoding: tiktoken.Encoding, name: str, cfg: Config) -> Non
 
 
 def main() -> None:
-    cfg, folder = common.parse(Config, positional="DIR")
-    device = common.pick_device(cfg.device)
+    cfg, folder = cli.parse(Config, positional="DIR")
+    device = cli.pick_device(cfg.device)
     if cfg.chat and (cfg.prompt or cfg.compare):
         raise InputError("--chat: takes neither --prompt nor --compare; leave them out")
     for name in filter(None, [folder, cfg.compare]):
-        model, encoding = common.load_gpt(name, device)
+        model, encoding = nets.load_gpt(name, device)
         if cfg.chat:
             return talk(model, encoding, name, cfg)
         generator = torch.Generator().manual_seed(cfg.seed)
         print(f"\n{name}")
         for text, ended in answers(model, encoding, name, cfg.prompt, cfg.samples, cfg, generator):
             print(f"  ·{text}{'' if ended else ' …'}")
+
+
+if __name__ == "__main__":
+    cli.run_main(main)

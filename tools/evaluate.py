@@ -1,0 +1,158 @@
+"""Measure what a run has made: a policy before → after, the best of n answers, or a reward model.
+
+    python -m tools.evaluate out/ppo                                the table that ppo.py ends with, with fresh answers
+    python -m tools.evaluate out/ppo --best_of 1,4,16               beside it, the best of so many answers of the start
+    python -m tools.evaluate out/reward --data COMPARISONS.jsonl    does a reward model agree with comparisons?
+
+A policy is measured with the options of its own run (config.json); those that are given here go first.
+"""
+
+import json
+import math
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import data
+import ppo
+import reward
+from common import cli, dist, judges, measure, nets
+from common.cli import Whole
+from data import InputError, tales
+from data.rng import generator
+from model import GPT, ScalarModel
+
+
+@dataclass
+class Config(ppo.Config):
+    # of this command
+    best_of: str = ""  # such as 1,4,16: show the best of so many answers of the reference too
+    n_prompts: Whole = 0  # of a reward model: use the first so many prompts of --data; 0: all
+
+
+# --- a policy ---------------------------------------------------------------------------------------------------------
+
+
+def of_its_run(given: Config, folder: str) -> Config:
+    """The options `given` on the command line, and for the others those of the run in `folder`."""
+    path = Path(folder) / "config.json"
+    about = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"options": {}, "stage": ""}
+    known = {field.name for field in fields(Config)} - {"out", "resume", "device"}
+    if about["stage"] != "ppo":
+        known = {"init", "seed"}
+    default = Config()
+    left = {name: x for name, x in about["options"].items() if getattr(given, name, 0) == getattr(default, name, None)}
+    return replace(given, **{name: x for name, x in left.items() if name in known})
+
+
+def evaluate_policy(cfg: Config, folder: str) -> None:
+    sizes = numbers(cfg.best_of)
+    device, autocast = cli.setup(cfg)
+    start, ref, value, score, encoding = ppo.build(cfg, device, autocast)
+    policy, policy_encoding = nets.load_gpt(folder, device)
+    nets.check_vocabulary(folder, policy_encoding, encoding, cfg.init)
+    cli.prepare(cfg, policy)
+    _, held_out = ppo.load_prompts(replace(cfg, batch_size=dist.WORLD), start, encoding)
+    judged_by = judges.load_functions(cfg.judge or ("" if cfg.data else tales.MEASURES))
+
+    def answer(purpose: str, model: GPT, prompts: list[list[int]], first: int) -> tuple[ppo.Batch, list[dict]]:
+        with autocast:
+            rng = generator(purpose, cfg.seed, first)
+            batch = ppo.rollout(dist.gathered(model, autocast), prompts, cfg, rng)
+            batch |= ppo.read(batch, model, ref, value, score, cfg)
+        return batch, measure.as_rows(batch, encoding, model.config.eos)
+
+    before = measure.held_out(partial(answer, "before", ref), held_out, judged_by)
+    after = measure.held_out(partial(answer, "after", policy), held_out, judged_by)
+    dist.print0(measure.report(measure.paired(before, after, judged_by)))
+    if sizes:
+        prompts = [prompt for prompt in held_out for _ in range(max(sizes))]
+        found = measure.held_out(partial(answer, "best of", ref), prompts, judged_by)
+        columns = {name: torch.tensor(found[name]).view(len(held_out), -1) for name in [*judged_by, "score"]}
+        dist.print0(best_of_table(columns, sizes))
+
+
+def numbers(option: str) -> list[int]:
+    """The numbers of --best_of. Raises InputError for what is not a list of numbers above 0."""
+    words = [word for word in option.split(",") if word]
+    if not all(word.isdecimal() and int(word) > 0 for word in words):
+        raise InputError(f"--best_of {option}: give numbers above 0, separated by commas")
+    return [int(word) for word in words]
+
+
+def best_of_table(columns: dict[str, Tensor], sizes: list[int]) -> str:
+    """What choosing by the score among n answers of the start gives, for each n of `sizes`. columns: (P, N) each.
+
+    Its KL to the start is at most log n − (n − 1) / n (Stiennon et al. 2020, appendix G.3; Beirami et al. 2024).
+    """
+    lines = [f"\n{'best of n by the score':<24}{'KL (nats)':>10}  " + "  ".join(f"{name:>24}" for name in columns)]
+    for n in sizes:
+        found = [expected_at_best(columns["score"], x, n).tolist() for x in columns.values()]
+        cells = [measure.cell(measure.mean_and_error(column)) for column in found]
+        kl = math.log(n) - (n - 1) / n
+        lines.append(f"{n:<24}{kl:>10.2f}  " + "  ".join(f"{text:>24}" for text in cells))
+    return "\n".join(lines)
+
+
+def expected_at_best(scores: Tensor, values: Tensor, n: int) -> Tensor:
+    """The expected value of the best-scored of n answers, from N ≥ n answers to each prompt: (P, N), (P, N) → (P,).
+
+    Unbiased: it is the mean over all n-subsets. The i-th answer from below (i = 1…N) is the best of a subset of n with
+    probability C(i − 1, n − 1) / C(N, n) (Nakano et al. 2021, arXiv 2112.09332).
+    """
+    N = scores.shape[1]
+    weight = torch.tensor([math.comb(i, n - 1) / math.comb(N, n) for i in range(N)], dtype=torch.float64)
+    ordered = values.gather(1, scores.argsort(dim=1, stable=True))
+    return ordered.double() @ weight
+
+
+# --- a reward model ---------------------------------------------------------------------------------------------------
+
+
+def evaluate_reward(cfg: Config, folder: str) -> None:
+    if not cfg.data:
+        raise InputError("--data: name the comparisons to measure the reward model on")
+    device, autocast = cli.setup(cfg)
+    model, encoding = nets.load_scalar(folder, device)
+    cli.prepare(cfg, model)
+    groups = data.comparisons(cfg.data, encoding, model.config.eos, dist.print0)[: cfg.n_prompts or None]
+    lengths = [max(len(row.tokens) for row in group.rows) for group in groups]
+    groups = data.keep_short(groups, lengths, nets.context(cfg, model), f"comparisons of {cfg.data}", dist.print0)
+    scores = reward.read_scores(model, groups, cfg.micro_batch_size or 4, device, autocast)
+    report = measure.agreement_report(*measure.agreement(groups, measure.margins(groups, scores)))
+    dist.print0(f"{folder} on {cfg.data}: {len(groups):,} prompts\n{report}\n\n{by_source_and_length(groups, scores)}")
+
+
+def by_source_and_length(groups: list[data.Group], scores: Tensor) -> str:
+    """Accuracy for each source that the rows name, and whether the model likes length more than people do."""
+    lines, parts = [], scores.split([len(group.rows) for group in groups])
+    sources = sorted({group.source for group in groups})
+    for source in sources if len(sources) > 1 else []:
+        chosen = [i for i, group in enumerate(groups) if group.source == source]
+        some = [groups[i] for i in chosen]
+        found, _ = measure.agreement(some, measure.margins(some, torch.cat([parts[i] for i in chosen])))
+        pairs = sum(len(group.pairs) for group in some)
+        accuracy = f"{found['eval/accuracy']:.3f} ± {found['eval/accuracy_se']:.3f}"
+        lines.append(f"{source or 'no source':<32} {pairs:>7,} pairs  {accuracy}")
+    length = torch.tensor([float(len(row.tokens) - row.prompt_len) for group in groups for row in group.rows])
+    longer, margin = measure.margins(groups, length), measure.margins(groups, scores)
+    differs = longer != 0
+    people, model = ((x[differs] > 0).double().mean() for x in (longer, margin * longer.sign()))
+    lines.append(f"the longer response wins {people:.1%} of the pairs by the labels, {model:.1%} by the scores")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    cfg, folder = cli.parse(Config, positional="DIR")
+    model, _ = nets.load(folder)
+    if isinstance(model, ScalarModel):
+        evaluate_reward(cfg, folder)
+    else:
+        evaluate_policy(of_its_run(cfg, folder), folder)
+
+
+if __name__ == "__main__":
+    cli.run_main(main)
