@@ -150,10 +150,11 @@ def token_logprobs(
     wanted = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     if not with_entropy:
         return ChosenLogprobs.apply(hidden, weight, target, temperature, KEPT if wanted else 0), None
-    found = []
-    for h, y in zip(*(x.split(len(target) if wanted else chunk_rows(weight)) for x in (hidden, target))):
-        logp = (linear_float32(h, weight) / temperature).log_softmax(-1)
-        found.append((logp.gather(1, y[:, None])[:, 0], -(logp.exp() * logp).sum(-1)))
+    if wanted:
+        logp = (linear_float32(hidden, weight) / temperature).log_softmax(-1)
+        return logp.gather(1, target[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
+    rows = chunk_rows(weight)
+    found = [chunk_entropy(h, weight, y, temperature) for h, y in zip(hidden.split(rows), target.split(rows))]
     logp, entropy = map(torch.cat, zip(*found))
     return logp, entropy
 
@@ -243,13 +244,28 @@ def add_gradients(exp, total, g, h, weight, target, d_h, d_weight) -> None:
 
 def chunk_softmax(hidden: Tensor, weight: Tensor, target: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
     """The chosen log-probabilities (n,), and the softmax as exp(logits − max) (n, V) and its sums (n, 1)."""
+    logits = shifted_logits(hidden, weight, temperature)
+    chosen = logits.gather(1, target[:, None])
+    total = logits.exp_().sum(-1, keepdim=True)
+    return (chosen - total.log())[:, 0], logits, total
+
+
+def chunk_entropy(hidden: Tensor, weight: Tensor, target: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """The chosen log-probabilities (n,), rounded as `chunk_softmax` rounds them, and the entropies (n,)."""
+    logits = shifted_logits(hidden, weight, temperature)
+    exp = logits.exp()
+    total = exp.sum(-1)
+    logp = logits.gather(1, target[:, None])[:, 0] - total.log()
+    return logp, total.log() - exp.mul_(logits).sum(-1) / total
+
+
+def shifted_logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
+    """hidden @ weight.T / temperature, less each row's largest: (n, V)."""
     logits = linear_float32(hidden, weight)
     if temperature != 1:
         logits /= temperature
     logits -= logits.amax(-1, keepdim=True)  # in place, like exp_: new memory costs more than arithmetic
-    chosen = logits.gather(1, target[:, None])
-    total = logits.exp_().sum(-1, keepdim=True)
-    return (chosen - total.log())[:, 0], logits, total
+    return logits
 
 
 # --- generation with 50,257 tokens ------------------------------------------------------------------------------------
