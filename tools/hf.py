@@ -9,15 +9,14 @@ as language models or as sequence classifiers with one label (reward models). Th
 BPE. An error names anything else. Weights become float32. The chat template comes along.
 """
 
+import importlib.util
 import json
 import os
 import re
 import shutil
 import sys
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from types import ModuleType
 
 import tiktoken
 import torch
@@ -68,14 +67,6 @@ LLAMA_LAYERS = {
     "attn.q_norm": ["self_attn.q_norm"], "attn.k_norm": ["self_attn.k_norm"],
     "mlp.c_fc": ["mlp.gate_proj", "mlp.up_proj"], "mlp.c_proj": ["mlp.down_proj"],
 }  # fmt: skip
-
-
-def safetensors() -> ModuleType:
-    try:
-        import safetensors.torch as module
-    except ImportError:
-        raise InputError("Hugging Face folders need safetensors: pip install safetensors") from None
-    return module
 
 
 def their_names(ours: str, config: GPTConfig) -> list[str]:
@@ -159,8 +150,7 @@ def config_json(config: GPTConfig, scalar: bool) -> dict:
     else:
         rope = {"rope_type": "llama3" if config.rope_llama3 else "default", "rope_theta": config.rope_theta}
         rope |= dict(zip(ROPE_LLAMA3, config.rope_llama3))
-        if config.rope_llama3:
-            rope[ROPE_LLAMA3[3]] = int(config.rope_llama3[3])
+        rope |= {name: int(rope[name]) for name in ROPE_LLAMA3[3:] if name in rope}
         c |= {theirs: getattr(shape, ours) for ours, theirs in LLAMA_FIELDS.items()}
         c |= {
             "hidden_act": "silu",
@@ -179,6 +169,8 @@ def config_json(config: GPTConfig, scalar: bool) -> dict:
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """Read all tensors of model.safetensors or, if it is missing, pytorch_model.bin, in one file or in shards."""
+    from safetensors.torch import load_file
+
     paths = [folder / "model.safetensors"]
     for path in (folder / "pytorch_model.bin", folder / "model.safetensors"):
         index = Path(f"{path}.index.json")
@@ -187,9 +179,8 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
             paths = [folder / name for name in shards] or [path]
     found: dict[str, Tensor] = {}
     for path in paths:
-        load_file = partial(torch.load, weights_only=True) if path.suffix == ".bin" else safetensors().load_file
         try:
-            found |= load_file(path)
+            found |= torch.load(path, weights_only=True) if path.suffix == ".bin" else load_file(path)
         except Exception as error:  # both raise many kinds of errors
             raise InputError(f"{path}: cannot be read ({type(error).__name__}: {error}); fetch it again") from None
     return found
@@ -201,10 +192,9 @@ def read_model(folder: Path, encoding: tiktoken.Encoding | None = None) -> tuple
         c, about = read_json(folder / "config.json"), read_about(folder)
         encoding = encoding or read_tokenizer(folder / "tokenizer.json")
         config, scalar = our_config(c, folder / "config.json")
-        config.eos, *stops = eos_ids(folder, about, encoding)
-        config.stops = tuple(stops)
-        if isinstance(bos := c.get("bos_token_id"), int) and bos != config.eos:
-            config.bos = (bos,)
+        eos, *stops = eos_ids(folder, about, encoding)
+        bos = [i for i in [c.get("bos_token_id")] if isinstance(i, int) and i != eos]
+        config = replace(config, eos=eos, stops=tuple(stops), bos=tuple(bos))
         model = load(config, scalar, read_tensors(folder), str(folder))
         if scalar:
             model.bias.fill_(c.get("score_bias", 0.0))
@@ -222,7 +212,7 @@ def load(config: GPTConfig, scalar: bool, found: dict[str, Tensor], source: str)
     base = re.compile(r"^(transformer|model)\.")  # some checkpoints lack it
     buffers = re.compile(r"\.attn\.(masked_)?bias$|rotary_emb\.inv_freq$")
     found = {base.sub("", name): x for name, x in found.items() if not buffers.search(name)}
-    output = found.pop("lm_head.weight") if config.tied and "lm_head.weight" in found else None
+    output = found.pop("lm_head.weight", None) if config.tied else None
     wanted = {base.sub("", name) for theirs in names.values() for name in theirs}
     if wrong := sorted(wanted ^ found.keys()):
         fault = "is missing" if wrong[0] in wanted else "belongs to no supported architecture"
@@ -255,7 +245,9 @@ def write_model(model: GPT | ScalarModel, encoding: tiktoken.Encoding, folder: P
     has none, so the exported score is ours minus `score_bias` in config.json; this changes no comparison. The
     classifier finds padding by its id, so the pad token must not be EOS: it is another special token, if one exists.
     """
-    save_file, scalar, config = safetensors().save_file, isinstance(model, ScalarModel), model.config
+    from safetensors.torch import save_file
+
+    scalar, config = isinstance(model, ScalarModel), model.config
     c = config_json(config, scalar)
     state = {name.removeprefix("trunk."): x.detach().cpu() for name, x in model.state_dict().items()}
     if scalar:
@@ -295,6 +287,8 @@ def write_model(model: GPT | ScalarModel, encoding: tiktoken.Encoding, folder: P
 def convert(source: str, target: Path) -> str:
     """Convert `source` to the other format: ours to Hugging Face or back. Returns a summary."""
     folder, target = Path(source), Path(target).absolute()
+    if not importlib.util.find_spec("safetensors"):
+        raise InputError("Hugging Face folders need safetensors: pip install safetensors")
     temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     try:
         if target == Path.cwd() or target.exists() and not (target.is_dir() and not any(target.iterdir())):
@@ -307,11 +301,8 @@ def convert(source: str, target: Path) -> str:
             model, encoding = read_model(folder) if folder.exists() else published(source)
             nets.save_model(model, encoding, temporary / "model.pt")
         else:
-            known = ", ".join(PUBLISHED)
-            raise InputError(f"{source}: neither {known} nor a folder with config.json (theirs) or model.pt (ours)")
-        if target.exists():
-            target.rmdir()
-        temporary.rename(target)
+            raise InputError(f"{source}: neither {', '.join(PUBLISHED)} nor a folder with config.json or model.pt")
+        temporary.replace(target)  # an empty folder gives way
     except OSError as error:
         raise cannot_write(target, error) from None
     finally:

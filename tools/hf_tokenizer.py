@@ -25,11 +25,10 @@ def require(path: Path, name: str, value: Any, allowed: list | tuple) -> None:
 
 
 def read_tokenizer(path: Path) -> tiktoken.Encoding:
-    """Read a byte-level BPE from a tokenizer.json. Its added tokens become special tokens. Those that
-    the file does not call special are read in every text, others only in prompts.
+    """Read a byte-level BPE from a tokenizer.json. Raises InputError with the name of what tiktoken cannot express.
 
-    tiktoken merges in the order of the ids, so the file must list its merges in that order. Byte-level vocabularies
-    do. Raises InputError with the name of a tokenizer, pre-tokenizer or added token that tiktoken cannot express.
+    Its added tokens become special tokens. Those that the file does not call special are read in every text, others
+    only in prompts. tiktoken merges in the order of the ids, so the file must list its merges in that order.
     """
     spec = read_json(path)
     model, added = spec["model"], {token["content"]: token for token in spec.get("added_tokens", [])}
@@ -96,8 +95,7 @@ def split_pattern(pre_tokenizer: dict, lacks: list[tuple[str, str]], path: Path)
             if pattern and not any(regex.search(pattern, a) for a, _ in lacks):
                 return pattern
     steps = " + ".join(step["type"] for step in [*first, last])
-    known = "ByteLevel, Digits + ByteLevel, Split + ByteLevel"
-    raise InputError(f"{path}: pre-tokenizer {steps}, with its options, is not supported; supported: {known}")
+    raise InputError(f"{path}: pre-tokenizer {steps} is not supported; supported: (Digits or Split +) ByteLevel")
 
 
 def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
@@ -169,9 +167,10 @@ def eos_ids(folder: Path, about: dict, encoding: tiktoken.Encoding) -> list[int]
         ids += found if isinstance(found, list) else [] if found is None else [found]
     if not ids:
         raise InputError(f"{folder}: neither tokenizer_config.json nor config.json names an EOS; add eos_token_id")
-    for i in ids:
-        if i not in special.values():
-            raise InputError(f"{folder}: eos_token_id {i} is no special token of tokenizer.json; fix one of the two")
+    if unknown := [i for i in ids if i not in special.values()]:
+        raise InputError(
+            f"{folder}: eos_token_id {unknown[0]} is no special token of tokenizer.json; fix one of the two"
+        )
     return list(dict.fromkeys(ids))
 
 
