@@ -46,7 +46,6 @@ REQUIRED = dict.fromkeys(CLASSES, LLAMA) | {
         "activation_function": ["gelu_new", "gelu_pytorch_tanh"], "scale_attn_weights": [True],
         "scale_attn_by_inverse_layer_idx": [False], "add_cross_attention": [False],
     },
-    "mistral": LLAMA | {"sliding_window": [None]},
     "qwen2": LLAMA | {"attention_bias": [True, False]},  # it has the bias, and does not read this
 }  # fmt: skip
 # The numbers that config.json has under another name.
@@ -90,21 +89,23 @@ def our_config(c: dict, path: Path) -> tuple[GPTConfig, bool]:
     kind, architecture = c.get("model_type"), (c.get("architectures") or [None])[0]
     require(path, "model_type", kind, [*CLASSES])
     require(path, "architecture", architecture, CLASSES[kind])
-    defaults = {"tie_word_embeddings": kind == "gpt2", "n_inner": None, "num_key_value_heads": None, "num_labels": 2}
-    c = defaults | ({"sliding_window": 4096} if kind == "mistral" else {}) | c  # what transformers takes
+    if kind == "mistral":
+        require(path, "sliding_window", c.get("sliding_window", 4096), [None])
+    defaults = {"tie_word_embeddings": kind == "gpt2", "n_inner": 0, "num_key_value_heads": 0, "num_labels": 2}
+    c = defaults | {name: value for name, value in c.items() if value is not None}
     for name, allowed in REQUIRED[kind].items():
         require(path, name, c.get(name, allowed[0]), allowed)
-    for each in c.get("layer_types") or []:
+    for each in c.get("layer_types", []):
         require(path, "layer_types", each, ["full_attention"])
     scalar = architecture == CLASSES[kind][1]
     if scalar:
         require(path, "num_labels", len(c["id2label"]) if "id2label" in c else c["num_labels"], [1])
     if kind == "gpt2":
-        return GPTConfig(eos=0, **{ours: c[theirs] or 0 for ours, theirs in GPT2_FIELDS.items()}), scalar
-    numbers = {ours: c[theirs] or 0 for ours, theirs in LLAMA_FIELDS.items()}
+        return GPTConfig(eos=0, **{ours: c[theirs] for ours, theirs in GPT2_FIELDS.items()}), scalar
+    numbers = {ours: c[theirs] for ours, theirs in LLAMA_FIELDS.items()}
     layers, heads, width = numbers["n_layer"], numbers["n_head"], numbers["n_embd"]
     head_dim = c.get("head_dim") or (128 if kind == "qwen3" else width // heads)
-    rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
+    rope = c.get("rope_parameters", c.get("rope_scaling", {}))
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     require(path, "rope_type", rope_type, ["default", "llama3"])
     no_rope = ()
@@ -113,9 +114,9 @@ def our_config(c: dict, path: Path) -> tuple[GPTConfig, bool]:
         no_rope = tuple(i for i in range(layers) if not uses_rope[i])
     return GPTConfig(
         **numbers, eos=0, swiglu=True, bias=False, qkv_bias=kind == "qwen2", rms_norm=True, qk_norm=kind == "qwen3",
-        rope_theta=float(rope.get("rope_theta") or c.get("rope_theta") or 10000.0),
+        rope_theta=float(rope.get("rope_theta", c.get("rope_theta", 10000.0))), no_rope=no_rope,
         rope_llama3=tuple(float(rope[name]) for name in ROPE_LLAMA3) if rope_type == "llama3" else (),
-        head_dim=head_dim if head_dim * heads != width else 0, no_rope=no_rope,
+        head_dim=head_dim if head_dim * heads != width else 0,
     ), scalar  # fmt: skip
 
 
@@ -137,27 +138,21 @@ def config_json(config: GPTConfig, scalar: bool) -> dict:
     shape = written_out(config)
     c = {
         "architectures": [CLASSES[kind][scalar]], "model_type": kind, "dtype": "float32",
-        "bos_token_id": (*config.bos, config.eos)[0],
-        "eos_token_id": list(config.ends) if config.stops else config.eos,
+        "bos_token_id": (*config.bos, config.eos)[0], "eos_token_id": [*config.ends] if config.stops else config.eos,
     }  # fmt: skip
+    fields = GPT2_FIELDS if kind == "gpt2" else LLAMA_FIELDS
+    c |= {theirs: getattr(shape, ours) for ours, theirs in fields.items()}
     if scalar:
         c |= {"id2label": {"0": "score"}, "label2id": {"score": 0}}
     if kind == "gpt2":
-        c |= {theirs: getattr(shape, ours) for ours, theirs in GPT2_FIELDS.items()} | {
-            "activation_function": "gelu_new"
-        }
         c |= dict.fromkeys(["resid_pdrop", "embd_pdrop", "attn_pdrop"], config.dropout)
+        c["activation_function"] = "gelu_new"
     else:
         rope = {"rope_type": "llama3" if config.rope_llama3 else "default", "rope_theta": config.rope_theta}
         rope |= dict(zip(ROPE_LLAMA3, config.rope_llama3))
         rope |= {name: int(rope[name]) for name in ROPE_LLAMA3[3:] if name in rope}
-        c |= {theirs: getattr(shape, ours) for ours, theirs in LLAMA_FIELDS.items()}
-        c |= {
-            "hidden_act": "silu",
-            "head_dim": shape.head_dim,
-            "rope_theta": config.rope_theta,
-            "rope_parameters": rope,
-        }
+        c |= {"hidden_act": "silu", "head_dim": shape.head_dim, "rope_theta": config.rope_theta}
+        c["rope_parameters"] = rope
     if kind == "smollm3":
         c |= {"no_rope_layers": [int(i not in config.no_rope) for i in range(config.n_layer)], "pad_token_id": None}
     again = written_out(our_config(c, Path("config.json"))[0])
@@ -172,11 +167,12 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     paths = [folder / "model.safetensors"]
-    for path in (folder / "pytorch_model.bin", folder / "model.safetensors"):
-        index = Path(f"{path}.index.json")
-        if path.exists() or index.exists():
-            shards = [] if path.exists() else sorted(set(read_json(index)["weight_map"].values()))
-            paths = [folder / name for name in shards] or [path]
+    for whole in (folder / "pytorch_model.bin", folder / "model.safetensors"):
+        index = Path(f"{whole}.index.json")
+        if whole.exists():
+            paths = [whole]
+        elif index.exists():
+            paths = [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
     found: dict[str, Tensor] = {}
     for path in paths:
         try:

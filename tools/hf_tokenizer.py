@@ -11,9 +11,8 @@ from data.files import InputError, read_json
 from data.tokenizer import SPLIT, check_tokens, plain_tokens, with_plain_tokens
 
 # A byte-level vocabulary writes a printable byte as itself, and any other byte as the next character from U+0100 on.
-_PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
-_OTHERS = [b for b in range(256) if b not in _PRINTABLE]
-CHARACTER = {b: chr(b) for b in _PRINTABLE} | {b: chr(256 + i) for i, b in enumerate(_OTHERS)}
+_OTHERS = [*range(33), *range(127, 161), 173]
+CHARACTER = {b: chr(b) for b in range(256)} | {b: chr(256 + i) for i, b in enumerate(_OTHERS)}
 BYTE = {character: byte for byte, character in CHARACTER.items()}
 
 
