@@ -295,10 +295,10 @@ BAD = {
         lambda f: with_tensors(f, lambda t: t.update({"transformer.ln_f.bias": torch.ones(2)})),
         "size mismatch for ln_f.bias",
     ),
-    "a list for a config": (lambda f: (f / "config.json").write_text("[]"), "one of its files is not as"),
+    "a list for a config": (lambda f: (f / "config.json").write_text("[]"), "not as expected .AttributeError"),
     "heads that do not divide": (lambda f: edit(f / "config.json", n_head=5), "not a multiple of n_head 5"),
     "an end of text that is a word": (
-        lambda f: edit(f / "config.json", eos_token_id=400), "eos_token_id 400 is no special token",
+        lambda f: edit(f / "config.json", eos_token_id=400), "eos_token_id .0, 400. must name",
     ),
     "another output layer": (
         lambda f: with_tensors(f, lambda t: t.update({"lm_head.weight": torch.ones(1000, 32)})), "ties lm_head.weight",

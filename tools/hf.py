@@ -56,7 +56,7 @@ GPT2_FIELDS = {
 LLAMA_FIELDS = {
     "vocab_size": "vocab_size", "block_size": "max_position_embeddings", "n_layer": "num_hidden_layers",
     "n_head": "num_attention_heads", "n_kv_head": "num_key_value_heads", "n_embd": "hidden_size",
-    "n_inner": "intermediate_size", "norm_eps": "rms_norm_eps", "tied": "tie_word_embeddings",
+    "n_inner": "intermediate_size", "norm_eps": "rms_norm_eps", "tied": "tie_word_embeddings", "head_dim": "head_dim",
 }  # fmt: skip
 ROPE_LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 # Llama's layers that make each of ours, in the order in which their rows stand in it. GPT-2's have our names.
@@ -92,6 +92,7 @@ def our_config(c: dict, path: Path) -> tuple[GPTConfig, bool]:
     if kind == "mistral":
         require(path, "sliding_window", c.get("sliding_window", 4096), [None])
     defaults = {"tie_word_embeddings": kind == "gpt2", "n_inner": 0, "num_key_value_heads": 0, "num_labels": 2}
+    defaults["head_dim"] = 128 if kind == "qwen3" else 0
     c = defaults | {name: value for name, value in c.items() if value is not None}
     for name, allowed in REQUIRED[kind].items():
         require(path, name, c.get(name, allowed[0]), allowed)
@@ -103,20 +104,18 @@ def our_config(c: dict, path: Path) -> tuple[GPTConfig, bool]:
     if kind == "gpt2":
         return GPTConfig(eos=0, **{ours: c[theirs] for ours, theirs in GPT2_FIELDS.items()}), scalar
     numbers = {ours: c[theirs] for ours, theirs in LLAMA_FIELDS.items()}
-    layers, heads, width = numbers["n_layer"], numbers["n_head"], numbers["n_embd"]
-    head_dim = c.get("head_dim") or (128 if kind == "qwen3" else width // heads)
     rope = c.get("rope_parameters", c.get("rope_scaling", {}))
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     require(path, "rope_type", rope_type, ["default", "llama3"])
     no_rope = ()
     if kind == "smollm3":  # a 0 for each layer without rotary positions, or every so-many-th layer
-        uses_rope = c.get("no_rope_layers") or [(i + 1) % c.get("no_rope_layer_interval", 4) for i in range(layers)]
-        no_rope = tuple(i for i in range(layers) if not uses_rope[i])
+        layers, every = range(numbers["n_layer"]), c.get("no_rope_layer_interval", 4)
+        uses_rope = c.get("no_rope_layers") or [(i + 1) % every for i in layers]
+        no_rope = tuple(i for i in layers if not uses_rope[i])
     return GPTConfig(
         **numbers, eos=0, swiglu=True, bias=False, qkv_bias=kind == "qwen2", rms_norm=True, qk_norm=kind == "qwen3",
         rope_theta=float(rope.get("rope_theta", c.get("rope_theta", 10000.0))), no_rope=no_rope,
         rope_llama3=tuple(float(rope[name]) for name in ROPE_LLAMA3) if rope_type == "llama3" else (),
-        head_dim=head_dim if head_dim * heads != width else 0,
     ), scalar  # fmt: skip
 
 
@@ -151,8 +150,7 @@ def config_json(config: GPTConfig, scalar: bool) -> dict:
         rope = {"rope_type": "llama3" if config.rope_llama3 else "default", "rope_theta": config.rope_theta}
         rope |= dict(zip(ROPE_LLAMA3, config.rope_llama3))
         rope |= {name: int(rope[name]) for name in ROPE_LLAMA3[3:] if name in rope}
-        c |= {"hidden_act": "silu", "head_dim": shape.head_dim, "rope_theta": config.rope_theta}
-        c["rope_parameters"] = rope
+        c |= {"hidden_act": "silu", "rope_theta": config.rope_theta, "rope_parameters": rope}
     if kind == "smollm3":
         c |= {"no_rope_layers": [int(i not in config.no_rope) for i in range(config.n_layer)], "pad_token_id": None}
     again = written_out(our_config(c, Path("config.json"))[0])
@@ -176,7 +174,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for path in paths:
         try:
-            found |= torch.load(path, weights_only=True) if path.suffix == ".bin" else load_file(path)
+            found |= torch.load(path, "cpu", weights_only=True) if path.suffix == ".bin" else load_file(path)
         except Exception as error:  # both raise many kinds of errors
             raise InputError(f"{path}: cannot be read ({type(error).__name__}: {error}); fetch it again") from None
     return found
@@ -196,8 +194,7 @@ def read_model(folder: Path, encoding: tiktoken.Encoding | None = None) -> tuple
             model.bias.fill_(c.get("score_bias", 0.0))
         return model, with_template(fill_gaps(encoding, config.vocab_size, folder), read_template(folder, about))
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError, ZeroDivisionError) as error:
-        what = f"{type(error).__name__}: {error}"
-        raise InputError(f"{folder}: one of its files is not as expected ({what}); fetch it again") from None
+        raise InputError(f"{folder}: not as expected ({type(error).__name__}: {error}); fetch it again") from None
 
 
 def load(config: GPTConfig, scalar: bool, found: dict[str, Tensor], source: str) -> GPT | ScalarModel:
@@ -273,8 +270,8 @@ def write_model(model: GPT | ScalarModel, encoding: tiktoken.Encoding, folder: P
     if scalar and pad is not None:  # a language model needs none; transformers would not train the pad's embedding
         c["pad_token_id"], about["pad_token"] = pad, names[pad]
     files = {"config": c, "tokenizer": tokenizer_json(encoding), "tokenizer_config": about}
-    if not scalar:
-        files["generation_config"] = {"eos_token_id": c["eos_token_id"], "do_sample": True, "top_k": 0}
+    generation = {"eos_token_id": c["eos_token_id"], "do_sample": True, "top_k": 0}
+    files |= {} if scalar else {"generation_config": generation}
     for name, content in files.items():
         (folder / f"{name}.json").write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
     save_file(result, folder / "model.safetensors", metadata={"format": "pt"})

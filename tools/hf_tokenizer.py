@@ -164,12 +164,8 @@ def eos_ids(folder: Path, about: dict, encoding: tiktoken.Encoding) -> list[int]
     for file in ("generation_config.json", "config.json"):
         found = read_json(folder / file).get("eos_token_id") if (folder / file).exists() else None
         ids += found if isinstance(found, list) else [] if found is None else [found]
-    if not ids:
-        raise InputError(f"{folder}: neither tokenizer_config.json nor config.json names an EOS; add eos_token_id")
-    if unknown := [i for i in ids if i not in special.values()]:
-        raise InputError(
-            f"{folder}: eos_token_id {unknown[0]} is no special token of tokenizer.json; fix one of the two"
-        )
+    if not ids or not set(ids) <= set(special.values()):
+        raise InputError(f"{folder}: eos_token_id {ids} must name special tokens of tokenizer.json; fix one of the two")
     return list(dict.fromkeys(ids))
 
 
@@ -180,5 +176,5 @@ def fill_gaps(encoding: tiktoken.Encoding, vocab_size: int, folder: Path) -> tik
     if max(used) >= vocab_size:
         raise InputError(f"{folder}: the tokenizer has ids up to {max(used)}, but the model has only {vocab_size} rows")
     special = special | {f"<|unused_{i}|>": i for i in range(vocab_size) if i not in used}
-    filled = tiktoken.Encoding("bpe", pat_str=encoding._pat_str, mergeable_ranks=ranks, special_tokens=special)
+    filled = tiktoken.Encoding(encoding.name, pat_str=encoding._pat_str, mergeable_ranks=ranks, special_tokens=special)
     return with_plain_tokens(filled, plain_tokens(encoding))
