@@ -479,17 +479,17 @@ def test_every_end_of_text_stops_a_generation_and_is_exported(tmp_path):
     ours, _ = common.load_gpt(tmp_path / "run")
     assert (ours.config.eos, ours.config.stops, ours.config.bos) == (0, (1, 905), (1,))
     with torch.no_grad():
-        usual = [ours.generate([[start, 3, 5]], 9, temperature=0)[0][0, 6].item() for start in range(20)]
+        usual = [ours.generate([[start, 3, 5]], 9, temperature=0)[0][0, 6].item() for start in range(8)]
         ours.lm_head.weight[905] = 1.1 * ours.lm_head.weight[max(usual, key=usual.count)]
         made.lm_head.weight.copy_(ours.lm_head.weight)
     made.generation_config.eos_token_id = [0, 1, 905]
     ended = 0
-    for start in range(20):
+    for start in range(8):
         tokens, _, length = ours.generate([[start, 3, 5]], 30, temperature=0)
         expected = made.generate(torch.tensor([[start, 3, 5]]), max_new_tokens=30, do_sample=False, pad_token_id=0)
         assert tokens[0, : int(length)].tolist() == expected[0].tolist()
         ended += tokens[0, int(length) - 1].item() in ours.config.stops
-    assert ended > 2
+    assert ended > 1
     weights.convert(str(tmp_path / "run"), tmp_path / "out")
     back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert back.generation_config.eos_token_id == [0, 1, 905] and back.config.bos_token_id == 1

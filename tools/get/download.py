@@ -61,11 +61,9 @@ def download_from_hub(repository: str, file: str, target: Path) -> None:
     if target.exists():
         return
     pointer = target.with_name(f"{target.name}.{os.getpid()}.pointer")
-    try:
-        download(f"{HUB}/{repository}/raw/main/{file}", pointer, None)
-        oid = re.search(r"^oid (sha256:[0-9a-f]{64})$", pointer.read_text(errors="replace"), re.MULTILINE)
-    finally:
-        pointer.unlink(missing_ok=True)
+    download(f"{HUB}/{repository}/raw/main/{file}", pointer, None)
+    oid = re.search(r"^oid (sha256:[0-9a-f]{64})$", pointer.read_text(errors="replace"), re.MULTILINE)
+    pointer.unlink()
     if not oid and target.suffix != ".json":
         raise InputError(f"{HUB}/{repository}/raw/main/{file}: contains no sha256; download it in another way")
     download(f"{HUB}/{repository}/resolve/main/{file}", target, oid and oid[1])

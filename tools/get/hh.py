@@ -55,13 +55,10 @@ def prepare(sources: list[tuple[Path, str]], chatml: bool, messages: bool = Fals
         print(f"omitted, {why}: {n:,}")
     if not kept["train"] or not kept["eval"]:
         raise InputError(f"{sources[0][0]}: too few dialogues for a held-out set; give a complete file")
-    files = {
-        "sft": [{"prompt": pair["prompt"], "completion": pair["chosen"]} for pair in kept["train"]],
-        "compare": kept["train"],
-    }
+    files = {"sft": [{"prompt": pair["prompt"], "completion": pair["chosen"]} for pair in kept["train"]]}
+    files["compare"] = kept["train"]
     for name, pairs in (("ppo", kept["train"]), ("eval", kept["eval"])):  # each different prompt once
-        prompts = {json.dumps(pair["prompt"]): {"prompt": pair["prompt"]} for pair in pairs}
-        files[name] = [*prompts.values()]
+        files[name] = [*{json.dumps(pair["prompt"]): {"prompt": pair["prompt"]} for pair in pairs}.values()]
     write_files(FOLDER, files)
 
 

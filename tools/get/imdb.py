@@ -44,9 +44,7 @@ def reviews(source: Path) -> Iterator[tuple[str, int]]:
         unlabelled = 0
         for number, row in enumerate(iterate_jsonl(source, {"text": str, "label": int}), 1):
             if row["label"] not in (-1, 0, 1):
-                raise InputError(
-                    f'{source}: row {number}: "label" is {row["label"]}; give 1 if positive, 0 if negative'
-                )
+                raise InputError(f'{source}: row {number}: "label" is {row["label"]}, not 1 (positive) or 0 (negative)')
             unlabelled += row["label"] == -1
             if row["label"] >= 0:
                 yield row["text"], row["label"]
@@ -129,9 +127,6 @@ def prepare(source: Path) -> None:
         raise InputError(f"{source}: {n} labelled reviews are too few; give the complete data set")
     rng = np.random.default_rng(0)
 
-    def shuffled(texts: list[str]) -> list[str]:
-        return [texts[i] for i in rng.permutation(len(texts))]
-
     def prompts(texts: list[str]) -> list[dict]:
         """Return the first 2–4 words: usually 2–8 tokens if the vocabulary has a few thousand tokens."""
         return [{"prompt": " ".join(text.split()[: rng.integers(2, 5)])} for text in texts]
@@ -139,19 +134,19 @@ def prepare(source: Path) -> None:
     def pieces(rows: dict[str, int]) -> list[tuple[str, int]]:
         return [(text[i : i + RESPONSE], rows[text]) for text in rows for i in range(0, len(text), RESPONSE)]
 
-    texts = shuffled([*parts["pretrain"]])
+    texts, held_out = [*parts["pretrain"]], [*parts["eval"]]
+    texts = [texts[i] for i in rng.permutation(len(texts))]
     half = len(texts) // 2
-    made = {"pretrain": [{"text": text} for text in parts["pretrain"]]}
-    made |= {"compare": prompts(texts[:half]), "ppo": prompts(texts[half:])}
-    write_files(FOLDER, made | {"eval": prompts(shuffled([*parts["eval"]]))})
+    files = {"pretrain": [{"text": text} for text in parts["pretrain"]]}
+    files |= {"compare": prompts(texts[:half]), "ppo": prompts(texts[half:])}
+    files["eval"] = prompts([held_out[i] for i in rng.permutation(len(held_out))])
+    write_files(FOLDER, files)
     for name in ("labeller", "judge"):
         weights = fit(*map(list, zip(*parts[name].items(), *pieces(parts[name]))))
         np.save(FOLDER / f"{name}.npy", weights)
-        short, whole = (
-            np.mean([(probability(weights, text) > 0.5) == label for text, label in rows])
-            for rows in (pieces(parts["eval"]), parts["eval"].items())
-        )
-        print(f"{name}: held-out accuracy {short:.3f} on pieces, {whole:.3f} on whole reviews")
+        for what, rows in (("pieces", pieces(parts["eval"])), ("whole reviews", parts["eval"].items())):
+            right = [(probability(weights, text) > 0.5) == label for text, label in rows]
+            print(f"{name}: held-out accuracy {np.mean(right):.3f} on {what}")
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ on, comparisons of the split `train`, and prompts for PPO. The validation posts 
 """
 
 import bisect
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -41,19 +42,19 @@ class Config:
 def prompt_of(post: dict, count: Callable[[str], int], length: int, tally: Counter[str]) -> str:
     """Return a post's prompt of at most `length` tokens. Cuts at the last line break that fits, else inside a line."""
 
-    def tokens(text: str) -> int:
-        return count(PROMPT.format_map(post | {"post": text}))
+    def prompt(end: int) -> str:
+        return PROMPT.format_map(post | {"post": text[:end]})
 
-    text, cut = post["post"], "posts not cut"
-    while tokens(text) > length and "\n" in text:
-        text, cut = text[: text.rindex("\n")], "posts cut at a line break"
-    if tokens(text) > length:
-        if tokens("") > length:
-            raise InputError(f"--length {length}: a post's title alone is longer; give a larger length")
-        fits = bisect.bisect_right(range(len(text)), length, key=lambda n: tokens(text[:n])) - 1
-        text, cut = text[:fits], "posts cut inside a line"
-    tally[cut] += 1
-    return PROMPT.format_map(post | {"post": text})
+    text = post["post"]
+    breaks = [found.start() for found in re.finditer("\n", text)]
+    end = next((end for end in [len(text), *reversed(breaks)] if count(prompt(end)) <= length), None)
+    cut = "cut inside a line" if end is None else "cut at a line break" if end < len(text) else "not cut"
+    tally[f"posts {cut}"] += 1
+    if end is None:
+        end = bisect.bisect_right(range(len(text)), length, key=lambda end: count(prompt(end))) - 1
+    if end < 0:
+        raise InputError(f"--length {length}: a post's title alone is longer; give a larger length")
+    return prompt(end)
 
 
 def comparisons(path: Path, prompt: Callable[[dict], str], tally: Counter[str]) -> Iterator[dict]:
@@ -79,13 +80,16 @@ def prepare(source: Path, count: Callable[[str], int], length: int) -> None:
         raise InputError(f"--source {source}: holds no {next(iter(BATCHES))} or other batch; give the complete folder")
     tally: Counter[str] = Counter()
     prompt = partial(prompt_of, count=count, length=length, tally=tally)
-    train, held_out = (
-        [{"prompt": prompt(row), "completion": f" {row['summary'].strip()}"} for row in iterate_jsonl(path, COLUMNS)]
-        for path in (source / "train.jsonl", source / "valid.jsonl")
-    )
-    ppo, evaluation = ([{"prompt": row["prompt"]} for row in rows] for rows in (train, held_out))
-    compared = [row for path in batches for row in comparisons(path, prompt, tally)]
-    write_files(FOLDER, {"sft": train, "compare": compared, "ppo": ppo, "eval": evaluation})
+
+    def pairs(name: str) -> list[dict]:
+        rows = iterate_jsonl(source / name, COLUMNS)
+        return [{"prompt": prompt(row), "completion": f" {row['summary'].strip()}"} for row in rows]
+
+    files = {"sft": pairs("train.jsonl")}
+    files["ppo"] = [{"prompt": row["prompt"]} for row in files["sft"]]
+    files["eval"] = [{"prompt": row["prompt"]} for row in pairs("valid.jsonl")]
+    files["compare"] = [row for path in batches for row in comparisons(path, prompt, tally)]
+    write_files(FOLDER, files)
     for what, n in sorted(tally.items()):
         print(f"{what}: {n:,}")
 
