@@ -3,13 +3,12 @@
 import gzip
 import hashlib
 import json
-import subprocess
 import sys
 
 import pytest
 
 from data import InputError
-from tests.conftest import ROOT, run, write
+from tests.conftest import run, write
 from tools.get import download, hh
 
 ASK = "\n\nHuman: what is red {}?\n\nAssistant:"
@@ -126,7 +125,8 @@ def test_a_bad_option_is_one_sentence(options, words):
 
 
 HELP = """
-import runpy, sys
+import runpy, sys, warnings
+warnings.simplefilter("error")
 for name in sys.argv[1:]:
     sys.argv = [name, "--help"]
     try:
@@ -136,10 +136,10 @@ for name in sys.argv[1:]:
 """
 
 
-def test_a_command_starts_without_a_warning():
+def test_a_command_starts_without_a_warning(tmp_path):
     """Python warns if a package imports the file that is to be run."""
     names = ["tools.get.hh", "tools.get.imdb", "tools.get.tldr", "tools.hf", "tools.label", "tools.page"]
-    command = [sys.executable, "-W", "error", "-c", HELP, *names]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    (tmp_path / "help.py").write_text(HELP)
+    done = run(tmp_path / "help.py", *names)
     assert done.returncode == 0 and done.stderr == "", done.stderr
     assert done.stdout.count("usage: ") == len(names)
