@@ -3,14 +3,13 @@
 import gzip
 import hashlib
 import json
-import subprocess
 import sys
 
 import pytest
 
-import data
-from tests.conftest import ROOT, write
-from tools.get import hh
+from data import InputError
+from tests.conftest import run, write
+from tools.get import download, hh
 
 ASK = "\n\nHuman: what is red {}?\n\nAssistant:"
 LONG = "\n\nHuman: hi {}\n\nAssistant: Hello!  What can I do?\n\nHuman: name a fruit\n\nwith a long name\n\nAssistant:"
@@ -84,17 +83,15 @@ def serve(server, name, content):
         server.files[f"/datasets/Anthropic/hh-rlhf/resolve/{place}"] = packed
 
 
-def test_the_public_files_are_downloaded_once_and_checked(folder, server, monkeypatch, capsys):
+def test_the_public_files_are_downloaded_once_and_checked(folder, server, monkeypatch):
     serve(server, "harmless-base", made_up())
-    monkeypatch.setattr(data.files, "HUB", server.url)
+    monkeypatch.setattr(download, "HUB", server.url)
     place = "/datasets/Anthropic/hh-rlhf/resolve/main/harmless-base/test.jsonl.gz"
     right = server.files[place]
     for wrong, words in ((right[:-9] + b"x" * 9, "wrong checksum"), (right[:-9], "wrong checksum"), (None, "404")):
         server.files[place] = wrong
-        with pytest.raises(SystemExit):
+        with pytest.raises(InputError, match=words):
             call(monkeypatch, "--sets", "harmless-base")
-        error = capsys.readouterr().err
-        assert words in error and error.count("\n") == 1
         assert not (folder / "compare.jsonl").exists() and not list(folder.glob("*test*"))
     server.files[place] = right
     call(monkeypatch, "--sets", "harmless-base")
@@ -104,29 +101,45 @@ def test_the_public_files_are_downloaded_once_and_checked(folder, server, monkey
 
 
 @pytest.mark.parametrize("content, words", [
-    (None, "no such file"), (b"not gzip", "Not a gzipped file"),
+    (None, "give a readable file"), (b"not gzip", "Not a gzipped file"),
     (gzip.compress("\n".join(map(json.dumps, made_up())).encode())[:300], "fetch it again"),
     (gzip.compress(b'{"chosen": "a"}\n'), "a.jsonl.gz:1: no column"),
     (gzip.compress(json.dumps(made_up()[0]).encode()), "too few dialogues"),
 ])  # fmt: skip
-def test_a_bad_source_is_one_sentence(tmp_path, folder, monkeypatch, capsys, content, words):
+def test_a_bad_source_is_named_and_nothing_is_written(tmp_path, folder, monkeypatch, content, words):
     if content:
         (tmp_path / "a.jsonl.gz").write_bytes(content)
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(InputError, match=words):
         call(monkeypatch, "--source", tmp_path / "a.jsonl.gz")
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and words in error and error.count("\n") == 1, error
     assert not folder.exists()
 
 
-def test_an_unknown_set_is_named(monkeypatch, folder, capsys):
-    with pytest.raises(SystemExit):
-        call(monkeypatch, "--sets", "helpful-base,funny")
-    assert "there is no funny" in capsys.readouterr().err
+@pytest.mark.parametrize("options, words", [
+    (["--sets", "helpful-base,funny"], "there is no funny"), (["--frobnicate"], "--frobnicate"),
+    (["--source", "nowhere.jsonl"], "nowhere.jsonl: "),
+])  # fmt: skip
+def test_a_bad_option_is_one_sentence(options, words):
+    done = run("tools/get/hh.py", *options)
+    assert done.returncode == 2 and done.stderr.startswith("tools.get.hh: ") and words in done.stderr, done.stderr
+    assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("module", ["hh", "imdb", "tldr", "weights", "label", "page"])
-def test_a_command_on_data_starts_without_a_warning(module):
-    command = [sys.executable, "-m", f"data.{module}", "--help"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("usage: ") and done.stderr == ""
+HELP = """
+import runpy, sys, warnings
+warnings.simplefilter("error")
+for name in sys.argv[1:]:
+    sys.argv = [name, "--help"]
+    try:
+        runpy.run_module(name, run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        assert not end.code
+"""
+
+
+def test_a_command_starts_without_a_warning(tmp_path):
+    """Python warns if a package imports the file that is to be run."""
+    names = ["tools.get.hh", "tools.get.imdb", "tools.get.tldr", "tools.hf", "tools.label", "tools.page"]
+    (tmp_path / "help.py").write_text(HELP)
+    done = run(tmp_path / "help.py", *names)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert done.stdout.count("usage: ") == len(names)

@@ -56,10 +56,10 @@ def test_tar_folder_and_jsonl_hold_the_same_reviews(tmp_path):
 
 def test_splits_are_disjoint_prompts_are_openings_and_the_two_models_are_independent(tmp_path, folder):
     imdb.prepare(make_tar(tmp_path / "a.tar.gz", made_up_reviews()))
-    read = lambda name: [json.loads(line) for line in open(folder / f"{name}.jsonl")]  # noqa: E731
-    texts = [row["text"] for row in read("pretrain")]
+    rows = {path.stem: [json.loads(line) for line in open(path)] for path in folder.glob("*.jsonl")}
+    texts = [row["text"] for row in rows["pretrain"]]
     assert "<br" not in "".join(texts) and len(set(texts)) == len(texts)
-    openings = {name: [row["prompt"] for row in read(name)] for name in ("compare", "ppo", "eval")}
+    openings = {name: [row["prompt"] for row in rows[name]] for name in ("compare", "ppo", "eval")}
     assert len(openings["compare"]) + len(openings["ppo"]) == len(texts)
     assert not any(text.startswith(f"{prompt} ") for prompt in openings["eval"] if ":" in prompt for text in texts)
     for name in openings:
@@ -74,17 +74,26 @@ def test_a_judge_without_its_file_says_what_to_run(folder):
         imdb.judge("", "text")
 
 
-@pytest.mark.parametrize("content, words", [(None, "no such file"), (b"not a tar", "cannot be read as a tar.gz")])
+@pytest.mark.parametrize("content, words", [(None, "No such file"), (b"not a tar", "cannot be read (ReadError")])
 def test_a_bad_source_is_one_sentence(tmp_path, content, words):
     source = tmp_path / "a.tar.gz"
     if content:
         source.write_bytes(content)
     done = run("tools/get/imdb.py", "--source", source)
-    assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1
+    assert done.returncode == 2 and done.stderr.startswith("tools.get.imdb: ") and words in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_labels_are_0_or_1_and_reviews_without_one_are_counted(tmp_path, capsys):
+    rows = [{"text": "a", "label": 1}, {"text": "b", "label": -1}, {"text": "c", "label": 0}]
+    assert list(imdb.reviews(write(tmp_path / "a.jsonl", rows))) == [("a", 1), ("c", 0)]
+    assert "1 reviews without a label" in capsys.readouterr().out
+    with pytest.raises(InputError, match='row 1: "label" is 5'):
+        list(imdb.reviews(write(tmp_path / "a.jsonl", [{"text": "a", "label": 5}])))
 
 
 def test_a_truncated_archive_is_one_sentence_too(tmp_path, folder):
     tar = make_tar(tmp_path / "a.tar.gz", made_up_reviews())
     tar.write_bytes(tar.read_bytes()[:5000])
-    with pytest.raises(InputError, match=r"cannot be read as a tar\.gz"):
+    with pytest.raises(InputError, match="cannot be read"):
         imdb.prepare(tar)

@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from tests.conftest import write
+from data import InputError
+from tests.conftest import run, write
 from tools.get import tldr
 
 LINES = "\n\n".join(f"line {i} of a post about a fox that went to the lake" for i in range(12))
@@ -77,7 +78,10 @@ def test_a_long_post_is_cut_at_a_line_break_and_the_cuts_are_counted(tmp_path, f
     one_line = [post(0, "a fox went to the lake " * 40)] + [post(i) for i in range(1, 5)]
     call(monkeypatch, "--source", given(tmp_path, **{"train.jsonl": one_line}), "--length", 150)
     made = [row["prompt"] for row in read(folder / "ppo.jsonl")]
-    size = lambda text: len(encoding.encode_ordinary(text))  # noqa: E731
+
+    def size(text):
+        return len(encoding.encode_ordinary(text))
+
     assert all(size(prompt) <= 150 and prompt.endswith("\n\nTL;DR:") for prompt in made)
     kept = made[1].split("POST: ")[1].removesuffix("\n\nTL;DR:")
     assert LINES.startswith(kept) and LINES[len(kept)] == "\n" and size(made[1] + LINES.split("\n\n")[1]) > 150
@@ -86,7 +90,7 @@ def test_a_long_post_is_cut_at_a_line_break_and_the_cuts_are_counted(tmp_path, f
     assert "posts cut at a line break: 80" in said and "posts cut inside a line: 1" in said and "not cut: 1" in said
 
 
-def test_the_public_files_are_downloaded_once_and_checked(folder, server, monkeypatch, capsys):
+def test_the_public_files_are_downloaded_once_and_checked(folder, server, monkeypatch):
     for name, rows in public_files().items():
         content = "".join(json.dumps(row) + "\n" for row in rows).encode()
         server.files[f"/{(tldr.POSTS | tldr.BATCHES)[name]}"] = content
@@ -96,16 +100,13 @@ def test_the_public_files_are_downloaded_once_and_checked(folder, server, monkey
     server.md5[place] = base64.b64encode(hashlib.md5(right).digest()).decode()
     for wrong, words in ((right[:-9] + b"xxxxxxxx\n", "wrong checksum"), (None, "404")):
         server.files[place] = wrong
-        with pytest.raises(SystemExit):
+        with pytest.raises(InputError, match=words):
             call(monkeypatch)
-        error = capsys.readouterr().err
-        assert words in error and error.count("\n") == 1
         assert not (folder / "batch7.json").exists() and not (folder / "sft.jsonl").exists()
     server.files[place] = right
     monkeypatch.setattr(tldr, "URL", f"{server.url}/cut")
-    with pytest.raises(SystemExit):
+    with pytest.raises(InputError, match="only"):
         call(monkeypatch)
-    assert "only" in capsys.readouterr().err
     monkeypatch.setattr(tldr, "URL", server.url)
     call(monkeypatch)
     server.files.clear()
@@ -117,19 +118,22 @@ def test_the_public_files_are_downloaded_once_and_checked(folder, server, monkey
     (["--length", 10], "--length 10"), (["--source", "nowhere"], "holds no batch3.json"),
     (["--init", "nowhere"], "--init nowhere"),
 ])  # fmt: skip
-def test_bad_input_is_one_sentence(tmp_path, folder, monkeypatch, capsys, options, words):
-    with pytest.raises(SystemExit) as stop:
+def test_bad_input_is_named_and_nothing_is_written(tmp_path, folder, monkeypatch, options, words):
+    with pytest.raises(InputError, match=words):
         call(monkeypatch, "--source", given(tmp_path), *options)
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and words in error and error.count("\n") == 1 and not folder.exists()
+    assert not folder.exists()
 
 
-def test_a_broken_row_is_named(tmp_path, folder, monkeypatch, capsys):
-    bad = {"choice": "1"}, {"choice": 2}, {"summaries": []}, {"summaries": [{"text": None}] * 2}, {"info": None}
-    source = given(tmp_path)
-    for change in bad:
-        write(source / "batch4.json", [comparison(0), comparison(1) | change])
-        with pytest.raises(SystemExit):
-            call(monkeypatch, "--source", source)
-        error = capsys.readouterr().err
-        assert "batch4.json:2" in error or "batch4.json: row 2" in error, error
+def test_from_the_command_line_it_is_one_sentence():
+    done = run("tools/get/tldr.py", "--init", "nowhere")
+    assert done.returncode == 2 and done.stderr.startswith("tools.get.tldr: --init nowhere: no model.pt")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("change", [
+    {"choice": "1"}, {"choice": 2}, {"summaries": []}, {"summaries": [{"text": None}] * 2}, {"info": None},
+])  # fmt: skip
+def test_a_broken_row_is_named(tmp_path, folder, monkeypatch, change):
+    rows = [comparison(0), comparison(1) | change]
+    with pytest.raises(InputError, match=r"batch4\.json:( row )?2"):
+        call(monkeypatch, "--source", given(tmp_path, **{"batch4.json": rows}))

@@ -1,10 +1,14 @@
 """tools/hf.py: weights and tokenizers of Hugging Face folders, both ways, judged by transformers and tokenizers."""
 
+import copy
+import functools
 import hashlib
 import json
 import random
 import re
 import shutil
+import tempfile
+from pathlib import Path
 
 import pytest
 import tiktoken
@@ -18,6 +22,7 @@ from model import ScalarModel
 from tests.conftest import FAMILIES, ROOT, make_gpt, run, uneven, write
 from tools import hf as weights
 from tools import hf_tokenizer as tokenizer_json
+from tools.get import download
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
@@ -59,13 +64,22 @@ def strings(n: int, seed: int = 0) -> list[str]:
     return made
 
 
-def make_tokenizer(folder, split="gpt2", alphabet=True, special=("<|end|>", "<|user|>"), **trainer):
-    """A trained tokenizer, saved to folder/tokenizer.json. Without the whole `alphabet` it lacks a few rare bytes."""
+MADE = tempfile.TemporaryDirectory()  # what several tests copy
+
+
+@functools.cache
+def trained(split, alphabet, special, vocab_size):
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer, tokenizer.decoder = SPLITS[split], tokenizers.decoders.ByteLevel()
     start = sorted(set(LEVEL.alphabet()) - {tokenizer_json.CHARACTER[b] for b in (() if alphabet else RARE)})
-    options = dict(vocab_size=900, special_tokens=list(special), initial_alphabet=start, show_progress=False) | trainer
+    options = dict(vocab_size=vocab_size, special_tokens=list(special), initial_alphabet=start, show_progress=False)
     tokenizer.train_from_iterator(strings(2000, seed=1), tokenizers.trainers.BpeTrainer(**options))
+    return tokenizer
+
+
+def make_tokenizer(folder, split="gpt2", alphabet=True, special=("<|end|>", "<|user|>"), vocab_size=900):
+    """A trained tokenizer, saved to folder/tokenizer.json. Without the whole `alphabet` it lacks a few rare bytes."""
+    tokenizer = trained(split, alphabet, special, vocab_size)
     folder.mkdir(exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     return tokenizer
@@ -79,7 +93,7 @@ def test_tokens_are_those_of_tokenizers_both_ways(tmp_path, split, alphabet):
     (tmp_path / "again" / "tokenizer.json").write_text(json.dumps(tokenizer_json.tokenizer_json(ours)))
     exported = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "again" / "tokenizer.json"))
     back = tokenizer_json.read_tokenizer(tmp_path / "again" / "tokenizer.json")
-    texts = strings(1000) + (["a\x04b", "\x04", " \x13 x"] if not alphabet else [])
+    texts = strings(200) + (["a\x04b", "\x04", " \x13 x"] if not alphabet else [])
     for text in texts:
         expected = theirs.encode(text).ids
         assert ours.encode_ordinary(text) == back.encode_ordinary(text) == expected, repr(text)
@@ -92,14 +106,14 @@ def test_tokens_are_those_of_tokenizers_both_ways(tmp_path, split, alphabet):
 
 @pytest.mark.parametrize("pattern", [data.SPLIT, r50k_pat_str])
 def test_a_vocabulary_of_our_own_is_the_same_in_transformers(tmp_path, pattern):
-    ours = data.learn_bpe(strings(300, seed=2), 700)
+    ours = data.learn_bpe(strings(150, seed=2), 600)
     ranks, special = ours._mergeable_ranks, ours._special_tokens
     ours = tiktoken.Encoding("mine", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
     model = make_gpt(vocab_size=ours.n_vocab, eos=ours.eot_token)
     weights.write_model(model, ours, make(tmp_path / "hf"))
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     assert theirs.eos_token_id == ours.eot_token
-    for text in strings(1000):
+    for text in strings(150):
         ids = ours.encode_ordinary(text)
         assert theirs.encode(text, add_special_tokens=False) == ids and theirs.decode(ids) == ours.decode(ids) == text
 
@@ -109,20 +123,28 @@ def make(folder):
     return folder
 
 
-def hugging_face_folder(folder, family, **save):
-    """A model of random weights as transformers itself saves it, with a tokenizer; the model."""
+@functools.cache
+def saved(family, max_shard_size):
+    """A model of random weights, and the folder in which transformers itself has saved it, with a tokenizer."""
+    folder = Path(MADE.name) / f"{family} {max_shard_size}"
     make_tokenizer(folder)
     config = weights.config_json(make_gpt(vocab_size=1000, n_embd=32, **{"n_head": 4} | FAMILIES[family]).config, False)
     made = transformers.AutoModelForCausalLM.from_config(
         transformers.AutoConfig.for_model(**config), dtype=torch.float32
     )
     made.generation_config.eos_token_id = made.config.eos_token_id = 0
-    uneven(made).eval().save_pretrained(folder, **save)
-    return made
+    uneven(made).eval().save_pretrained(folder, max_shard_size=max_shard_size)
+    return made, folder
+
+
+def hugging_face_folder(folder, family, max_shard_size="1GB"):
+    made, source = saved(family, max_shard_size)
+    shutil.copytree(source, folder)
+    return copy.deepcopy(made)
 
 
 FORMS = [(family, "one file") for family in FAMILIES]
-FORMS += [(family, form) for family in ("gpt2", "llama") for form in ("shards", "bin", "bin shards")]
+FORMS += [("gpt2", "shards"), ("llama", "bin"), ("gpt2", "bin shards")]
 
 
 @pytest.mark.parametrize("family, form", FORMS)
@@ -190,13 +212,14 @@ def test_a_reward_model_is_a_sequence_classifier_of_one_label_with_the_same_scor
 
 def test_gpt2_is_downloaded_once_and_checked_against_the_hubs_checksum(tmp_path, server, monkeypatch):
     theirs = hugging_face_folder(tmp_path / "hf", "gpt2")
+    edit(tmp_path / "hf" / "config.json", eos_token_id=399)
     encoding = tokenizer_json.fill_gaps(data.learn_bpe(strings(9), 400), 1000, tmp_path)
     content = (tmp_path / "hf" / "model.safetensors").read_bytes()
     pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{hashlib.sha256(content).hexdigest()}\nsize 9\n"
     hub = {"raw/main/model.safetensors": pointer.encode(), "resolve/main/model.safetensors": content}
     hub["raw/main/config.json"] = hub["resolve/main/config.json"] = (tmp_path / "hf" / "config.json").read_bytes()
     server.files |= {f"/openai-community/gpt2/{path}": file for path, file in hub.items()}
-    monkeypatch.setattr(data.files, "HUB", server.url)
+    monkeypatch.setattr(download, "HUB", server.url)
     monkeypatch.setattr(weights, "CACHE", tmp_path / "cache")
     monkeypatch.setattr(weights, "gpt2_encoding", lambda: encoding)
 
@@ -206,10 +229,10 @@ def test_gpt2_is_downloaded_once_and_checked_against_the_hubs_checksum(tmp_path,
         with pytest.raises(InputError, match=words):
             weights.convert("gpt2", tmp_path / "gpt2")
         assert not (tmp_path / "gpt2").exists() and not (tmp_path / "cache/gpt2/model.safetensors").exists()
-    monkeypatch.setattr(data.files, "HUB", f"{server.url}/cut")
+    monkeypatch.setattr(download, "HUB", f"{server.url}/cut")
     with pytest.raises(InputError, match="only"):
         weights.convert("gpt2", tmp_path / "gpt2")
-    monkeypatch.setattr(data.files, "HUB", server.url)
+    monkeypatch.setattr(download, "HUB", server.url)
     server.files[place] = content
     weights.convert("gpt2", tmp_path / "gpt2")
     ours, _ = common.load_gpt(tmp_path / "gpt2")
@@ -237,42 +260,52 @@ def edit_model(folder, **changes):
 
 
 BAD = {
-    "another architecture": (lambda f: edit(f / "config.json", model_type="bert"), ".bert. is not supported"),
+    "another model": (lambda f: edit(f / "config.json", model_type="bert"), 'model_type "bert" is not supported'),
+    "another use of it": (
+        lambda f: edit(f / "config.json", architectures=["GPT2ForTokenClassification"]), 'architecture "GPT2ForToken',
+    ),
+    "a classifier": (
+        lambda f: edit(f / "config.json", architectures=["GPT2ForSequenceClassification"]), "num_labels 2 is not",
+    ),
     "another activation": (lambda f: edit(f / "config.json", activation_function="relu"), 'activation_function "relu"'),
     "a missing number": (lambda f: drop(f / "config.json", "n_head"), "n_head"),
     "no config": (lambda f: (f / "config.json").write_text("{"), "config.json: cannot be read"),
-    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json: is not there"),
-    "a unigram tokenizer": (lambda f: edit(f / "tokenizer.json", model={"type": "Unigram"}), "of type Unigram"),
+    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json: cannot be read"),
+    "a unigram tokenizer": (
+        lambda f: edit(f / "tokenizer.json", model={"type": "Unigram"}), 'tokenizer type "Unigram"',
+    ),
     "another pre-tokenizer": (
         lambda f: edit(f / "tokenizer.json", pre_tokenizer={"type": "Metaspace"}), "pre-tokenizer Metaspace",
     ),
     "a lowercasing tokenizer": (
-        lambda f: edit(f / "tokenizer.json", normalizer={"type": "Lowercase"}), "normalizer Lowercase",
+        lambda f: edit(f / "tokenizer.json", normalizer={"type": "Lowercase"}), 'normalizer "Lowercase"',
     ),
     "cut weights": (
         lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:5000]), "cannot be",
     ),
-    "no weights": (lambda f: (f / "model.safetensors").unlink(), "model.safetensors: is not there"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "model.safetensors: cannot be read"),
     "a missing tensor": (
-        lambda f: with_tensors(f, lambda t: t.pop("transformer.ln_f.bias")), "has no tensor ln_f.bias",
+        lambda f: with_tensors(f, lambda t: t.pop("transformer.ln_f.bias")), "the tensor ln_f.bias is missing",
     ),
     "an unknown tensor": (
-        lambda f: with_tensors(f, lambda t: t.update({"transformer.h.0.q_norm.weight": torch.ones(2)})), "q_norm",
+        lambda f: with_tensors(f, lambda t: t.update({"transformer.h.0.q_norm.weight": torch.ones(2)})),
+        "q_norm.weight belongs to no",
     ),
     "a misshapen tensor": (
-        lambda f: with_tensors(f, lambda t: t.update({"transformer.ln_f.bias": torch.ones(2)})), "ln_f.bias is of",
+        lambda f: with_tensors(f, lambda t: t.update({"transformer.ln_f.bias": torch.ones(2)})),
+        "size mismatch for ln_f.bias",
     ),
-    "a list for a config": (lambda f: (f / "config.json").write_text("[]"), "config.json or tokenizer.json is not as"),
+    "a list for a config": (lambda f: (f / "config.json").write_text("[]"), "not as expected .AttributeError"),
     "heads that do not divide": (lambda f: edit(f / "config.json", n_head=5), "not a multiple of n_head 5"),
     "an end of text that is a word": (
-        lambda f: edit(f / "config.json", eos_token_id=400), "eos_token_id 400 is no special token",
+        lambda f: edit(f / "config.json", eos_token_id=400), "eos_token_id .0, 400. must name",
     ),
     "another output layer": (
         lambda f: with_tensors(f, lambda t: t.update({"lm_head.weight": torch.ones(1000, 32)})), "ties lm_head.weight",
     ),
-    "a BPE that drops merges": (lambda f: edit_model(f, dropout=0.1), "dropout 0.1 of the BPE"),
-    "a BPE with ends of words": (lambda f: edit_model(f, end_of_word_suffix="</w>"), "end_of_word_suffix '</w>'"),
-    "a token without a merge": (lambda f: without_merges(f, 20), "that no merge makes"),
+    "a BPE that drops merges": (lambda f: edit_model(f, dropout=0.1), "dropout 0.1 is not"),
+    "a BPE with ends of words": (lambda f: edit_model(f, end_of_word_suffix="</w>"), 'end_of_word_suffix "</w>"'),
+    "a token without a merge": (lambda f: without_merges(f, 20), "which no merge makes"),
     "a letter without a byte": (lambda f: without_byte(f, "Q"), "without byte 0x51"),
     "more tokens than rows": (
         lambda f: with_tensors(f, lambda t: t.update({"transformer.wte.weight": torch.ones(500, 32)}))
@@ -308,7 +341,7 @@ def test_llama_3s_form_lists_every_split_of_a_token_and_words_that_no_merge_make
     edit(path, model=model | {"vocab": vocab, "merges": merges, "ignore_merges": True})
     theirs, ours = tokenizers.Tokenizer.from_file(str(path)), tokenizer_json.read_tokenizer(path)
     out = tokenizers.Tokenizer.from_str(json.dumps(tokenizer_json.tokenizer_json(ours)))
-    texts = ["a qzqzq", "a qzqzqz", *strings(500)]
+    texts = ["a qzqzq", "a qzqzqz", *strings(200)]
     for text in texts:
         assert ours.encode_ordinary(text) == theirs.encode(text).ids == out.encode(text).ids, repr(text)
     assert ours.encode_ordinary("a qzqzq")[-1] == len(vocab) - 1
@@ -342,7 +375,7 @@ def test_what_cannot_be_read_is_refused_by_name_and_nothing_is_written(tmp_path,
     ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
     ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2}}, 'type "linear"'),
     ({"attention_bias": True}, "attention_bias true"), ({"hidden_act": "gelu"}, 'hidden_act "gelu"'),
-    ({"head_dim": 16}, "c_attn.weight is of shape"),
+    ({"head_dim": 16}, "size mismatch for h.0.attn.c_attn.weight"),
 ])  # fmt: skip
 def test_a_llama_that_computes_otherwise_is_refused_by_name(tmp_path, changes, words):
     hugging_face_folder(tmp_path / "hf", "llama")
@@ -355,7 +388,8 @@ def test_an_older_config_with_rope_theta_beside_the_rest_is_read(tmp_path):
     hugging_face_folder(tmp_path / "hf", "llama")
     drop(tmp_path / "hf" / "config.json", "rope_parameters")
     edit(tmp_path / "hf" / "config.json", rope_theta=5e3, rope_scaling=None)
-    assert weights.read_config(tmp_path / "hf" / "config.json")[0].rope_theta == 5e3
+    path = tmp_path / "hf" / "config.json"
+    assert weights.our_config(json.loads(path.read_text()), path)[0].rope_theta == 5e3
 
 
 def test_from_the_command_line_a_folder_in_use_is_refused_and_bad_input_is_one_sentence(tmp_path):
@@ -364,9 +398,11 @@ def test_from_the_command_line_a_folder_in_use_is_refused_and_bad_input_is_one_s
     for options, words in (
         ((tmp_path, tmp_path / "mine"), "exists already"),
         ((tmp_path / "x", tmp_path / "y"), "neither"),
+        ((tmp_path, "--to", tmp_path / "y"), "FROM and TO"),
     ):
         done = run("tools/hf.py", *options)
-        assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr
+        assert done.returncode == 2 and done.stderr.startswith("tools.hf: "), done.stderr
+        assert words in done.stderr and done.stderr.count("\n") == 1, done.stderr
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
 
 
@@ -443,17 +479,17 @@ def test_every_end_of_text_stops_a_generation_and_is_exported(tmp_path):
     ours, _ = common.load_gpt(tmp_path / "run")
     assert (ours.config.eos, ours.config.stops, ours.config.bos) == (0, (1, 905), (1,))
     with torch.no_grad():
-        usual = [ours.generate([[start, 3, 5]], 9, temperature=0)[0][0, 6].item() for start in range(20)]
+        usual = [ours.generate([[start, 3, 5]], 9, temperature=0)[0][0, 6].item() for start in range(8)]
         ours.lm_head.weight[905] = 1.1 * ours.lm_head.weight[max(usual, key=usual.count)]
         made.lm_head.weight.copy_(ours.lm_head.weight)
     made.generation_config.eos_token_id = [0, 1, 905]
     ended = 0
-    for start in range(20):
+    for start in range(8):
         tokens, _, length = ours.generate([[start, 3, 5]], 30, temperature=0)
         expected = made.generate(torch.tensor([[start, 3, 5]]), max_new_tokens=30, do_sample=False, pad_token_id=0)
         assert tokens[0, : int(length)].tolist() == expected[0].tolist()
         ended += tokens[0, int(length) - 1].item() in ours.config.stops
-    assert ended > 2
+    assert ended > 1
     weights.convert(str(tmp_path / "run"), tmp_path / "out")
     back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert back.generation_config.eos_token_id == [0, 1, 905] and back.config.bos_token_id == 1
@@ -517,7 +553,7 @@ def test_a_conversation_has_the_tokens_of_transformers_and_the_template_goes_out
     _, ours = common.load_gpt(tmp_path / "run")
     weights.convert(str(tmp_path / "run"), tmp_path / "out")
     again = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
-    for messages in conversations(60):
+    for messages in conversations(20):
         expected = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         assert data.encode_prompt(ours, messages) == expected, messages
         assert again.apply_chat_template(messages, add_generation_prompt=True, return_dict=False) == expected
@@ -577,7 +613,7 @@ def test_the_classifier_of_data_readme_scores_lists_of_answers(tmp_path):
     page = (ROOT / "data" / "README.md").read_text()
     (code,) = re.findall(r"```python\n(# sentiment.py\n.*?)```", page, re.DOTALL)
     (name,) = re.findall(r'model="(\S+)"', code)
-    make_tokenizer(tmp_path / "tiny", special=["<|end|>", "<|pad|>"])
+    make_tokenizer(tmp_path / "tiny", special=("<|end|>", "<|pad|>"))
     labels = {0: "NEGATIVE", 1: "POSITIVE"}
     config = transformers.GPT2Config(
         vocab_size=900, n_positions=64, n_embd=32, n_layer=1, n_head=2, id2label=labels, pad_token_id=1

@@ -1,4 +1,4 @@
-"""Download files and check their checksums."""
+"""Download files, check their checksums, and write the files of a data set."""
 
 import base64
 import hashlib
@@ -7,20 +7,22 @@ import os
 import re
 import sys
 import time
-import urllib.error
 import urllib.request
 from pathlib import Path
 
-from data.files import InputError
+from data.files import InputError, write_jsonl
 
 HUB = "https://huggingface.co"
 
 
 def download(url: str, target: Path, checksum: str | None, tries: int = 3) -> None:
-    """Download `url` to `target` and show progress. `checksum` is "sha256:…", "md5:…", or None for the server's own.
+    """Download `url` to `target`, unless it exists. `checksum` is "sha256:…", "md5:…", or None for the server's own.
 
     Raises InputError if the download is incomplete or the checksum is wrong. In that case it writes no `target`.
     """
+    if target.exists():
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f"{target.name}.{os.getpid()}.part")
     kind, _, expected = (checksum or "md5:").partition(":")
     for attempt in range(tries):
@@ -28,15 +30,15 @@ def download(url: str, target: Path, checksum: str | None, tries: int = 3) -> No
         try:
             with urllib.request.urlopen(url, timeout=60) as response, open(temporary, "wb") as file:
                 size = int(response.headers.get("Content-Length") or 0)
-                if checksum is None and (named := response.headers.get("Content-MD5")):
-                    expected = base64.b64decode(named).hex()
+                if checksum is None:
+                    expected = base64.b64decode(response.headers.get("Content-MD5") or "").hex()
                 while chunk := response.read(2**20):
                     file.write(chunk)
                     digest.update(chunk)
                     done += len(chunk)
                     if sys.stderr.isatty():
                         print(f"\r{target.name}: {done / 1e6:.0f} of {size / 1e6:.0f} MB ", end="", file=sys.stderr)
-            if size and done < size:
+            if done < size:
                 problem = f"only {done:,} of {size:,} bytes arrived"
             elif expected and digest.hexdigest() != expected:
                 problem = f"{done:,} bytes arrived with the wrong checksum"
@@ -45,8 +47,6 @@ def download(url: str, target: Path, checksum: str | None, tries: int = 3) -> No
                 return
         except (OSError, http.client.HTTPException) as error:
             problem = f"could not be downloaded ({error})"
-            if isinstance(error, urllib.error.HTTPError) and error.code < 500:
-                break
         finally:
             temporary.unlink(missing_ok=True)
         time.sleep(attempt < tries - 1)
@@ -54,17 +54,22 @@ def download(url: str, target: Path, checksum: str | None, tries: int = 3) -> No
 
 
 def download_from_hub(repository: str, file: str, target: Path) -> None:
-    """Download a file of a Hugging Face repository to `target`.
+    """Download a file of a Hugging Face repository to `target`, unless it exists.
 
     The Git LFS pointer of a large file contains its sha256. The hub serves the pointer; another host serves the file.
     """
-    url = f"{HUB}/{repository}/raw/main/{file}"
+    if target.exists():
+        return
     pointer = target.with_name(f"{target.name}.{os.getpid()}.pointer")
-    try:
-        download(url, pointer, None)
-        oid = re.search(r"^oid (sha256:[0-9a-f]{64})$", pointer.read_text(errors="replace"), re.MULTILINE)
-    finally:
-        pointer.unlink(missing_ok=True)
+    download(f"{HUB}/{repository}/raw/main/{file}", pointer, None)
+    oid = re.search(r"^oid (sha256:[0-9a-f]{64})$", pointer.read_text(errors="replace"), re.MULTILINE)
+    pointer.unlink()
     if not oid and target.suffix != ".json":
-        raise InputError(f"{url}: contains no sha256; try again later, or download it in another way")
+        raise InputError(f"{HUB}/{repository}/raw/main/{file}: contains no sha256; download it in another way")
     download(f"{HUB}/{repository}/resolve/main/{file}", target, oid and oid[1])
+
+
+def write_files(folder: Path, files: dict[str, list[dict]]) -> None:
+    """Write each list of rows to folder/NAME.jsonl."""
+    for name, rows in files.items():
+        print(f"{folder / name}.jsonl: {write_jsonl(folder / f'{name}.jsonl', rows):,} rows")

@@ -19,12 +19,24 @@ import zlib
 from collections import Counter
 from pathlib import Path
 
+from common import cli
 from data.chat import split_dialogue
-from data.files import InputError, iterate_jsonl, write_jsonl
-from tools.get.download import download_from_hub
+from data.files import InputError, iterate_jsonl
+from tools.get.download import download_from_hub, write_files
 
 FOLDER = Path(__file__).resolve().parents[2] / "out/data/hh"
 SETS = ("helpful-base", "helpful-online", "helpful-rejection-sampled", "harmless-base")
+
+
+def fetch(sets: list[str]) -> list[tuple[Path, str]]:
+    """Download the train and test files of some of SETS. Returns (file, split) for `prepare`."""
+    if unknown := set(sets) - set(SETS):
+        raise InputError(f"--sets: there is no {min(unknown)}; give some of {', '.join(SETS)}")
+    sources = []
+    for name, part in itertools.product(sets, ("train", "test")):
+        sources.append((FOLDER / f"{name}.{part}.jsonl.gz", "eval" if part == "test" else "train"))
+        download_from_hub("datasets/Anthropic/hh-rlhf", f"{name}/{part}.jsonl.gz", sources[-1][0])
+    return sources
 
 
 def prepare(sources: list[tuple[Path, str]], chatml: bool, messages: bool = False) -> None:
@@ -43,44 +55,29 @@ def prepare(sources: list[tuple[Path, str]], chatml: bool, messages: bool = Fals
         print(f"omitted, {why}: {n:,}")
     if not kept["train"] or not kept["eval"]:
         raise InputError(f"{sources[0][0]}: too few dialogues for a held-out set; give a complete file")
-    pairs = [{"prompt": pair["prompt"], "completion": pair["chosen"]} for pair in kept["train"]]
-    files = {"sft": pairs, "compare": kept["train"], "ppo": prompts(kept["train"]), "eval": prompts(kept["eval"])}
-    for name, rows in files.items():
-        print(f"{FOLDER / name}.jsonl: {write_jsonl(FOLDER / f'{name}.jsonl', rows):,} rows")
+    files = {"sft": [{"prompt": pair["prompt"], "completion": pair["chosen"]} for pair in kept["train"]]}
+    files["compare"] = kept["train"]
+    for name, pairs in (("ppo", kept["train"]), ("eval", kept["eval"])):  # each different prompt once
+        files[name] = [*{json.dumps(pair["prompt"]): {"prompt": pair["prompt"]} for pair in pairs}.values()]
+    write_files(FOLDER, files)
 
 
-def prompts(pairs: list[dict]) -> list[dict]:
-    """Return one row for each different prompt."""
-    known = {json.dumps(pair["prompt"]): pair["prompt"] for pair in pairs}
-    return [{"prompt": prompt} for prompt in known.values()]
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        raise InputError(f"{message}; --help lists the options")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Anthropic's HH comparisons")
+    parser = Parser(description="Anthropic's HH comparisons")
     parser.add_argument("--source", type=Path, nargs="+", help=".jsonl or .jsonl.gz files with chosen and rejected")
     parser.add_argument("--sets", default=SETS[0], help=f"comma-separated, of {', '.join(SETS)}")
     parser.add_argument("--chatml", action="store_true", help="write turns as <|im_start|>user … <|im_end|>")
     parser.add_argument("--messages", action="store_true", help="write conversations, lists of role and content")
     options = parser.parse_args()
-    try:
-        sources = [(source, "") for source in options.source or []]
-        for source, _ in sources:
-            if not source.is_file():
-                raise InputError(f"--source {source}: no such file; give a .jsonl or .jsonl.gz")
-        if not sources:
-            if unknown := set(options.sets.split(",")) - set(SETS):
-                raise InputError(f"--sets {options.sets}: there is no {min(unknown)}; give some of {', '.join(SETS)}")
-            for name, part in itertools.product(options.sets.split(","), ("train", "test")):
-                target = FOLDER / f"{name}.{part}.jsonl.gz"
-                if not target.exists():
-                    FOLDER.mkdir(parents=True, exist_ok=True)
-                    download_from_hub("datasets/Anthropic/hh-rlhf", f"{name}/{part}.jsonl.gz", target)
-                sources.append((target, "eval" if part == "test" else "train"))
-        prepare(sources, options.chatml, options.messages)
-    except InputError as error:
-        print(f"tools.get.hh: {error}", file=sys.stderr)
-        sys.exit(2)
+    sources = [(source, "") for source in options.source or []] or fetch(options.sets.split(","))
+    prepare(sources, options.chatml, options.messages)
 
 
 if __name__ == "__main__":
-    main()
+    sys.argv[0] = "tools.get.hh"
+    cli.run_main(main)

@@ -9,21 +9,22 @@ A hash of the text assigns each review to a part: 60% are pretraining text and g
 PPO; 15% fit each linear model; 10% give evaluation prompts and the linear models' held-out accuracy.
 """
 
-import argparse
 import functools
 import re
 import sys
 import tarfile
 import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data.files import InputError, iterate_jsonl, write_jsonl
-from tools.get.download import download
+from common import cli
+from data.files import InputError, iterate_jsonl
+from tools.get.download import download, write_files
 
 URL = "https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz"
 CHECKSUM = "md5:7c2ac02c03563afcf9b574c7e56c153a"
@@ -32,46 +33,36 @@ BUCKETS = 2**18  # for hashed words and word pairs
 RESPONSE = 200  # characters: the linear models are fitted on pieces as long as the texts they will judge
 
 
-def reviews(source: Path) -> Iterator[tuple[str, int]]:
-    """Yield (text, 1 if positive else 0) for each labelled review in the tar.gz, its unpacked folder, or JSONL.
+@dataclass
+class Config:
+    source: str = ""  # the tar.gz, its unpacked folder, or JSONL with text and label, in place of the download
 
-    A label of -1 marks a review without one, which is left out. Raises InputError for any other label.
-    """
-    wanted = re.compile(r"(?:train|test)/(pos|neg)/[^/]+\.txt$")
-    if source.is_dir():
-        found = [(path, match) for path in sorted(source.rglob("*.txt")) if (match := wanted.search(path.as_posix()))]
-        for path, match in found:
-            yield decoded(path.read_bytes(), path), int(match[1] == "pos")
-    elif source.suffix == ".jsonl":
+
+def reviews(source: Path) -> Iterator[tuple[str, int]]:
+    """Yield (text, 1 if positive else 0) for each labelled review. In JSONL, a label of -1 means that there is none."""
+    if source.suffix == ".jsonl":
         unlabelled = 0
         for number, row in enumerate(iterate_jsonl(source, {"text": str, "label": int}), 1):
             if row["label"] not in (-1, 0, 1):
-                raise InputError(
-                    f'{source}: row {number}: "label" is {row["label"]}; give 1 for positive, 0 for negative'
-                )
-            if row["label"] == -1:
-                unlabelled += 1
-            else:
+                raise InputError(f'{source}: row {number}: "label" is {row["label"]}, not 1 (positive) or 0 (negative)')
+            unlabelled += row["label"] == -1
+            if row["label"] >= 0:
                 yield row["text"], row["label"]
-        if unlabelled:
-            print(f"{source}: {unlabelled:,} reviews without a label (-1) were left out")
-    else:
-        try:
-            with tarfile.open(source) as archive:
-                for member in archive:
-                    if member.isfile() and (match := wanted.search(member.name)):
-                        yield decoded(archive.extractfile(member).read(), member.name), int(match[1] == "pos")
-        except (OSError, tarfile.TarError, EOFError, zlib.error) as error:
-            raise InputError(
-                f"{source}: cannot be read as a tar.gz ({type(error).__name__}); give the archive, its folder or JSONL"
-            ) from None
-
-
-def decoded(content: bytes, name: object) -> str:
+        print(f"{source}: {unlabelled:,} reviews without a label were left out")
+        return
+    wanted = re.compile(r"(train|test)/(pos|neg)/[^/]+\.txt$")
     try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError:
-        raise InputError(f"{name}: not UTF-8; save the file as UTF-8") from None
+        if source.is_dir():
+            paths = (path for path in sorted(source.rglob("*.txt")) if wanted.search(path.as_posix()))
+            yield from ((path.read_text("utf-8"), int(path.parent.name == "pos")) for path in paths)
+            return
+        with tarfile.open(source) as archive:
+            for member in archive:
+                if member.isfile() and (match := wanted.search(member.name)):
+                    yield archive.extractfile(member).read().decode("utf-8"), int(match[2] == "pos")
+    except (OSError, tarfile.TarError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        what = f"cannot be read ({type(error).__name__}: {error})"
+        raise InputError(f"{source}: {what}; give the tar.gz, its unpacked folder, or JSONL") from None
 
 
 def features(text: str) -> list[int]:
@@ -99,11 +90,6 @@ def fit(texts: list[str], labels: list[int]) -> np.ndarray:
     return torch.cat([weight[:, 0], bias]).detach().numpy()
 
 
-def stretches(text: str) -> list[str]:
-    """Cut the text into pieces of at most RESPONSE characters."""
-    return [text[start : start + RESPONSE] for start in range(0, len(text), RESPONSE)]
-
-
 def probability(weights: np.ndarray, text: str) -> float:
     """Return the linear model's probability that a text is positive."""
     row = features(text)
@@ -129,59 +115,47 @@ def judge(prompt: str, response: str) -> float:
 
 
 def prepare(source: Path) -> None:
-    parts: dict[str, list[tuple[str, int]]] = {"pretrain": [], "labeller": [], "judge": [], "eval": []}
-    seen = set()
+    parts: dict[str, dict[str, int]] = {"pretrain": {}, "labeller": {}, "judge": {}, "eval": {}}  # text → label
     for text, label in reviews(source):
         text = text.replace("<br />", "\n").strip()
         key = zlib.crc32(text.encode()) % 100  # depends on the text alone, so copies of a review get the same part
-        if text and text not in seen:
-            seen.add(text)
-            parts["pretrain" if key < 60 else "labeller" if key < 75 else "judge" if key < 90 else "eval"].append(
-                (text, label)
-            )
+        part = "pretrain" if key < 60 else "labeller" if key < 75 else "judge" if key < 90 else "eval"
+        if text:
+            parts[part].setdefault(text, label)
     if min(map(len, parts.values())) < 10:
-        raise InputError(f"{source}: {len(seen)} labelled reviews are too few; give the complete data set")
-    FOLDER.mkdir(parents=True, exist_ok=True)
-
-    def write(name: str, rows: list[dict]) -> None:
-        print(f"{FOLDER / name}.jsonl: {write_jsonl(FOLDER / f'{name}.jsonl', rows):,} rows")
-
-    # A prompt is the first 2–4 words: usually 2–8 tokens if the vocabulary has a few thousand tokens.
+        n = sum(map(len, parts.values()))
+        raise InputError(f"{source}: {n} labelled reviews are too few; give the complete data set")
     rng = np.random.default_rng(0)
-    order = lambda rows: [rows[i][0] for i in rng.permutation(len(rows))]  # noqa: E731
-    prompts = lambda texts: [{"prompt": " ".join(t.split()[: rng.integers(2, 5)])} for t in texts]  # noqa: E731
-    write("pretrain", [{"text": text} for text, _ in parts["pretrain"]])
-    texts = order(parts["pretrain"])
+
+    def prompts(texts: list[str]) -> list[dict]:
+        """Return the first 2–4 words: usually 2–8 tokens if the vocabulary has a few thousand tokens."""
+        return [{"prompt": " ".join(text.split()[: rng.integers(2, 5)])} for text in texts]
+
+    def pieces(rows: dict[str, int]) -> list[tuple[str, int]]:
+        return [(text[i : i + RESPONSE], rows[text]) for text in rows for i in range(0, len(text), RESPONSE)]
+
+    texts, held_out = [*parts["pretrain"]], [*parts["eval"]]
+    texts = [texts[i] for i in rng.permutation(len(texts))]
     half = len(texts) // 2
-    write("compare", prompts(texts[:half]))
-    write("ppo", prompts(texts[half:]))
-    write("eval", prompts(order(parts["eval"])))
+    files = {"pretrain": [{"text": text} for text in parts["pretrain"]]}
+    files |= {"compare": prompts(texts[:half]), "ppo": prompts(texts[half:])}
+    files["eval"] = prompts([held_out[i] for i in rng.permutation(len(held_out))])
+    write_files(FOLDER, files)
     for name in ("labeller", "judge"):
-        pieces = [(piece, label) for text, label in parts[name] for piece in [text, *stretches(text)]]
-        weights = fit(*map(list, zip(*pieces)))
+        weights = fit(*map(list, zip(*parts[name].items(), *pieces(parts[name]))))
         np.save(FOLDER / f"{name}.npy", weights)
-        right = [(probability(weights, p) > 0.5) == label for t, label in parts["eval"] for p in stretches(t)]
-        whole = [(probability(weights, text) > 0.5) == label for text, label in parts["eval"]]
-        print(f"{name}: held-out accuracy {np.mean(right):.3f} on pieces, {np.mean(whole):.3f} on whole reviews")
+        for what, rows in (("pieces", pieces(parts["eval"])), ("whole reviews", parts["eval"].items())):
+            right = [(probability(weights, text) > 0.5) == label for text, label in rows]
+            print(f"{name}: held-out accuracy {np.mean(right):.3f} on {what}")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="The Large Movie Review Dataset")
-    parser.add_argument("--source", type=Path, help="the tar.gz, its unpacked folder, or JSONL with text and label")
-    source = parser.parse_args().source
-    try:
-        if source is None:
-            source = FOLDER / "aclImdb_v1.tar.gz"
-            if not source.exists():
-                FOLDER.mkdir(parents=True, exist_ok=True)
-                download(URL, source, CHECKSUM)
-        elif not source.exists():
-            raise InputError(f"--source {source}: no such file or folder; give the tar.gz, its folder, or JSONL")
-        prepare(source)
-    except InputError as error:
-        print(f"tools.get.imdb: {error}", file=sys.stderr)
-        sys.exit(2)
+    source = Path(cli.parse(Config).source or FOLDER / "aclImdb_v1.tar.gz")
+    if source == FOLDER / "aclImdb_v1.tar.gz":
+        download(URL, source, CHECKSUM)
+    prepare(source)
 
 
 if __name__ == "__main__":
-    main()
+    sys.argv[0] = "tools.get.imdb"
+    cli.run_main(main)
