@@ -128,7 +128,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def server(monkeypatch):
     """A local HTTP server: its `url`, and `files`, what it serves. Nobody waits before another try."""
-    monkeypatch.setattr("data.files.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("tools.get.download.time.sleep", lambda seconds: None)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         server.url, server.files, server.asked = f"http://127.0.0.1:{server.server_port}", {}, set()
         server.md5 = {}  # path → Content-MD5, where one is sent
