@@ -21,7 +21,7 @@ from torch.utils.weak import WeakIdKeyDictionary, WeakTensorKeyDictionary
 
 CHUNK = 2**23  # logits that exist at a time on a CPU: 32 MiB
 GPU_CHUNK = 2**27  # 512 MiB: a GPU wants products of many rows
-KEPT = 4  # chunks of logits that the backward need not compute again
+KEPT, GPU_KEPT = 16, 4  # chunks of logits that the backward need not compute again
 SHORT = 128  # a CPU attends to up to this many keys by plain products
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")  # private operators:
 REORDERS = ONEDNN and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")  # another torch may lack one, or both
@@ -149,7 +149,8 @@ def token_logprobs(
     hidden, weight = rounded(hidden), rounded(weight)
     wanted = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     if not with_entropy:
-        return ChosenLogprobs.apply(hidden, weight, target, temperature, KEPT if wanted else 0), None
+        kept = KEPT if weight.device.type == "cpu" else GPU_KEPT
+        return ChosenLogprobs.apply(hidden, weight, target, temperature, kept if wanted else 0), None
     if wanted:
         logp = (linear_float32(hidden, weight) / temperature).log_softmax(-1)
         return logp.gather(1, target[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
@@ -194,38 +195,6 @@ class ChosenLogprobs(torch.autograd.Function):
             add_gradients(exp, total, gi / total, h, weight, y, d, d_weight)
             del exp, total  # before the next chunk takes its memory
         return d_hidden, d_weight.to(weight.dtype), None, None, None
-
-
-def sum_logprobs(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    """`token_logprobs(hidden, weight, target)[0].sum()`: a number, what stage 1 learns from.
-
-    The gradient of each log-probability is one and the same number. So where there are many chunks of logits, both
-    gradients are taken in the forward but for that number, and no chunk is kept or computed twice.
-    """
-    wanted = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    if not wanted or len(hidden) <= KEPT * chunk_rows(weight):
-        return token_logprobs(hidden, weight, target)[0].sum()
-    return SumLogprobs.apply(rounded(hidden), rounded(weight), target)
-
-
-class SumLogprobs(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-        rows, found = chunk_rows(weight), []
-        d_hidden = torch.empty_like(hidden)  # (N, C)
-        d_weight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))  # (V, C)
-        for h, y, d in zip(*(x.split(rows) for x in (hidden, target, d_hidden))):
-            logp, exp, total = chunk_softmax(h, weight, y, 1.0)
-            found.append(logp.sum())
-            add_gradients(exp, total, 1 / total, h, weight, y, d, d_weight)
-        ctx.gradients = d_hidden, d_weight
-        return torch.stack(found).sum()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple:
-        d_hidden, d_weight = ctx.gradients
-        return (d_hidden * grad).to(d_hidden.dtype), (d_weight * grad).to(d_hidden.dtype), None
 
 
 def add_gradients(exp, total, g, h, weight, target, d_h, d_weight) -> None:
@@ -376,11 +345,11 @@ def static_decode(model: nn.Module, prompts: list[list[int]], uniform: Tensor, c
     def step() -> None:
         """Read token t − 1 of every row, then add token t."""
         mask = state["gap"].masked_fill(place > P + t - 1, -math.inf)
-        hidden = model.hidden(new[t - 1].view(B, 1), (kv, P + t - 1, mask, (start + t - 1)[:, None]))
+        hidden = model.hidden(new[t - 1].view(B, 1), model.Cache(kv, P + t - 1, mask, (start + t - 1)[:, None]))
         add_token(hidden[:, 0], t)
         t.add_(1)
 
-    hidden = model.hidden(tokens[:, :P], (kv[..., :P, :], slice(0, P), None, place[:P]))  # (B, P, C)
+    hidden = model.hidden(tokens[:, :P], model.Cache(kv[..., :P, :], slice(0, P), None, place[:P]))  # (B, P, C)
     add_token(hidden[torch.arange(B, device=device), start - 1], torch.zeros_like(t))
     for i in range(1, N):
         if i % 16 == 0 and bool(done.all()):  # a look waits for the device

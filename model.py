@@ -61,11 +61,6 @@ def token_logprobs(
     return logp.gather(1, target[:, None])[:, 0], entropy
 
 
-def sum_logprobs(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    """Σ log p of all targets: a number. Stage 1 learns from it."""
-    return token_logprobs(hidden, weight, target)[0].sum()
-
-
 def draw(probs: Tensor, uniform: Tensor) -> Tensor:
     """A token id (B,) from each row of probs (B, V), by inverse transform of uniform (B,) in [0, 1), in float64."""
     cdf = probs.cumsum(-1, dtype=torch.float64)
@@ -75,7 +70,7 @@ def draw(probs: Tensor, uniform: Tensor) -> Tensor:
 
 decoding = torch.no_grad()  # what `generate` runs in
 # The same numbers, faster. All works without this line.
-from fast import Linear, attend, decoding, draw, linear_float32, pack, sum_logprobs, token_logprobs  # noqa: E402, F811
+from fast import Linear, attend, decoding, draw, linear_float32, pack, token_logprobs  # noqa: E402, F811
 
 # --- the model --------------------------------------------------------------------------------------------------------
 
@@ -216,6 +211,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class GPT(nn.Module):
+    Cache = Cache
+
     def __init__(self, config: GPTConfig):
         super().__init__()
         if config.head_size * config.n_head != config.n_embd and not config.head_dim:
@@ -249,8 +246,7 @@ class GPT(nn.Module):
         T = tokens.shape[1]
         if T > self.config.block_size:
             raise ValueError(f"{T} tokens do not fit the context of {self.config.block_size}")
-        kv, *rest = cache or (None,)  # a tuple does as well
-        position = torch.arange(T, device=tokens.device) if cache is None else rest[-1]
+        position = torch.arange(T, device=tokens.device) if cache is None else cache.position
         x = self.wte(tokens)  # (B, T, C)
         rotary = None
         if self.config.rope_theta:
@@ -259,7 +255,7 @@ class GPT(nn.Module):
             x = x + self.wpe(position)
         x = F.dropout(x, self.config.dropout, self.training)
         for i, block in enumerate(self.h):
-            layer_cache = None if cache is None else Cache(kv[i], *rest)
+            layer_cache = None if cache is None else cache._replace(kv=cache.kv[i])
             angles = None if i in self.config.no_rope else rotary
             if self.checkpoint_activations and torch.is_grad_enabled():
                 x = checkpoint(block, x, angles, layer_cache, use_reentrant=False)
@@ -285,11 +281,6 @@ class GPT(nn.Module):
         found = token_logprobs(predicting, self.output_weight, target, temperature, with_entropy=True)
         logp, entropy = (x.new_zeros(mask.shape).masked_scatter(mask, x) for x in found)
         return logp, entropy
-
-    def summed_logprobs(self, tokens: Tensor, prompt_len: Tensor, length: Tensor) -> Tensor:
-        """`logprobs(...).sum()`: a number."""
-        predicting, target, _ = self.predictions(tokens, prompt_len, length)
-        return sum_logprobs(predicting, self.output_weight, target)
 
     def predictions(self, tokens: Tensor, prompt_len: Tensor, length: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The hidden states (N, C) before all N response tokens, their ids (N,), and their places, a mask (B, R).

@@ -107,7 +107,7 @@ def text_rows(cfg: Config, run: runs.Run, encoding: tiktoken.Encoding, eos: int,
 
 def next_token_loss(model: GPT, rows: list[data.Row], device: torch.device) -> torch.Tensor:
     """−Σ log p(token | all before it) over the responses of `rows`, in nats. Plain text answers its first token."""
-    return -model.summed_logprobs(*data.pad(rows, device))
+    return -model.logprobs(*data.pad(rows, device)).sum()
 
 
 def count_targets(rows: list[data.Row]) -> int:
