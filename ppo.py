@@ -20,9 +20,8 @@ tokens are right-padded. Columns of the (B, R) tensors are response tokens: colu
 prompt_len + r, and R is the longest response. These tensors are 0 outside the response; mask is true inside it. In a
 part of the batch, B, T and R become b, t and r. prompt_len and length stay on the CPU.
 
-Ziegler et al. 2019 (arXiv 1909.08593) is the set-up, Schulman et al. 2017 (1707.06347) the update, Stiennon et al. 2020
-(2009.01325) the separate value net that starts as the reward model. Left out on purpose: shared trunks for policy and
-value, an entropy bonus, whitening of rewards, dropout.
+Set-up: Ziegler et al. 2019 (arXiv 1909.08593). Update: Schulman et al. 2017 (1707.06347). Separate value net: Stiennon
+et al. 2020 (2009.01325). Left out on purpose: a trunk shared with the value net, an entropy bonus, whitened rewards.
 """
 
 import copy
@@ -123,14 +122,13 @@ def read(
     """
     device = batch["tokens"].device
     _, mask = response_window(batch["prompt_len"], batch["length"])
-    found = {"mask": mask.to(device), "score": score(batch)}
-    found |= {name: torch.zeros(mask.shape, device=device) for name in ("logp", "ref_logp", "values", "entropy")}
+    found = {name: torch.zeros(mask.shape, device=device) for name in ("logp", "ref_logp", "values", "entropy")}
+    found |= {"mask": mask.to(device), "score": score(batch)}
     for index in split(batch, cfg.micro_batch_size or cfg.minibatch_size // dist.WORLD, cfg.shard):
         part = select(batch, index)
         sequences = part["tokens"], part["prompt_len"], part["length"]
-        logp, entropy = policy.logprobs_and_entropy(*sequences, cfg.temperature)  # (b, r)
-        ref_logp = ref.logprobs(*sequences, cfg.temperature)
-        new = {"logp": logp, "entropy": entropy, "ref_logp": ref_logp, "values": value.values(*sequences)}
+        new = {"values": value.values(*sequences), "ref_logp": ref.logprobs(*sequences, cfg.temperature)}  # (b, r)
+        new["logp"], new["entropy"] = policy.logprobs_and_entropy(*sequences, cfg.temperature)
         for name, x in new.items():
             found[name][index.to(device), : x.shape[1]] = x
     return found
@@ -222,10 +220,10 @@ def update(
     autocast: torch.autocast,
     seed: int,
 ) -> dict[str, float]:
-    """`epochs` passes over the batch in minibatches, one step of each optimizer per minibatch. Returns metrics.
+    """`epochs` passes over the batch, one step of each optimizer per minibatch. At `lr` 0 the policy stands still.
 
     Losses and metrics are means over the tokens of the whole minibatch (all micro-batches, all processes), so how it is
-    split changes nothing. At `lr` 0 the policy stands still. The last epoch's ratio is put into the batch.
+    split changes nothing. Returns the metrics, and puts the last epoch's ratio into the batch.
     """
     batch["ratio"] = batch["mask"].float()
     rng, sums, n_steps = generator(seed), {}, 0
@@ -245,7 +243,6 @@ def update(
                 vf_losses = value_loss(values, part["values"], returns, cfg.cliprange_value)
                 loss = ((pg_losses + vf_losses) * mask).sum() / n_tokens  # of two nets that share nothing
                 loss.backward()
-
                 batch["ratio"][rows[index].to(mask.device), : mask.shape[1]] = ratio.detach() * mask
                 by_token = {
                     "loss/policy_avg": pg_losses,
@@ -273,7 +270,7 @@ def rates(step: int, cfg: Config) -> tuple[float, float]:
     """The learning rates of policy and value net at an iteration. Both fall to 0 in a straight line.
 
     The reward model was trained on last tokens alone, so what the value net says of a prefix is a guess at first. It
-    learns for some iterations before the policy moves. Then the policy's rate rises for four, or a quarter of the run.
+    learns alone for some iterations. Then the policy's rate rises for four, or a quarter of the run.
     """
     alone = min(cfg.value_warmup, cfg.iterations // 4)
     rising = max(1, min(4, cfg.iterations // 4))
@@ -283,10 +280,7 @@ def rates(step: int, cfg: Config) -> tuple[float, float]:
 
 
 def adapt(kl_coef: float, kl: float, cfg: Config) -> float:
-    """β for the next iteration, from the KL to the reference in nats per response.
-
-    Ziegler et al. 2019, section 2.2, with K = 0.25: β can change by a factor of 20 in 64 iterations.
-    """
+    """β for the next iteration, from the KL in nats per response (Ziegler et al. 2019, section 2.2, with K = 0.25)."""
     if not cfg.kl_target:
         return kl_coef
     error = min(max(kl / cfg.kl_target - 1, -0.2), 0.2)
@@ -340,6 +334,8 @@ def load_prompts(cfg: Config, policy: GPT, encoding: tiktoken.Encoding) -> tuple
 def train(cfg: Config) -> None:
     if cfg.unended_cap is None:
         cfg = replace(cfg, unended_cap=math.inf if judges.is_function(cfg.reward) else -1.0)
+    if cfg.kl_target and not cfg.kl_coef:
+        raise InputError("--kl_target: needs a --kl_coef above 0 to start from")
     device, autocast = cli.setup(cfg)
     run = runs.Run(cfg)
     policy, ref, value, score, encoding = build(cfg, device, autocast)
@@ -350,8 +346,9 @@ def train(cfg: Config) -> None:
     saved = {"value": value, "policy_optimizer": policy_optimizer, "value_optimizer": value_optimizer}
     kl_coef = run.state["kl_coef"] if run.state else cfg.kl_coef
     run.start(cfg.iterations, model=policy, **saved)
-    counts = f"{len(prompts):,} prompts, {len(held_out):,} held out"
-    dist.print0(f"{cfg.init}, {cfg.reward} → {cfg.out}: {counts}, on {device}")
+    dist.print0(
+        f"{cfg.init}, {cfg.reward} → {cfg.out}: {len(prompts):,} prompts, {len(held_out):,} held out, on {device}"
+    )
 
     def answer(purpose: str, model: GPT, some: list[list[int]], first: int) -> tuple[Batch, list[dict]]:
         """`model` answers some held-out prompts, with random numbers of this purpose alone."""

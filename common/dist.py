@@ -22,13 +22,7 @@ from model import GPT, ScalarModel
 
 RANK = int(os.environ.get("RANK", 0))  # of this process
 WORLD = int(os.environ.get("WORLD_SIZE", 1))  # how many there are
-FORWARDS = (
-    "logprobs",
-    "summed_logprobs",
-    "logprobs_and_entropy",
-    "scores",
-    "values",
-)  # called on a sharded net
+FORWARDS = ("logprobs", "logprobs_and_entropy", "scores", "values")  # what is called on a sharded net
 
 
 def join(device: torch.device) -> None:
