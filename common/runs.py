@@ -7,9 +7,7 @@ import importlib.util
 import json
 import math
 import os
-import platform
 import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -23,7 +21,7 @@ from typing import Any
 import tiktoken
 import torch
 
-from common import dist, nets
+from common import about, dist, nets
 from common.dist import RANK, WORLD
 from common.judges import ROOT
 from data.files import InputError, cannot_write, replacing
@@ -148,7 +146,7 @@ class Run:
                 lines = samples.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
                 with replacing(samples) as file:
                     file.writelines(line for line in lines if line.endswith("\n") and sampled_at(line) <= self.step)
-            old = ["report.txt", "report.json", "run.html"] if self.step < self.steps else []
+            old = ["report.json", "run.html"] if self.step < self.steps else []
             for left in [*self.folder.glob("*.tmp"), *(self.folder / name for name in old)]:
                 left.unlink(missing_ok=True)
         elif self.folder.exists() and any(self.folder.iterdir()):
@@ -192,9 +190,11 @@ class Run:
         if show:
             left = (now - self.started) / (step + 1 - self.step) * (self.steps - step - 1)
             names = {name: name if name.startswith("eval/") else name.split("/")[-1] for name in show}
-            shown = "  ".join(f"{short} {number(metrics[name])}" for name, short in names.items() if name in metrics)
+            shown = "  ".join(
+                f"{short} {about.number(metrics[name])}" for name, short in names.items() if name in metrics
+            )
             width = len(str(self.steps))
-            print(f"step {step + 1:>{width}}/{self.steps}  {shown}  {clock(left)} left", flush=True)
+            print(f"step {step + 1:>{width}}/{self.steps}  {shown}  {about.clock(left)} left", flush=True)
 
     def diverged(self, step: int, what: str, value: object) -> InputError:
         saved = [name for name in ("model.pt", "best.pt") if (self.folder / name).exists()]
@@ -208,7 +208,7 @@ class Run:
         """Measure the seconds of the block; `log` writes them as time/phase."""
         began = time.time()
         yield
-        synchronize()
+        about.synchronize()
         self.times[f"time/{phase}"] = time.time() - began
 
     def keep_best(self, goodness: float, model: GPT | ScalarModel, encoding: tiktoken.Encoding) -> None:
@@ -273,12 +273,9 @@ class Run:
                 json.dump(content, file)
 
     def report(self, text: str, content: dict) -> None:
-        """Print a report and keep it as report.txt and, with all its numbers, report.json."""
+        """Print a report, and keep all its numbers as report.json."""
         dist.print0(text)
         self.write("report.json", content)
-        if RANK == 0:
-            with replacing(self.folder / "report.txt") as file:
-                file.write(text.strip("\n") + "\n")
 
     def sample(self, step: int, text: str) -> None:
         """Append a sample to samples.txt and print it, with its line breaks shown as ⏎."""
@@ -291,7 +288,7 @@ class Run:
         """Print the peak memory, and write the run's page."""
         if RANK == 0:
             self.describe()
-            print(f"peak memory: {peak_memory(device):.2f} GiB", flush=True)
+            print(f"peak memory: {about.peak_memory(device):.2f} GiB", flush=True)
             write_page(self.folder)
 
 
@@ -313,27 +310,24 @@ def lock(out: Path) -> Any:
         if out.exists() and not os.access(out, os.W_OK):
             raise PermissionError(13, "Permission denied")
         file = open(path, "a")
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"--out {out}: another run writes to it; wait for its end, or name another folder") from None
     except OSError as error:
         raise InputError(f"--out {out}: cannot be written ({error.strerror}); name another folder") from None
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise InputError(f"--out {out}: another run writes to it; wait for its end, or name another folder") from None
     return file
 
 
 def fingerprint(names: str) -> str:
     """The sha256 of a file, of a run folder's model.pt, or of the files of functions; "" where there is none."""
-    digest, found = hashlib.sha256(), False
+    digests = []
     for name in names.split(",") if ".py:" in names else [names]:
         file = name.rpartition(":")[0] if ".py:" in name else name
         paths = [Path(file) / "model.pt", Path(file), ROOT / file]
-        path = next((path for path in paths if name and path.is_file()), None)
-        if path:
+        for path in [path for path in paths if name and path.is_file()][:1]:
             with open(path, "rb") as opened:
-                digest.update(hashlib.file_digest(opened, "sha256").digest())
-            found = True
-    return digest.hexdigest() if found else ""
+                digests.append(hashlib.file_digest(opened, "sha256").hexdigest())
+    return " ".join(digests)
 
 
 def started_from(out: str, init: str) -> bool:
@@ -342,32 +336,6 @@ def started_from(out: str, init: str) -> bool:
     if not path.exists():
         return True
     return nets.read_checkpoint(path, ANEW).get("inputs", {}).get("init") == fingerprint(init)
-
-
-def origin(cfg: Any, device: torch.device, resumed: Path | None) -> dict:
-    """What made a run, for config.json. The seconds are those that a resumed run had taken before."""
-    stage = type(cfg).__module__
-    about = {"stage": Path(sys.argv[0]).stem if stage == "__main__" else stage, "options": dataclasses.asdict(cfg)}
-    about |= {"command": shlex.join(sys.argv), "commit": git("rev-parse", "HEAD"), "clean": None, "seconds": 0.0}
-    if about["commit"]:
-        about["clean"] = git("status", "--porcelain", "--untracked-files=no") == ""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    about |= {"python": platform.python_version(), "torch": torch.__version__, "device": f"{device.type} ({name})"}
-    about |= {"processes": WORLD, "threads": torch.get_num_threads()}
-    if resumed:
-        with suppress(OSError, ValueError, TypeError, KeyError):
-            about["seconds"] += json.loads((resumed / "config.json").read_text(encoding="utf-8"))["seconds"]
-    return about
-
-
-def git(*words: str) -> str | None:
-    """What git says of this project's folder; None if it is no checkout."""
-    command = ["git", "--no-optional-locks", "-C", str(ROOT), *words]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def read_metrics(folder: str | Path) -> list[dict]:
@@ -390,34 +358,3 @@ def sampled_at(line: str) -> int:
     """The step of a line of samples.txt; 0 for a line that a person wrote."""
     found = re.match(r"step (\d+)  ", line)
     return int(found[1]) if found else 0
-
-
-def synchronize() -> None:
-    """Wait until the accelerator has done its work, so that a clock can be read."""
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-    elif torch.backends.mps.is_available():
-        torch.mps.synchronize()
-
-
-def peak_memory(device: torch.device) -> float:
-    """Peak memory of this process so far, in GiB: allocated memory of the GPU with CUDA, else resident memory."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    if (status := Path("/proc/self/status")).exists():  # Linux: ru_maxrss would count what started this process
-        return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) / 2**20
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30  # bytes on macOS
-
-
-def number(x: float) -> str:
-    if abs(x) >= 1000:
-        return f"{x:,.0f}"
-    if abs(x) >= 100:
-        return f"{x:.0f}"
-    return f"{x:.2e}" if 0 < abs(x) < 0.001 else f"{x:.3f}"
-
-
-def clock(seconds: float) -> str:
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
