@@ -1,0 +1,72 @@
+"""What a run says about itself: its origin, its memory, numbers and times as text."""
+
+import dataclasses
+import json
+import platform
+import re
+import shlex
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common.dist import WORLD
+from common.judges import ROOT
+
+
+def origin(cfg: Any, device: torch.device, resumed: Path | None) -> dict:
+    """What made a run, for config.json. The seconds are those that a resumed run had taken before."""
+    stage = type(cfg).__module__
+    found = {"stage": Path(sys.argv[0]).stem if stage == "__main__" else stage, "options": dataclasses.asdict(cfg)}
+    found |= {"command": shlex.join(sys.argv), "commit": git("rev-parse", "HEAD"), "clean": None, "seconds": 0.0}
+    if found["commit"]:
+        found["clean"] = git("status", "--porcelain", "--untracked-files=no") == ""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    found |= {"python": platform.python_version(), "torch": torch.__version__, "device": f"{device.type} ({name})"}
+    found |= {"processes": WORLD, "threads": torch.get_num_threads()}
+    if resumed:
+        with suppress(OSError, ValueError, TypeError, KeyError):
+            found["seconds"] += json.loads((resumed / "config.json").read_text(encoding="utf-8"))["seconds"]
+    return found
+
+
+def git(*words: str) -> str | None:
+    """What git says of this project's folder; None if it is no checkout."""
+    command = ["git", "--no-optional-locks", "-C", str(ROOT), *words]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def synchronize() -> None:
+    """Wait until the accelerator has done its work, so that a clock can be read."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    elif torch.backends.mps.is_available():
+        torch.mps.synchronize()
+
+
+def peak_memory(device: torch.device) -> float:
+    """Peak memory of this process so far, in GiB: allocated memory of the GPU with CUDA, else resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    if (status := Path("/proc/self/status")).exists():  # Linux: ru_maxrss would count what started this process
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) / 2**20
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30  # bytes on macOS
+
+
+def number(x: float) -> str:
+    if abs(x) >= 100:
+        return f"{x:,.0f}"
+    return f"{x:.2e}" if 0 < abs(x) < 0.001 else f"{x:.3f}"
+
+
+def clock(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
