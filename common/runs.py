@@ -125,9 +125,8 @@ class Run:
                 self.open()
             except OSError as error:
                 raise cannot_write(self.folder, error) from None
-            self.origin = origin(
-                self.cfg, next(parts["model"].parameters()).device, self.folder if self.state else None
-            )
+            device = next(parts["model"].parameters()).device
+            self.origin = about.origin(self.cfg, device, self.folder if self.state else None)
             self.describe()
             if self.cfg.tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
@@ -189,10 +188,8 @@ class Run:
             self.board.flush()
         if show:
             left = (now - self.started) / (step + 1 - self.step) * (self.steps - step - 1)
-            names = {name: name if name.startswith("eval/") else name.split("/")[-1] for name in show}
-            shown = "  ".join(
-                f"{short} {about.number(metrics[name])}" for name, short in names.items() if name in metrics
-            )
+            names = {name: name if "eval/" in name else name.split("/")[-1] for name in show if name in metrics}
+            shown = "  ".join(f"{short} {about.number(metrics[name])}" for name, short in names.items())
             width = len(str(self.steps))
             print(f"step {step + 1:>{width}}/{self.steps}  {shown}  {about.clock(left)} left", flush=True)
 
@@ -239,10 +236,10 @@ class Run:
                 if not x.isfinite().all():
                     raise self.diverged(step, f"weight {name}", "not finite")
             nets.save_model(model, encoding, self.folder / "model.pt")
-            about = {"version": VERSION, "step": step, "processes": WORLD, "goodness": self.best}
-            about |= {"options": dataclasses.asdict(self.cfg), "inputs": self.inputs}
-            about |= {"tokenizer": encoding_state(encoding)}
-            nets.save_file(about | values | saved, self.folder / "state.pt")
+            saved |= {"version": VERSION, "step": step, "processes": WORLD, "goodness": self.best}
+            saved |= {"options": dataclasses.asdict(self.cfg), "inputs": self.inputs}
+            saved |= {"tokenizer": encoding_state(encoding)}
+            nets.save_file(saved | values, self.folder / "state.pt")
             self.describe()
         self.saved_at = time.time()
         self.save_took = self.saved_at - began
