@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import inspect
-import math
 import os
 import re
 import shutil
@@ -29,7 +28,6 @@ Whole = Annotated[int, (0, 2**63 - 1)]
 Number = Annotated[float, (0.0, 1e9)]
 Positive = Annotated[float, (0.01, 1e9)]
 Share = Annotated[float, (0.0, 1.0)]
-OUT_OF_MEMORY = "out of memory; give a smaller --micro_batch_size, --batch_size, --response_len or model"
 
 
 @dataclass
@@ -74,30 +72,26 @@ def parse(config: type, argv: list[str] | None = None, positional: str = "") -> 
                 group = parser.add_argument_group(heading)
             elif name in fields:
                 add_option(group, fields.pop(name), comment)
-    options = vars(parser.parse_args(argv))
+    words = sys.argv[1:] if argv is None else argv
+    words = [re.sub(r"^--[\w-]+", lambda name: "--" + name[0][2:].replace("-", "_"), word) for word in words]
+    options = vars(parser.parse_args(words))
     folder = options.pop(positional.strip("[]"), None)
     for field in dataclasses.fields(config):
         check_limits(field, options[field.name])
     return (config(**options), folder) if positional else config(**options)
 
 
-def kind_of(field: dataclasses.Field) -> type:
-    """int, float, str or bool: the type of an option, without its limits and without None."""
-    kind = get_args(field.type)[0] if isinstance(field.type, UnionType) else field.type
-    return getattr(kind, "__origin__", kind)
-
-
 def add_option(group: Any, field: dataclasses.Field, comment: str) -> None:
-    kind = kind_of(field)
-    how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind, "metavar": kind.__name__}
-    if field.default not in ("", None) and kind is not bool:
+    kind = get_args(field.type)[0] if isinstance(field.type, UnionType) else field.type  # without None
+    kind = getattr(kind, "__origin__", kind)  # without limits
+    how = {"action": "store_true"} if kind is bool else {"type": kind, "metavar": kind.__name__}
+    if field.default not in ("", None, False):
         comment += f" (default: {field.default})"
-    names = dict.fromkeys([f"--{field.name}", f"--{field.name.replace('_', '-')}"])
-    group.add_argument(*names, default=field.default, help=comment.replace("%", "%%") or " ", **how)
+    group.add_argument(f"--{field.name}", default=field.default, help=comment.replace("%", "%%") or " ", **how)
 
 
 def check_limits(field: dataclasses.Field, value: Any) -> None:
-    if isinstance(value, float) and math.isnan(value):
+    if value != value:
         raise InputError(f"--{field.name} nan: give a number")
     for low, high in getattr(field.type, "__metadata__", ()):
         if not low <= value <= high:
@@ -121,14 +115,8 @@ def run_main(main: Callable[[], None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     except Exception as error:
-        code = 2
-        if isinstance(error, OSError) and error.filename:
-            said = f"{error.filename}: {error.strerror}; name a file or folder that can be used"
-        elif isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", str(error)):
-            said = OUT_OF_MEMORY
-        elif dist.WORLD > 1 and re.search("onnection (reset|closed)|NCCL|ProcessGroup", str(error)):
-            code, said = 1, "another process has ended; start all of them again with --resume"
-        else:
+        code, said = 2, sentence(error)
+        if not said:
             traceback.print_exc()
             code = 1
     if said:
@@ -138,11 +126,21 @@ def run_main(main: Callable[[], None]) -> None:
         sys.exit(code)
 
 
-def check_torch(oldest: str = "2.6", what: str = "this project") -> None:
-    """Raises InputError if this torch is older than the oldest that the tests of `what` have passed on."""
-    version, wanted = (tuple(map(int, text.split(".")[:2])) for text in (torch.__version__, oldest))
-    if version < wanted:
-        raise InputError(f"torch {torch.__version__}: {what} needs {oldest} or newer; pip install -r requirements.txt")
+def sentence(error: Exception) -> str:
+    """What the user can do about a fault of the machine; "" for any other fault."""
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}; name a file or folder that can be used"
+    if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", str(error)):
+        return "out of memory; give a smaller --micro_batch_size, --batch_size, --response_len or model"
+    if dist.WORLD > 1 and re.search("onnection (reset|closed)|NCCL|ProcessGroup", str(error)):
+        return "another process has ended; start all of them again with --resume"
+    return ""
+
+
+def check_torch() -> None:
+    """Raises InputError if this torch is older than the oldest that the tests have passed on."""
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6):
+        raise InputError(f"torch {torch.__version__}: needs 2.6 or newer; pip install -r requirements.txt")
 
 
 def pick_device(name: str) -> torch.device:
@@ -150,9 +148,8 @@ def pick_device(name: str) -> torch.device:
 
     Processes on a Mac take the CPU: gloo, which carries their numbers, does not reach MPS.
     """
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if dist.WORLD > 1:
-        available["mps"] = False
+    mps = torch.backends.mps.is_available() and dist.WORLD == 1
+    available = {"cuda": torch.cuda.is_available(), "mps": mps, "cpu": True}
     if name == "auto":
         name = next(kind for kind, there in available.items() if there)
     kind = name.partition(":")[0]
