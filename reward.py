@@ -1,7 +1,7 @@
 """Stage 2: a reward model, the stage-1 trunk under a scalar head, trained on which of two responses was preferred.
 
-    python reward.py                                     sample stories, let the tales' judge compare them, train
-    python reward.py --data COMPARISONS.jsonl            train on comparisons that people made
+    python reward.py                                  sample stories, let the tales' judge compare them, train
+    python reward.py --data COMPARISONS.jsonl         train on comparisons that people made
     python reward.py --data PROMPTS.jsonl --judge FILE.py:function      sample, and let your function compare
 
 What --data holds decides which it is: JSONL with "chosen" and "rejected", or with "ranked", or with "prompt" alone.

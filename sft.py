@@ -73,33 +73,29 @@ def build(cfg: Config, run: runs.Run, device: torch.device) -> tuple[GPT, tiktok
     return GPT(config).to(device), encoding
 
 
-Rows = tuple[list[data.Row], Callable[[int], list[data.Row]], float]
+def load_rows(
+    cfg: Config, run: runs.Run, encoding: tiktoken.Encoding, eos: int, width: int, plain: bool
+) -> tuple[list[data.Row], Callable[[int], list[data.Row]], float]:
+    """Held-out rows, a function step → rows of that batch, and the batches in one epoch.
 
-
-def completion_rows(cfg: Config, encoding: tiktoken.Encoding, eos: int, width: int) -> Rows:
-    """Prompt → completion: held-out rows, a function step → rows of that batch, and the batches in one epoch."""
-    rows = data.completions(cfg.data, encoding, eos)
-    rows = data.keep_short(rows, [len(row.tokens) for row in rows], width, f"rows of {cfg.data}", dist.print0)
-    held_out, rows = data.hold_out(rows)
-    lengths = [len(row.tokens) for row in rows]
-    batch = partial(data.shuffled, rows, cfg.batch_size, cfg.seed, lengths)
-    return held_out, batch, len(rows) / cfg.batch_size
-
-
-def text_rows(cfg: Config, run: runs.Run, encoding: tiktoken.Encoding, eos: int, width: int) -> Rows:
-    """Plain text: the same three, from one stream of tokens, which is kept in the run folder. Its end is held out."""
-    if width < 2:
-        raise InputError("--block_size 1: a row of one token leaves nothing to predict; give at least 2")
+    Plain text becomes one stream of tokens, which is kept in the run folder; its end is held out.
+    """
+    if not plain:
+        rows = data.completions(cfg.data, encoding, eos)
+        rows = data.keep_short(rows, [len(row.tokens) for row in rows], width, f"rows of {cfg.data}", dist.print0)
+        held_out, rows = data.hold_out(rows)
+        lengths = [len(row.tokens) for row in rows]
+        batch = partial(data.shuffled, rows, cfg.batch_size, cfg.seed, lengths)
+        return held_out, batch, len(rows) / cfg.batch_size
     tokens = run.made("tokens", partial(data.token_stream, cfg.data, encoding, eos))
     stream = data.token_stream(cfg.data, encoding, eos, tokens)
     tail = min(len(stream) // 20, 64 * width)
-    if tail < width:
-        what = f"{len(stream):,} tokens are too few for a context of {width}"
-        raise InputError(f"{cfg.data}: {what}; give 20 times as many")
+    if tail < width or width < 2:
+        what = f"{len(stream):,} tokens do for no context of {width}"
+        raise InputError(f"{cfg.data}: {what}; give a --block_size from 2 to a twentieth of them")
     held_out = data.windows(stream[-tail:], width, range(0, tail - width + 1, width))
-    stream = stream[:-tail]
-    batch = partial(data.random_windows, stream, width, cfg.batch_size, cfg.seed)
-    return held_out, batch, len(stream) / width / cfg.batch_size
+    batch = partial(data.random_windows, stream[:-tail], width, cfg.batch_size, cfg.seed)
+    return held_out, batch, (len(stream) - tail) / width / cfg.batch_size
 
 
 # --- 2 loss -----------------------------------------------------------------------------------------------------------
@@ -146,9 +142,8 @@ def train(cfg: Config) -> None:
     device, autocast = cli.setup(cfg)
     run = runs.Run(cfg)
     model, encoding = build(cfg, run, device)
-    shape = encoding, model.config.eos, nets.context(cfg, model)
     plain = not data.has_rows(cfg.data) or "text" in data.first_row(cfg.data)
-    held_out, batch, batches = text_rows(cfg, run, *shape) if plain else completion_rows(cfg, *shape)
+    held_out, batch, batches = load_rows(cfg, run, encoding, model.config.eos, nets.context(cfg, model), plain)
     cli.prepare(cfg, model)
     optimizer = nets.adamw(model, cfg.lr, cfg.weight_decay)
     steps = max(1, round(cfg.epochs * batches))
