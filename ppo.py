@@ -380,7 +380,8 @@ def train(cfg: Config) -> None:
         metrics |= {"lr": lr, "value_lr": value_lr, "episode": (step + 1) * cfg.batch_size}
         next_kl_coef = adapt(kl_coef, metrics["objective/kl"], cfg) if lr else kl_coef
         if cfg.eval_every and ((step + 1) % cfg.eval_every == 0 or step + 1 == cfg.iterations):
-            found = measure.held_out(partial(answer, "evaluate", policy), held_out, judged_by)
+            with run.timed("evaluate"):
+                found = measure.held_out(partial(answer, "evaluate", policy), held_out, judged_by)
             found, goodness = measure.summary(found, judged_by, cfg.kl_coef)
             metrics |= found
             run.keep_best(goodness, policy, encoding)

@@ -185,11 +185,12 @@ def train(cfg: Config) -> None:
         metrics = {"loss/train": dist.total(loss).item(), "accuracy": accuracy, "grad_norm": norm.item(), "lr": lr}
         last = step + 1 == steps
         if last:
-            margin = measure.margins(held_out, read_scores(model, held_out, cfg.batch_size, device, autocast))
-            found, table = measure.agreement(held_out, margin)
-            metrics |= {"eval/loss": pairwise_loss(margin, held_out).item() / len(held_out)} | found
-            run.report(measure.agreement_report(found, table), {"metrics": found, "calibration": table})
-            normalize(model, samples, device, autocast)
+            with run.timed("evaluate"):
+                margin = measure.margins(held_out, read_scores(model, held_out, cfg.batch_size, device, autocast))
+                found, table = measure.agreement(held_out, margin)
+                metrics |= {"eval/loss": pairwise_loss(margin, held_out).item() / len(held_out)} | found
+                run.report(measure.agreement_report(found, table), {"metrics": found, "calibration": table})
+                normalize(model, samples, device, autocast)
             how = f"(gain {model.gain:.3f}, bias {model.bias:.3f})"
             dist.print0(f"\nscores of {cfg.init}'s samples now have mean 0, variance 1 {how}")
         tokens = sum(len(row.tokens) for group in batch for row in group.rows)

@@ -91,8 +91,8 @@ def load_rows(
     stream = data.token_stream(cfg.data, encoding, eos, tokens)
     tail = min(len(stream) // 20, 64 * width)
     if tail < width or width < 2:
-        what = f"{len(stream):,} tokens do for no context of {width}"
-        raise InputError(f"{cfg.data}: {what}; give a --block_size from 2 to a twentieth of them")
+        what = f"{len(stream):,} tokens do not suit a context of {width}"
+        raise InputError(f"{cfg.data}: {what}; give a --block_size from 2 to a twentieth of the tokens")
     held_out = data.windows(stream[-tail:], width, range(0, tail - width + 1, width))
     batch = partial(data.random_windows, stream[:-tail], width, cfg.batch_size, cfg.seed)
     return held_out, batch, (len(stream) - tail) / width / cfg.batch_size
@@ -173,7 +173,8 @@ def train(cfg: Config) -> None:
         metrics = {"loss/train": dist.total(loss).item(), "grad_norm": norm.item(), "lr": lr}
         due = (step + 1) % every == 0 or step + 1 == steps
         if due:
-            metrics["loss/held_out"] = held_out_loss(model, held_out, cfg.batch_size, device, autocast)
+            with run.timed("evaluate"):
+                metrics["loss/held_out"] = held_out_loss(model, held_out, cfg.batch_size, device, autocast)
         shown = ("loss/train", "loss/held_out", "tokens_per_s") if due or step % 20 == 0 else ()
         run.log(step, metrics, shown, tokens=sum(len(row.tokens) for row in rows))
         if due:

@@ -48,7 +48,7 @@ class Run:
         self.files: dict[str, Path] = {}  # what was made before the start: its name in the folder → where it is
         self.created = self.saved_at = self.logged_at = time.time()
         self.save_took = 0.0
-        self.signal = 0  # that has asked the run to stop
+        self.signal, self.handlers = 0, {}  # the signal that has asked the run to stop; what else would hear it
         self.board: Any = None  # TensorBoard's writer
         dist.check_shard(cfg)
         if getattr(cfg, "tensorboard", False) and importlib.util.find_spec("tensorboard") is None:
@@ -70,7 +70,7 @@ class Run:
             foreign = out.exists() and any(path.suffix != ".tmp" for path in out.iterdir())
         except OSError as error:
             raise InputError(f"--out {out}: cannot be a folder ({error.strerror}); name another") from None
-        if foreign and not any((out / name).exists() for name in ours):
+        if out.resolve() == Path.cwd() or foreign and not any((out / name).exists() for name in ours):
             raise InputError(f"--out {out}: not empty and not a run folder; name another, so that no file is lost")
 
     def read_state(self) -> dict | None:
@@ -177,8 +177,9 @@ class Run:
             if not math.isfinite(x):
                 raise self.diverged(step + 1, name, x)
         now = time.time()
-        metrics |= self.times | {"tokens_per_s": tokens / (now - self.logged_at)}
-        self.logged_at = now
+        seconds = now - self.logged_at - self.times.get("time/evaluate", 0.0)
+        metrics |= self.times | {"tokens_per_s": tokens / seconds}
+        self.times, self.logged_at = {}, now
         if RANK > 0:
             return
         self.append("metrics.jsonl", json.dumps({"step": step} | metrics))
@@ -243,6 +244,7 @@ class Run:
             self.describe()
         self.saved_at = time.time()
         self.save_took = self.saved_at - began
+        self.logged_at += self.save_took  # so that it does not count as the next step's time
         stopped = next((n for n in dist.gather_objects(self.signal) if n), 0)
         if step == self.steps or stopped:
             for number, handler in self.handlers.items():
