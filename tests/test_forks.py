@@ -224,7 +224,7 @@ def test_clip_higher_stops_a_gain_at_its_own_bound_and_a_loss_at_the_old_one(adv
 
 def test_k3_in_the_loss_is_the_kl_as_a_number_and_has_the_gradient_of_the_kl_the_other_way_round():
     """Answers of one token, all listed. The step is that of KL(π₀ ‖ π), and it is not that of KL(π ‖ π₀)."""
-    stage, n = fork("rloo", "kl_in_loss"), 8_000
+    stage, n = fork("rloo", "kl_in_loss"), 20_000
     policy, ref = make_gpt(seed=5), nets.freeze(make_gpt(), OFF)
     cfg = stage.Config(response_len=1, minibatch_size=n, epochs=1, max_grad_norm=0.0, kl_coef=0.3, unended_cap=math.inf)
     batch = stage.rollout(policy, [[1, 2, 3]] * n, cfg, torch.Generator().manual_seed(0))
