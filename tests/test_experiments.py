@@ -7,8 +7,10 @@ from types import SimpleNamespace
 import pytest
 
 import ppo
+import reward
+import sft
 from common import cli, measure, runs
-from experiments import adaptive, harness, overoptimise, race, recipe
+from experiments import adaptive, harness, helpful, overoptimise, race, recipe, reviews
 from tests.conftest import ROOT
 from tools import evaluate
 
@@ -51,6 +53,19 @@ def test_what_is_taken_out_of_ppo_is_in_it(what):
     assert (recipe.changed(source, changes) != source) == bool(changes)
     ast.parse(recipe.changed(source, changes))
     assert all(option[2:] in ppo.Config.__dataclass_fields__ for option in options[::2])
+
+
+@pytest.mark.parametrize(
+    "stage, options",
+    [
+        *((sft, each.SFT) for each in (helpful, reviews)),
+        *((reward, each.REWARD) for each in (helpful, reviews)),
+        *((ppo, each) for each in (helpful.PPO, reviews.TASK + reviews.PPO, adaptive.OPTIONS)),
+        (evaluate, reviews.BEST_OF),
+    ],
+)
+def test_a_stage_has_the_options_that_it_is_given(stage, options):
+    cli.parse(stage.Config, [*map(str, options), "--resume"])
 
 
 def test_the_goal_is_reached_where_the_mean_of_five_iterations_is_high_enough():
