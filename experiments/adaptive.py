@@ -2,19 +2,19 @@
 
     OMP_NUM_THREADS=1 python -m experiments.adaptive    seeds 1 to 3, from the first two stages of `experiments.kl`
 
-β starts at 0.01, which lets the policy go further than 6 nats, and at 0.3, which holds it back. --horizon 640 with
-iterations of 64 answers is the paper's K_β = 0.1. The learning rates fall to 0, as in every run, so late in a run β
-moves more than the policy. It prints a table and draws experiments/adaptive.svg.
+β starts at 0.01, which lets the policy go further than 6 nats, and at 0.3, which holds it back. The learning rates fall
+to 0, as in every run, so late in a run β moves more than the policy. It prints a table and draws
+experiments/adaptive.svg.
 """
 
 import argparse
 from pathlib import Path
 
-import common
+from common.runs import read_metrics
 from experiments.harness import JUDGE, KL, closing_table, markdown, pyplot, save, stage, start
 
 STARTS, TARGET = (0.01, 0.3), 6.0
-OPTIONS = ["--kl_target", TARGET, "--horizon", 640, "--iterations", 160]
+OPTIONS = ["--kl_target", TARGET, "--iterations", 160]
 PANELS = {"objective/kl": "KL to the start (nats a response)", "kl_coef": "β", "objective/judge": "judge"}
 
 
@@ -23,7 +23,7 @@ def run(kl_coef: float, seed: int) -> tuple[list[dict], dict[str, tuple[str, str
     folder, name = start(seed), f"adaptive-{kl_coef:g}"
     options = ["--seed", seed, "--kl_coef", kl_coef, *OPTIONS, "--out", f"out/{name}"]
     text = stage(folder, name, "ppo.py", *options)
-    return common.read_metrics(folder / "out" / name), closing_table(text)
+    return read_metrics(folder / "out" / name), closing_table(text)
 
 
 def settled(lines: list[dict]) -> int | None:

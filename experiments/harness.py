@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = Path("out/experiments")
+EVAL = "tools/evaluate.py"  # a stage that measures a run folder and writes none
 DIVERGED = "so the run stops"  # what `runs.Run.diverged` says
 JUDGE, GRAMMAR, KL = "data/tales.py:judge", "data/tales.py:grammar", "KL to the start (nats)"  # rows of the tables
 
@@ -87,7 +88,7 @@ def seconds(text: str) -> float:
 
 
 def closing_table(text: str) -> dict[str, tuple[str, str]]:
-    """The rows of ppo.py's closing table: name → (before, after), each as "mean ± standard error"."""
+    """The rows of the table that ppo.py and EVAL print: name → (before, after), each as "mean ± standard error"."""
     cell = r"\s+(-?\d+\.\d+ ± \S+)"
     rows = re.findall(rf"^(\S.*?)\s{cell}{cell}{cell}$", text, re.MULTILINE)
     return {name: (before, after) for name, before, after, _ in rows}
@@ -103,7 +104,7 @@ class BestOfN(NamedTuple):
 
 
 def best_of_n(text: str) -> list[BestOfN]:
-    """The rows of ppo.py's table "best of n by the score"."""
+    """The rows of EVAL's table "best of n by the score"."""
     row = r"^(\d+)\s+\d+\.\d+" + 2 * r"\s+(-?\d+\.\d+) ± (\d+\.\d+)" + "$"
     found = []
     for n, *numbers in re.findall(row, text, re.MULTILINE):

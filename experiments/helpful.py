@@ -5,11 +5,11 @@
     python -m tools.hf out/smollm2-hf out/smollm2
     OMP_NUM_THREADS=1 python -m experiments.helpful --model out/smollm2                   seed 1, two hours
 
-The comparisons are cut in two halves by the opening question, and those of at most 160 tokens are used. PPO follows a
-reward model that is trained on one half. A second model, which measures, is trained on the other half. It has another
-seed, and starts from a model that was fine-tuned on its half's chosen answers; but both come from the same language
-model, so they may err alike. Each is evaluated on those of the first 600 comparisons of the other half that are short
-enough: this accuracy says what its number is worth.
+Comparisons of at most 160 tokens and questions of at most 64 are used. The comparisons are cut in two halves by the
+opening question. PPO follows a reward model that is trained on one half. A second model, which measures, is trained on
+the other half. It has another seed, and starts from a model that was fine-tuned on its half's chosen answers; but both
+come from the same language model, so they may err alike. Each is evaluated on the other half: this accuracy says what
+its number is worth.
 
 It prints a table and the answers to the first eight held-out prompts. What has run is kept in out/experiments/helpful;
 a stopped run goes on.
@@ -24,26 +24,26 @@ from pathlib import Path
 
 import torch
 
-import common
 import data
-from experiments.harness import FOLDER, KL, first_answers, interval, markdown, seconds, stage
+from common import nets
+from experiments.harness import EVAL, FOLDER, KL, first_answers, interval, markdown, seconds, stage
 from tools.get import hh
 
 HERE = FOLDER / "helpful"
 JUDGE = "experiments/helpful.py:judge"
-SHORT = "--block_size 160 --drop_long".split()
-SFT = [*SHORT, *"--batch_size 8 --lr 2e-5 --warmup 10 --weight_decay 0 --evals 1 --epochs 0.5".split()]
-REWARD = [*SHORT, *"--batch_size 8 --lr 1e-4 --response_len 32".split()]
-PPO = "--block_size 96 --drop_long --response_len 32 --unended_cap inf --kl_coef 0.05 --eval_prompts 200".split()
+LONGEST, LONGEST_PROMPT = 160, 64  # tokens
+SFT = "--block_size 160 --batch_size 8 --lr 2e-5 --weight_decay 0 --evals 1 --epochs 0.5".split()
+REWARD = "--block_size 160 --batch_size 8 --lr 1e-4 --response_len 32".split()
+PPO = "--block_size 96 --response_len 32 --unended_cap inf --kl_coef 0.05 --eval_prompts 200".split()
 PPO += "--iterations 60 --batch_size 24 --minibatch_size 12 --epochs 1 --lr 3e-5 --value_lr 1e-4".split()
-PPO += "--value_warmup 4 --lr_warmup 8 --save_every 10".split()
+PPO += "--value_warmup 4 --save_every 10".split()
 
 
 @functools.cache
 def measure() -> tuple:
     """The second reward model, out/measure of the current folder, and its tokenizer."""
-    net, encoding = common.load_scalar("out/measure")
-    return common.freeze(net, torch.autocast("cpu", enabled=False)), encoding
+    net, encoding = nets.load_scalar("out/measure")
+    return nets.freeze(net, torch.autocast("cpu", enabled=False)), encoding
 
 
 @torch.no_grad()
@@ -58,20 +58,24 @@ def judge(prompts: list[str], responses: list[str]) -> list[float]:
     return found
 
 
-def halves() -> None:
-    """Write the halves of the comparisons, and the chosen answers of the second."""
-    files = [HERE / f"compare-{i}.jsonl" for i in range(2)] + [HERE / "chosen-1.jsonl"]
-    if all(file.exists() for file in files):
-        return
-    HERE.mkdir(parents=True, exist_ok=True)
-    rows: list[list[dict]] = [[], [], []]
+def write_files(model: Path) -> None:
+    """Write what is short enough: the halves of the comparisons, the chosen answers of the second, and the prompts."""
+    net, encoding = nets.load_gpt(model)
+    files: dict[str, list[dict]] = {"compare-0": [], "compare-1": [], "chosen-1": []}
     for row in data.read_jsonl(hh.FOLDER / "compare.jsonl", {"prompt": list, "chosen": list, "rejected": list}):
         half = zlib.crc32(row["prompt"][0]["content"].encode()) % 2
-        rows[half].append(row)
-        if half == 1:
-            rows[2].append({"prompt": row["prompt"], "completion": row["chosen"]})
-    for file, some in zip(files, rows):
-        data.write_jsonl(file, some)
+        texts = [row[name][0]["content"] for name in ("chosen", "rejected")]
+        lengths = [len(data.encode_row(encoding, net.config.eos, row["prompt"], text).tokens) for text in texts]
+        if max(lengths) <= LONGEST:
+            files[f"compare-{half}"].append(row)
+        if half == 1 and lengths[0] <= LONGEST:
+            files["chosen-1"].append({"prompt": row["prompt"], "completion": row["chosen"]})
+    for name in ("ppo", "eval"):
+        rows = data.read_jsonl(hh.FOLDER / f"{name}.jsonl", {"prompt": list})
+        files[name] = [row for row in rows if len(data.encode_prompt(encoding, row["prompt"])) <= LONGEST_PROMPT]
+    HERE.mkdir(parents=True, exist_ok=True)
+    for name, rows in files.items():
+        data.write_jsonl(HERE / f"{name}.jsonl", rows)
 
 
 def run(model: Path, seed: int) -> tuple[Path, dict[str, str]]:
@@ -80,7 +84,7 @@ def run(model: Path, seed: int) -> tuple[Path, dict[str, str]]:
     chosen = ["--data", "../chosen-1.jsonl", "--init", model, "--out", "out/fine-tuned"]
     data_1 = ["--data", "../compare-1.jsonl", "--init", "out/fine-tuned", "--out", "out/measure"]
     data_0 = ["--data", "../compare-0.jsonl", "--init", model]
-    prompts = ["--data", hh.FOLDER / "ppo.jsonl", "--eval_data", hh.FOLDER / "eval.jsonl", "--judge", JUDGE]
+    prompts = ["--data", "../ppo.jsonl", "--eval_data", "../eval.jsonl", "--judge", JUDGE]
     printed = {
         "fine-tuned": stage(folder, "fine-tuned", "sft.py", *chosen, *others, *SFT),
         "measure": stage(folder, "measure", "reward.py", *data_1, *others, *REWARD),
@@ -88,8 +92,8 @@ def run(model: Path, seed: int) -> tuple[Path, dict[str, str]]:
         "ppo": stage(folder, "ppo", "ppo.py", "--init", model, *mine, *prompts, *PPO),
     }
     for name, half in (("measure", 0), ("reward", 1)):
-        unseen = ["--evaluate", f"out/{name}", "--data", f"../compare-{half}.jsonl", "--n_prompts", 600, *SHORT]
-        printed[f"{name} on unseen"] = stage(folder, f"{name}-unseen", "reward.py", *unseen)
+        unseen = [f"out/{name}", "--data", f"../compare-{half}.jsonl"]
+        printed[f"{name} on unseen"] = stage(folder, f"{name}-unseen", EVAL, *unseen)
     return folder / "out" / "ppo", printed
 
 
@@ -103,7 +107,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True, help="run folder of the converted model")
     parser.add_argument("--seeds", default="1", help="comma-separated")
     options = parser.parse_args()
-    halves()
+    write_files(options.model)
     rows, folders = [], {}
     for seed in map(int, options.seeds.split(",")):
         folders[seed], printed = run(options.model.resolve(), seed)

@@ -12,7 +12,7 @@ import argparse
 import re
 from pathlib import Path
 
-import common
+from common.runs import read_metrics
 from experiments.harness import GRAMMAR, JUDGE, KL, closing_table, course, markdown, pyplot, save, seconds, stage, start
 
 RUNS = {"with the KL term": ("ppo", "C0"), "without it (β = 0)": ("hacked", "C3")}
@@ -38,7 +38,7 @@ def draw(folders: list[Path], target: Path) -> None:
     for axis, (name, label) in zip(axes, PANELS.items()):
         for title, (run_folder, colour) in RUNS.items():
             for i, folder in enumerate(folders):
-                lines = common.read_metrics(folder / run_folder)
+                lines = read_metrics(folder / run_folder)
                 points = [(line["step"] + 1, line[name]) for line in lines]
                 axis.plot(*zip(*points), color=colour, alpha=0.7, linewidth=1.2, label="" if i else title)
         axis.set(xlabel="iteration", title=label)
@@ -62,7 +62,7 @@ def main() -> None:
         judge, grammar = rows[JUDGE], rows[GRAMMAR]
         change = f"{grammar[0]} → {grammar[1]}"
         ends.append([seed, judge[0], judge[1], rows[KL][1], rows["ended by EOS"][1], change, wins, took])
-        roads.append([seed, *course(common.read_metrics(folder / "ppo"))])
+        roads.append([seed, *course(read_metrics(folder / "ppo"))])
         names = ("score", KL, JUDGE, GRAMMAR)
         both.append([seed, *(each[name][1] for name in names for each in (rows, hacked))])
         pattern = r"held-out accuracy (\S+ ± \S+) \(the noise in these labels allows (\S+)\)"

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-import common
-from experiments.harness import JUDGE, KL, best_of_n, closing_table, markdown, number, pyplot, save, stage, start
+from common.runs import read_metrics
+from experiments.harness import EVAL, JUDGE, KL, best_of_n, closing_table, markdown, number, pyplot, save, stage, start
 from experiments.price import SIZES
 
 PROMPTS = {20: 1, 80: 1, 320: 4, 1000: 4}  # and how many of them a step: few steps of many teach less (seed 4)
@@ -28,12 +28,12 @@ def run(n_prompts: int, seed: int) -> tuple[str, Curve, Curve, dict[str, tuple[s
     folder, name = start(seed), f"reward-{n_prompts}"
     options = ["--seed", seed, "--n_prompts", n_prompts, "--batch_size", PROMPTS[n_prompts], "--out", f"out/{name}"]
     accuracy = re.search(r"held-out accuracy (\S+ ± \S+)", stage(folder, name, "reward.py", *options))[1]
-    options = ["--seed", seed, "--reward", f"out/{name}", "--judge", JUDGE]
-    chosen = [*options, "--iterations", 0, "--out", "out/sft", "--eval_prompts", 64, "--best_of", SIZES]
-    best = best_of_n(stage(folder, f"best-of-n-{n_prompts}", "ppo.py", *chosen))
-    options += ["--kl_coef", 0, "--iterations", 160, "--out", f"out/free-{n_prompts}"]
-    table = closing_table(stage(folder, f"free-{n_prompts}", "ppo.py", *options))
-    lines = common.read_metrics(folder / "out" / f"free-{n_prompts}")
+    free = f"free-{n_prompts}"
+    options = ["--seed", seed, "--reward", f"out/{name}", "--judge", JUDGE, "--kl_coef", 0, "--iterations", 160]
+    table = closing_table(stage(folder, free, "ppo.py", *options, "--out", f"out/{free}"))
+    lines = read_metrics(folder / "out" / free)
+    options = [f"out/{free}", "--eval_prompts", 64, "--best_of", SIZES]
+    best = best_of_n(stage(folder, f"best-of-n-{n_prompts}", EVAL, *options))
     before = 0.0, number(table[JUDGE][0]), number(table["score"][0])
     return accuracy, [(row.kl**0.5, row.judge, row.score) for row in best], [before, *smooth(lines)], table
 

@@ -11,7 +11,7 @@ tables and draws experiments/price.svg.
 import argparse
 from pathlib import Path
 
-from experiments.harness import JUDGE, KL, best_of_n, closing_table, markdown, number, pyplot, save, stage, start
+from experiments.harness import EVAL, JUDGE, KL, best_of_n, closing_table, markdown, number, pyplot, save, stage, start
 
 COEFFICIENTS = (0.01, 0.03, 0.1, 0.3, 1.0)
 SIZES = "1,2,4,8,16,32,64,128,256"
@@ -25,8 +25,8 @@ def run(seed: int) -> tuple[list[dict[str, str]], str]:
         options = ["--seed", seed, "--kl_coef", kl_coef, "--out", f"out/beta-{kl_coef:g}"]
         table = closing_table(stage(folder, f"beta-{kl_coef:g}", "ppo.py", *options))
         ends.append({name: after for name, (_, after) in table.items()})
-    options = ["--iterations", 0, "--out", "out/sft", "--eval_prompts", 128, "--best_of", SIZES]
-    return ends, stage(folder, "best-of-n", "ppo.py", "--seed", seed, "--judge", JUDGE, *options)
+    options = [f"out/beta-{COEFFICIENTS[0]:g}", "--judge", JUDGE, "--eval_prompts", 128, "--best_of", SIZES]
+    return ends, stage(folder, "best-of-n", EVAL, *options)
 
 
 def draw(ppo: dict[int, list[Point]], best: dict[int, list[Point]], target: Path) -> None:

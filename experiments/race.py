@@ -4,7 +4,7 @@
     OMP_NUM_THREADS=1 python -m experiments.race --seeds 10 --rates 1e-4,3e-4,6e-4       how the rate was chosen
 
 Both take 64 iterations of 64 answers with the settings of ppo.py (race_trl.py says where TRL differs), one after the
-other. Both policies answer the 512 held-out prompts at the end, and ppo.py measures both. Seconds are those of the
+other. Both policies answer the 512 held-out prompts at the end, and are measured alike. Seconds are those of the
 iterations: without loading, and without ppo.py's checkpoints, for TRL writes none. "To 0.95": until the mean judge of
 five iterations is 0.95 or more.
 
@@ -14,9 +14,9 @@ It prints a table and draws experiments/race.svg.
 import argparse
 from pathlib import Path
 
-import common
-from experiments.harness import JUDGE, KL, closing_table, markdown, pyplot, save, stage, start
-from tools import hf as weights
+from common.runs import read_metrics
+from experiments.harness import EVAL, JUDGE, KL, closing_table, markdown, pyplot, save, stage, start
+from tools import hf
 
 RATE = 6e-4  # of TRL: the best of 1e-4, 3e-4 and 6e-4 on seed 10
 GOAL = 0.95
@@ -26,7 +26,7 @@ def ours(seed: int) -> tuple[dict, list[dict]]:
     """The closing table of a run of ppo.py, and its metrics with the seconds since it began."""
     folder = start(seed)
     table = closing_table(stage(folder, "race", "ppo.py", "--seed", seed, "--out", "out/race"))
-    lines, seconds = common.read_metrics(folder / "out" / "race"), 0.0
+    lines, seconds = read_metrics(folder / "out" / "race"), 0.0
     for line in lines:
         seconds += line["response_len"] * 64 / line["tokens_per_s"]
         line["seconds"] = seconds
@@ -34,17 +34,17 @@ def ours(seed: int) -> tuple[dict, list[dict]]:
 
 
 def theirs(seed: int, rate: float) -> tuple[dict, list[dict]]:
-    """The same of a run of TRL's PPO. ppo.py evaluates its policy."""
+    """The same of a run of TRL's PPO."""
     folder, name = start(seed), f"trl-{rate:g}"
     for net in ("sft", "reward"):
         if not (folder / f"{net}-hf").exists():
-            weights.convert(str(folder / "out" / net), folder / f"{net}-hf")
+            hf.convert(str(folder / "out" / net), folder / f"{net}-hf")
     nets = ["--sft", "sft-hf", "--reward", "reward-hf"]
     stage(folder, name, "experiments/race_trl.py", *nets, "--seed", seed, "--lr", rate, "--out", f"{name}-hf")
     if not (folder / "out" / name).exists():
-        weights.convert(str(folder / f"{name}-hf"), folder / "out" / name)
-    text = stage(folder, f"{name}-end", "ppo.py", "--seed", seed, "--iterations", 0, "--out", f"out/{name}")
-    return closing_table(text), common.read_metrics(folder / f"{name}-hf")
+        hf.convert(str(folder / f"{name}-hf"), folder / "out" / name)
+    text = stage(folder, f"{name}-end", EVAL, f"out/{name}", "--seed", seed)
+    return closing_table(text), read_metrics(folder / f"{name}-hf")
 
 
 def to_goal(lines: list[dict]) -> float | None:

@@ -12,7 +12,8 @@ import re
 import statistics
 from pathlib import Path
 
-import common
+from common import nets
+from common.runs import read_metrics
 from experiments.harness import (
     FOLDER,
     JUDGE,
@@ -28,7 +29,7 @@ from experiments.harness import (
     start,
 )
 
-FRESH = "value, cap = ScalarModel(GPT(policy.config)).to(device), -1.0"
+FRESH = "value = ScalarModel(GPT(policy.config)).to(device)"
 WITHOUT = {  # what is taken out → its run folder, its options, and what is changed in ppo.py
     "nothing": ("ppo", [], {}),
     "KL term (--kl_coef 0)": ("no-kl", ["--kl_coef", 0], {}),
@@ -36,11 +37,7 @@ WITHOUT = {  # what is taken out → its run folder, its options, and what is ch
     "whitening": ("no-whitening", [], {"whiten(advantages, mask)": "advantages"}),
     "clip of the value (--cliprange_value 1e9)": ("no-value-clip", ["--cliprange_value", 1e9], {}),
     "unit scores (the reward model's as they came)": ("raw-scores", ["--reward", "out/raw-reward"], {}),
-    "value net from the reward model (new weights)": (
-        "new-value",
-        [],
-        {"value, cap = copy.deepcopy(reward), -1.0": FRESH},
-    ),
+    "value net from the reward model (new weights)": ("new-value", [], {"value = copy.deepcopy(reward)": FRESH}),
     "value net first (--value_warmup 0)": ("no-value-warmup", ["--value_warmup", 0], {}),
     "single epoch (--epochs 2)": ("two-epochs", ["--epochs", 2], {}),
     "cap without EOS (--unended_cap inf)": ("no-cap", ["--unended_cap", "inf"], {}),
@@ -52,11 +49,11 @@ def raw_reward(folder: Path) -> None:
     """Write out/raw-reward: the reward model before reward.py gave its scores mean 0 and variance 1."""
     target = folder / "out" / "raw-reward" / "model.pt"
     if not target.exists():
-        net, encoding = common.load_scalar(folder / "out" / "reward")
+        net, encoding = nets.load_scalar(folder / "out" / "reward")
         net.gain.fill_(1)
         net.bias.fill_(0)
         target.parent.mkdir(exist_ok=True)
-        common.save_model(net, encoding, target)
+        nets.save_model(net, encoding, target)
 
 
 def run(what: str, seed: int) -> tuple[Path, str]:
@@ -99,7 +96,7 @@ def draw(folders: dict[str, list[Path]], target: Path) -> None:
         band, column = divmod(i, columns)
         judge, kl = axes[2 * band][column], axes[2 * band + 1][column]
         for folder in runs:
-            lines = common.read_metrics(folder)
+            lines = read_metrics(folder)
             steps = [line["step"] + 1 for line in lines]
             judge.plot(steps, [line["objective/judge"] for line in lines], linewidth=0.9)
             kl.plot(steps, [line["objective/kl"] for line in lines], linewidth=0.9)
@@ -128,7 +125,7 @@ def main() -> None:
         for what in WITHOUT:
             folder, printed = run(what, seed)
             folders[what].append(folder)
-            found[what].append(numbers(printed, common.read_metrics(folder)))
+            found[what].append(numbers(printed, read_metrics(folder)))
     rows = []
     for what, runs in found.items():
         pairs = [(mine[0], default[0]) for mine, default in zip(runs, found["nothing"]) if mine and default]
@@ -137,15 +134,8 @@ def main() -> None:
         mean = f"{statistics.mean(change):+.3f}{error}" if change and what != "nothing" else ""
         columns = zip(*(each or ["failed"] * 4 for each in runs))
         rows.append([what, mean, *map(", ".join, columns)])
-    header = [
-        "taken out",
-        "judge less the default's",
-        "judge",
-        "KL",
-        "highest KL of an iteration",
-        "lowest judge of one",
-    ]
-    print(markdown(header, rows))
+    header = ["taken out", "judge less the default's", "judge", "KL", "highest KL of an iteration"]
+    print(markdown([*header, "lowest judge of one"], rows))
     draw(folders, options.figure)
 
 

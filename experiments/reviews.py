@@ -19,8 +19,9 @@ import json
 import re
 from pathlib import Path
 
-import common
+from common.runs import read_metrics
 from experiments.harness import (
+    EVAL,
     FOLDER,
     KL,
     best_of_n,
@@ -35,15 +36,15 @@ from tools.get import imdb
 
 HERE = FOLDER / "reviews"
 JUDGE = "tools/get/imdb.py:judge"
-SFT = "--epochs 0.025 --block_size 128 --batch_size 8 --lr 2e-5 --warmup 10 --evals 2".split()
+SFT = "--epochs 0.025 --block_size 128 --batch_size 8 --lr 2e-5 --evals 2".split()
 REWARD = (
     "--judge tools/get/imdb.py:labeller --label_temperature 0.05 --n_prompts 300 --response_len 24 --lr 3e-4".split()
 )
 TASK = "--response_len 24 --unended_cap inf".split() + ["--judge", JUDGE]
 TASK += ["--data", imdb.FOLDER / "ppo.jsonl", "--eval_data", imdb.FOLDER / "eval.jsonl"]
 PPO = "--iterations 60 --batch_size 32 --minibatch_size 16 --epochs 1 --lr 3e-5 --value_lr 1e-4".split()
-PPO += "--value_warmup 4 --lr_warmup 8 --kl_coef 0.05 --eval_prompts 500 --save_every 10".split()
-BEST_OF = "--iterations 0 --eval_prompts 48 --best_of 1,2,4,8,16,32,64".split()  # the first 48 of the 500
+PPO += "--value_warmup 4 --kl_coef 0.05 --eval_prompts 500 --save_every 10".split()
+BEST_OF = "--eval_prompts 48 --best_of 1,2,4,8,16,32,64".split()  # the first 48 of the 500
 
 
 def run(seed: int) -> tuple[Path, dict[str, str]]:
@@ -56,9 +57,8 @@ def run(seed: int) -> tuple[Path, dict[str, str]]:
 
 
 def run_best_of_n(seed: int) -> str:
-    """What best of n printed, with the reward model of a seed."""
-    start = ["--init", "../out/sft", "--seed", seed]
-    return stage(HERE / f"seed-{seed}", "best-of-n", "ppo.py", *start, *TASK, *BEST_OF)
+    """What best of n printed, with the start and the reward model of a seed's PPO."""
+    return stage(HERE / f"seed-{seed}", "best-of-n", EVAL, "out/ppo", *BEST_OF)
 
 
 def path(lines: list[dict]) -> list[tuple[float, float]]:
@@ -70,7 +70,7 @@ def path(lines: list[dict]) -> list[tuple[float, float]]:
 def draw(runs: dict[int, tuple[Path, dict[str, str]]], target: Path) -> None:
     figure, axes = pyplot().subplots(1, 3, figsize=(9, 2.9), layout="constrained")
     for i, (seed, (folder, printed)) in enumerate(runs.items()):
-        colour, lines = f"C{i}", common.read_metrics(folder)
+        colour, lines = f"C{i}", read_metrics(folder)
         steps = [line["step"] + 1 for line in lines]
         for axis, name in zip(axes, ("objective/judge", "objective/kl")):
             axis.plot(steps, [line[name] for line in lines], color=colour, label=f"seed {seed}")
@@ -115,7 +115,7 @@ def main() -> None:
         took = f"{json.loads((folder / 'config.json').read_text())['seconds'] / 60:.0f}"
         ends.append([seed, *accuracy.groups(), *cells, interval(*table[KL]["after"]), took])
         for row in best_of_n(printed["best of n"]):
-            _, judge = min(path(common.read_metrics(folder)), key=lambda point: abs(point[0] - row.kl))
+            _, judge = min(path(read_metrics(folder)), key=lambda point: abs(point[0] - row.kl))
             cells = [interval(row.judge, row.judge_error), interval(row.score, row.score_error), f"{judge:.3f}"]
             others.append([seed, row.n, f"{row.kl:.2f}", *cells])
     header = ["seed", "reward accuracy", "the noise allows", "judge before", "judge after"]

@@ -5,46 +5,45 @@ import math
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 import ppo
-from common import measure as evaluate
-from common import runs
-from experiments import adaptive, harness, overoptimise, race, recipe
+import reward
+import sft
+from common import cli, measure, runs
+from experiments import adaptive, harness, helpful, overoptimise, race, recipe, reviews
 from tests.conftest import ROOT
+from tools import evaluate
 
 
-def columns(seed: int, n: int = 40) -> dict[str, list]:
-    generator = torch.Generator().manual_seed(seed)
-    names = (harness.JUDGE, "score", harness.KL)
-    found = {name: torch.rand(n, generator=generator).tolist() for name in names}
-    return found | {"texts": [(f"prompt {i}", f"answer {i}") for i in range(n)]}
+def test_what_is_measured_of_a_run_is_read_as_it_was_printed(folders, capsys):
+    """The closing table, before and after, and the table of best of n."""
+    words = [*map(str, (folders["sft"], "--init", folders["sft"], "--reward", folders["reward"]))]
+    words += ["--data", str(folders["tmp"] / "prompts.jsonl"), "--judge", f"{__file__}:length", "--best_of", "1,4"]
+    words += ["--device", "cpu", "--eval_prompts", "12", "--response_len", "8"]
+    cfg, folder = cli.parse(evaluate.Config, words, positional="DIR")
+    seen = {}
+    with pytest.MonkeyPatch.context() as patch:
+        paired, table = measure.paired, evaluate.best_of_table
+        patch.setattr(measure, "paired", lambda *a: seen.setdefault("paired", paired(*a)))
+        patch.setattr(evaluate, "best_of_table", lambda columns, n: seen.update(columns) or table(columns, n))
+        evaluate.evaluate_policy(evaluate.of_its_run(cfg, folder), folder)
+    text = capsys.readouterr().out
+    rows = harness.closing_table(text)
+    judge = f"{__file__}:length"
+    for name in (judge, "score", harness.KL):
+        found = seen["paired"]["table"][name]
+        assert rows[name] == tuple(measure.cell(found[side]).strip() for side in ("before", "after"))
+    one, four = harness.best_of_n(text)
+    best = seen["score"].argmax(1, keepdim=True)
+    for row, name in ((one.judge, judge), (one.score, "score")):
+        assert row == pytest.approx(seen[name].double().mean().item(), abs=6e-4)
+    for row, name in ((four.judge, judge), (four.score, "score")):
+        assert row == pytest.approx(seen[name].gather(1, best).double().mean().item(), abs=6e-4)
+    assert [(row.n, row.kl) for row in (one, four)] == [(1, 0), (4, pytest.approx(0.6363, abs=1e-4))]  # log 4 − 3 / 4
 
 
-def test_the_closing_table_is_read_as_it_was_printed():
-    before, after = columns(0), columns(1)
-    rows = harness.closing_table(evaluate.report(before, after, {harness.JUDGE: None}))
-    for name in (harness.JUDGE, "score", harness.KL):
-        assert rows[name] == tuple(evaluate.cell(side[name]).strip() for side in (before, after))
-
-
-def test_the_table_of_best_of_n_is_read_as_it_was_printed():
-    found = columns(2, n=5 * 8)
-
-    def answer(prompts, start):
-        batch = {"score": torch.tensor(found["score"]), "length": torch.ones(40), "ended": torch.ones(40)}
-        batch |= {"logp": torch.zeros(40, 1), "ref_logp": torch.zeros(40, 1), "mask": torch.ones(40, 1)}
-        return batch, found["texts"]
-
-    value = dict(zip(found["texts"], found[harness.JUDGE]))
-    judges = {harness.JUDGE: lambda prompt, response: value[prompt, response]}
-    rows = harness.best_of_n(evaluate.best_of(answer, [[1]] * 5, judges, [1, 8]))
-    judge, score = (torch.tensor(found[name]).view(5, 8) for name in (harness.JUDGE, "score"))
-    best = score.argmax(1, keepdim=True)
-    for row, expected in zip(rows, ((judge.mean(1), score.mean(1)), (judge.gather(1, best), score.gather(1, best)))):
-        assert row.judge == pytest.approx(expected[0].mean().item(), abs=6e-4)
-        assert row.score == pytest.approx(expected[1].mean().item(), abs=6e-4)
-    assert [(row.n, row.kl) for row in rows] == [(1, 0), (8, pytest.approx(1.2044, abs=1e-4))]  # log 8 − 7 / 8
+def length(prompt: str, response: str) -> float:
+    return len(response) / 10
 
 
 @pytest.mark.parametrize("what", recipe.WITHOUT)
@@ -54,6 +53,19 @@ def test_what_is_taken_out_of_ppo_is_in_it(what):
     assert (recipe.changed(source, changes) != source) == bool(changes)
     ast.parse(recipe.changed(source, changes))
     assert all(option[2:] in ppo.Config.__dataclass_fields__ for option in options[::2])
+
+
+@pytest.mark.parametrize(
+    "stage, options",
+    [
+        *((sft, each.SFT) for each in (helpful, reviews)),
+        *((reward, each.REWARD) for each in (helpful, reviews)),
+        *((ppo, each) for each in (helpful.PPO, reviews.TASK + reviews.PPO, adaptive.OPTIONS)),
+        (evaluate, reviews.BEST_OF),
+    ],
+)
+def test_a_stage_has_the_options_that_it_is_given(stage, options):
+    cli.parse(stage.Config, [*map(str, options), "--resume"])
 
 
 def test_the_goal_is_reached_where_the_mean_of_five_iterations_is_high_enough():

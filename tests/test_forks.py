@@ -18,10 +18,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import common
 import data
+from common import cli, measure, nets, runs
 from experiments.forks import HERE, dpo, hunks, patched
-from model import GPT
+from model import GPT, ScalarModel
 from tests import test_optimum as letters
 from tests.conftest import ROOT, flat, make_gpt, ragged, write
 
@@ -29,6 +29,7 @@ CPU, OFF = torch.device("cpu"), torch.autocast("cpu", enabled=False)
 DIFFS = sorted(path.stem for path in HERE.glob("*.diff"))
 SOURCE = (ROOT / "ppo.py").read_text()
 FORKS = [(name,) for name in DIFFS] + [("grpo", "kl_in_loss")]  # the last is GRPO as its paper has it
+GROUPED = {"rloo", "grpo"}  # without a value net
 groups = st.tuples(st.integers(0, 2**32 - 1), st.integers(1, 4), st.integers(2, 5), st.integers(1, 6))
 
 
@@ -45,25 +46,45 @@ def fork(*names: str):
     return module
 
 
+@pytest.fixture(autouse=True)
+def no_page(monkeypatch):
+    monkeypatch.setattr(runs, "write_page", lambda folder: None)
+
+
+def parsed(config: type, options: dict):
+    words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
+    return cli.parse(config, [word for word in words if word])
+
+
 def train(stage, folders, **options):
     """A fork on the tiny folders; the rows of its metrics.jsonl."""
     given = {"data": folders["tmp"] / "prompts.jsonl", "init": folders["sft"], "reward": folders["reward"]}
     given |= {"iterations": 2, "batch_size": 8, "minibatch_size": 4, "response_len": 8, "eval_prompts": 4}
-    given |= {"out": folders["tmp"] / "fork", "lr": 0.01, "value_warmup": 0, "epochs": 2} | options
-    words = [str(word) for name, value in given.items() for word in (f"--{name}", value)]
-    stage.train(common.parse(stage.Config, words))
-    return common.read_metrics(given["out"])
+    given |= {"out": folders["tmp"] / "fork", "lr": 0.01, "device": "cpu", "epochs": 2} | options
+    stage.train(parsed(stage.Config, given))
+    return runs.read_metrics(given["out"])
+
+
+def stopped_after(step: int, monkeypatch):
+    """A run saves after this step alone, and then it is stopped."""
+
+    def save_then_die(self, *args, save=runs.Run.save, **parts):
+        save(self, *args, **parts)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs.Run, "due", lambda self, now, every: now + 1 == step)
+    monkeypatch.setattr(runs.Run, "save", save_then_die)
 
 
 # --- the diffs --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", DIFFS)
-def test_a_diff_changes_at_most_25_lines(name):
+def test_a_diff_changes_at_most_40_lines(name):
     text = (HERE / f"{name}.diff").read_text()
     lines = text[text.index("--- a/ppo.py\n") :].splitlines()[2:]
     changed = [line for line in lines if line[0] in "+-"]
-    assert 0 < len(changed) <= 25
+    assert 0 < len(changed) <= 40
 
 
 @pytest.mark.parametrize("command", ["patch -p1 -i", "git apply"])
@@ -97,30 +118,27 @@ def test_a_fork_trains_and_leaves_no_name_undefined(folders, names, monkeypatch)
     lines = train(stage, folders)
     assert [line["step"] for line in lines] == [0, 1] and lines[-1]["policy/grad_norm"] > 0
     state = torch.load(folders["tmp"] / "fork" / "state.pt", weights_only=True)
-    grouped = {"rloo", "grpo"} & set(names)
+    grouped = GROUPED & set(names)
     if grouped:
         for ids in asked[:2]:  # each prompt 4 times in a row; the rest are of the closing table
             assert len(ids) == 8 and all(ids[i] == ids[i // 4 * 4] for i in range(8)) and ids[0] != ids[4]
     assert ("value" in state) == ("value_optimizer" in state) == (not grouped)
-    assert (lines[-1]["value/grad_norm"] == 0) == bool(grouped)
+    assert not grouped or not any("value" in name or "vf" in name for name in lines[-1].keys() - {"value_lr"})
+    answers = json.loads((folders["tmp"] / "fork" / "rollout.json").read_text())["answers"]
+    assert all(("values" in each) == (not grouped) for each in answers)
+    assert "rule" not in names or all(each["score"] == pytest.approx(len(each["response"]) / 10) for each in answers)
 
 
-def test_a_fork_without_value_net_goes_on_where_it_was_stopped(folders, monkeypatch):
-    stage, save = fork("rloo"), common.Run.save
-    whole = train(stage, folders, save_every=1, out=folders["tmp"] / "whole")
-
-    def save_then_die(self, *args, **parts):
-        save(self, *args, **parts)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(common.Run, "save", save_then_die)
-    with pytest.raises(KeyboardInterrupt):
-        train(stage, folders, save_every=1)
-    monkeypatch.setattr(common.Run, "save", save)
-    monkeypatch.setattr(common, "parse", lambda *a, parse=common.parse: setattr(c := parse(*a), "resume", True) or c)
-    resumed = train(stage, folders, save_every=1)
+def test_a_fork_without_value_net_goes_on_where_it_was_stopped(folders):
+    stage = fork("rloo")
+    whole = train(stage, folders, out=folders["tmp"] / "whole")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stopped_after(1, patch)
+        train(stage, folders)
+    resumed = train(stage, folders, resume="")
+    assert not (folders["tmp"] / "fork.1").exists()
     assert [line["objective/scores"] for line in resumed] == [line["objective/scores"] for line in whole]
-    assert torch.equal(*(flat(common.load_gpt(folders["tmp"] / name)[0]) for name in ("whole", "fork")))
+    assert torch.equal(*(flat(nets.load_gpt(folders["tmp"] / name)[0]) for name in ("whole", "fork")))
 
 
 # --- advantages of a group --------------------------------------------------------------------------------------------
@@ -154,7 +172,7 @@ def test_rloo_advantages_are_the_papers_leave_one_out(shape):
     for p, i in np.ndindex(*total.shape):
         expected[p, i] = total[p, i] - sum(total[p, j] for j in range(K) if j != i) / (K - 1)
     stage = fork("rloo")
-    same_for_every_token(stage.estimate(batch, 0.3, -1.0, stage.Config(group=K)), expected, batch["mask"])
+    same_for_every_token(stage.estimate(batch, 0.3, stage.Config(group=K)), expected, batch["mask"])
 
 
 @settings(deadline=None, max_examples=50)
@@ -168,13 +186,13 @@ def test_grpo_advantages_are_in_standard_deviations_from_the_groups_mean(shape):
         deviation = math.sqrt(sum((x - mean) ** 2 for x in total[p]) / (K - 1))
         expected[p, i] = (total[p, i] - mean) / (deviation + 1e-4)
     stage = fork("grpo")
-    same_for_every_token(stage.estimate(batch, 0.3, -1.0, stage.Config(group=K)), expected, batch["mask"])
+    same_for_every_token(stage.estimate(batch, 0.3, stage.Config(group=K)), expected, batch["mask"])
 
 
 def test_grpo_with_the_kl_in_the_loss_has_advantages_from_the_scores_alone():
     batch = ragged(np.random.default_rng(0), 8) | {"ended": torch.ones(8, dtype=torch.bool)}
     stage = fork("grpo", "kl_in_loss")
-    got = stage.estimate(batch, 0.3, -1.0, stage.Config())
+    got = stage.estimate(batch, 0.3, stage.Config())
     score = batch["score"].numpy().reshape(2, 4)
     expected = (score - score.mean(1, keepdims=True)) / (score.std(1, ddof=1, keepdims=True) + 1e-4)
     same_for_every_token(got, expected, batch["mask"])
@@ -192,12 +210,13 @@ def test_clip_higher_stops_a_gain_at_its_own_bound_and_a_loss_at_the_old_one(adv
     stage = fork("clip_higher")
     cfg = stage.Config(response_len=8, epochs=1, minibatch_size=6, max_grad_norm=0.0)
     policy = make_gpt()
+    value = ScalarModel(policy)
     batch = stage.rollout(policy, [[1], [2, 3], [4, 5, 6]] * 2, cfg, torch.Generator().manual_seed(0))
-    batch |= stage.read(batch, policy, policy, None, lambda part: torch.zeros(len(part["tokens"])), cfg)
+    batch |= stage.read(batch, policy, policy, value, lambda part: torch.zeros(len(part["tokens"])), cfg)
     batch["logp"] = (batch["logp"] - math.log(ratio)) * batch["mask"]
-    batch["advantages"] = float(advantage) * batch["mask"]
-    optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
-    found = stage.update(policy, None, optimizer, None, batch, 0.0, cfg, OFF, seed=0)
+    batch |= {"advantages": float(advantage) * batch["mask"], "returns": batch["values"]}
+    optimizers = (torch.optim.SGD(net.parameters(), lr=0.0) for net in (policy, value))
+    found = stage.update(policy, value, *optimizers, batch, 0.0, 0.0, cfg, OFF, seed=0)
     assert (found["policy/grad_norm"] > 0) == learns and (found["policy/clipfrac_avg"] == 0) == learns
     bounded = min(max(ratio, 0.8), 1.28)
     assert found["loss/policy_avg"] == pytest.approx(-min(advantage * ratio, advantage * bounded), abs=1e-4)
@@ -205,12 +224,12 @@ def test_clip_higher_stops_a_gain_at_its_own_bound_and_a_loss_at_the_old_one(adv
 
 def test_k3_in_the_loss_is_the_kl_as_a_number_and_has_the_gradient_of_the_kl_the_other_way_round():
     """Answers of one token, all listed. The step is that of KL(π₀ ‖ π), and it is not that of KL(π ‖ π₀)."""
-    stage, n = fork("kl_in_loss"), 20_000
-    policy, ref = make_gpt(seed=5), common.freeze(make_gpt(), OFF)
-    cfg = stage.Config(response_len=1, minibatch_size=n, epochs=1, max_grad_norm=0.0, kl_coef=0.3)
+    stage, n = fork("rloo", "kl_in_loss"), 20_000
+    policy, ref = make_gpt(seed=5), nets.freeze(make_gpt(), OFF)
+    cfg = stage.Config(response_len=1, minibatch_size=n, epochs=1, max_grad_norm=0.0, kl_coef=0.3, unended_cap=math.inf)
     batch = stage.rollout(policy, [[1, 2, 3]] * n, cfg, torch.Generator().manual_seed(0))
     batch |= stage.read(batch, policy, ref, None, lambda part: torch.zeros(len(part["tokens"])), cfg)
-    batch |= stage.estimate(batch, 0.3, math.inf, cfg)
+    batch |= stage.estimate(batch, 0.3, cfg)
     assert not batch["rewards"].any() and not batch["advantages"].any()  # so the loss is the KL alone
     exact = []
     for mean in (lambda p, q: (q.exp() * (q - p)).sum(), lambda p, q: (p.exp() * (p - q)).sum()):
@@ -218,15 +237,16 @@ def test_k3_in_the_loss_is_the_kl_as_a_number_and_has_the_gradient_of_the_kl_the
         kl = mean(logp, ref_logp)
         exact.append(torch.cat([g.flatten() for g in torch.autograd.grad(0.3 * kl, list(policy.parameters()))]))
     before = flat(policy)
-    found = stage.update(policy, None, torch.optim.SGD(policy.parameters(), lr=1.0), None, batch, 1.0, cfg, OFF, seed=0)
+    optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
+    found = stage.update(policy, None, optimizer, None, batch, 1.0, 0.0, cfg, OFF, seed=0)
     step = before - flat(policy)
     forward, backward = exact  # of KL(π₀ ‖ π), of KL(π ‖ π₀)
-    assert found["loss/policy_avg"] == pytest.approx(0.3 * kl.item(), rel=0.03)
+    assert found["loss/policy_avg"] == 0 and found["loss/kl_avg"] == pytest.approx(kl.item(), rel=0.03)
     assert (step - forward).norm() < 0.1 * forward.norm()
     assert (step - backward).norm() > 0.5 * backward.norm()
 
 
-def test_the_rule_reads_the_text_and_no_reward_model():
+def test_the_rule_gives_a_quarter_for_each_thing_that_it_asks_for():
     stage = fork("rule")
     prompt = "Tell me about a shy owl who lost a red key near the lake."
     story = " Once a shy owl lived near the lake. The owl dropped a red key by the lake. It went home alone."
@@ -234,11 +254,6 @@ def test_the_rule_reads_the_text_and_no_reward_model():
     assert stage.rule(prompt, story.replace("It went home alone.", "The owl smiled and went home.")) == 1
     assert stage.rule(prompt, story.replace("owl", "cat").replace("key", "cake")) == 0.25
     assert stage.rule(prompt, "") == 0
-    encoding = data.learn_bpe([prompt + story] * 9, 300)
-    row = data.encode_row(encoding, encoding.eot_token, prompt, story)
-    tokens, prompt_len, length = data.pad([row])
-    batch = {"tokens": tokens, "prompt_len": prompt_len, "length": length, "ended": torch.tensor([True])}
-    assert stage.scorer(None, encoding, encoding.eot_token)(batch).tolist() == [0.75]
 
 
 # --- DPO --------------------------------------------------------------------------------------------------------------
@@ -261,7 +276,7 @@ def test_dpo_loss_and_gradient_equal_the_papers_equation_in_float64(encoding):
     policy, ref = make_gpt(seed=5, **shape), make_gpt(**shape)
     some = some_groups(encoding, encoding.eot_token)
     rewards = 0.3 * dpo.log_ratios(policy, ref, some, CPU)
-    mine = dpo.pairwise_loss(dpo.margins(rewards, some), some)
+    mine = dpo.pairwise_loss(measure.margins(some, rewards), some)
     mine.backward()
 
     exact, frozen = copy.deepcopy(policy).double(), copy.deepcopy(ref).double()
@@ -286,18 +301,17 @@ def train_dpo(folders, n=24, **options):
     """DPO on `n` tiny comparisons, four to a step; the rows of its metrics.jsonl."""
     rows = data.read_jsonl(folders["tmp"] / "comparisons.jsonl", {})[:n]
     given = {"data": write(folders["tmp"] / "some.jsonl", rows), "init": folders["sft"], "out": folders["tmp"] / "dpo"}
-    given |= {"warmup": 0, "lr": 1e-3, "device": "cpu"} | options
-    words = [str(word) for name, value in given.items() for word in (f"--{name}", value)]
-    dpo.train(common.parse(dpo.Config, words))
-    return common.read_metrics(given["out"])
+    given |= {"lr": 1e-3, "device": "cpu"} | options
+    dpo.train(parsed(dpo.Config, given))
+    return runs.read_metrics(given["out"])
 
 
 def test_dpo_starts_at_log_2_and_learns_which_answer_won(folders):
-    before = flat(common.load_gpt(folders["sft"])[0])
+    before = flat(nets.load_gpt(folders["sft"])[0])
     lines = train_dpo(folders, n=80)
     assert lines[0]["loss/train"] == pytest.approx(math.log(2), abs=1e-7) and lines[0]["rewards/margins"] == 0
     assert lines[-1]["loss/train"] < 0.3 and lines[-1]["rewards/accuracies"] == 1  # " yes." wins each of these pairs
-    assert torch.equal(before, flat(common.load_gpt(folders["sft"])[0]))
+    assert torch.equal(before, flat(nets.load_gpt(folders["sft"])[0]))
 
 
 def test_dpo_takes_the_same_step_by_micro_batches_of_any_size(folders):
@@ -308,28 +322,20 @@ def test_dpo_takes_the_same_step_by_micro_batches_of_any_size(folders):
     assert found[1] == pytest.approx(found[0], rel=1e-3) and found[2] == pytest.approx(found[0], rel=1e-3)
 
 
-def test_dpo_stopped_and_resumed_is_the_run_that_was_not(folders, monkeypatch):
+def test_dpo_stopped_and_resumed_is_the_run_that_was_not(folders):
     train_dpo(folders, out=folders["tmp"] / "whole")
-    monkeypatch.setattr(common.Run, "must_save", lambda self, step, due: step in (2, self.steps - 1))
-    save = common.Run.save
-
-    def save_then_die(self, *args, **parts):
-        save(self, *args, **parts)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(common.Run, "save", save_then_die)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stopped_after(3, patch)
         train_dpo(folders)
-    assert len(common.read_metrics(folders["tmp"] / "dpo")) == 3
-    monkeypatch.setattr(common.Run, "save", save)
-    monkeypatch.setattr(common, "parse", lambda *a, parse=common.parse: setattr(c := parse(*a), "resume", True) or c)
-    train_dpo(folders)
-    assert torch.equal(*(flat(common.load_gpt(folders["tmp"] / name)[0]) for name in ("whole", "dpo")))
+    assert len(runs.read_metrics(folders["tmp"] / "dpo")) == 3
+    train_dpo(folders, resume="")
+    assert not (folders["tmp"] / "dpo.1").exists()
+    assert torch.equal(*(flat(nets.load_gpt(folders["tmp"] / name)[0]) for name in ("whole", "dpo")))
 
 
-def test_dpo_without_a_kl_term_is_refused_in_a_sentence(folders):
-    with pytest.raises(data.InputError, match="--kl_coef 0: .*; give a number above 0"):
-        train_dpo(folders, kl_coef=0.0)
+def test_dpo_without_a_kl_term_is_refused_in_a_sentence():
+    with pytest.raises(data.InputError, match="--kl_coef 0.0: give a number from 0.01"):
+        parsed(dpo.Config, {"kl_coef": 0.0})
 
 
 def compared(start: np.ndarray, n: int, target: Path) -> Path:
@@ -351,9 +357,7 @@ def dpo_in_the_world_of_letters(folder: Path, beta: float, n: int = 100_000) -> 
     """Where DPO ends after 400 steps on all of `n` comparisons: the letters have one prompt, so they are one group."""
     start = letters.log_probabilities(letters.world(folder))
     given = {"data": compared(start, n, folder / "pairs.jsonl"), "init": folder / "start", "out": folder / "dpo"}
-    given |= {"kl_coef": beta, "epochs": 400, "lr": 3e-3, "device": "cpu"}
-    words = [str(word) for name, value in given.items() for word in (f"--{name}", value)]
-    dpo.train(common.parse(dpo.Config, words))
+    dpo.train(parsed(dpo.Config, given | {"kl_coef": beta, "epochs": 400, "lr": 3e-3, "device": "cpu"}))
     reached = letters.log_probabilities(folder / "dpo")
     best, most = letters.optimum(start, beta)
     before = letters.objective(start, start, beta)

@@ -42,7 +42,7 @@ def of_its_run(given: Config, folder: str) -> Config:
     about = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"options": {}, "stage": ""}
     known = {field.name for field in fields(Config)} - {"out", "resume", "device"}
     if about["stage"] != "ppo":
-        known = {"init", "seed"}
+        known = {"seed"} | ({"init"} if about["options"].get("init") else set())  # a run of sft.py may have none
     default = Config()
     left = {name: x for name, x in about["options"].items() if getattr(given, name, 0) == getattr(default, name, None)}
     return replace(given, **{name: x for name, x in left.items() if name in known})

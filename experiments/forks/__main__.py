@@ -13,7 +13,7 @@ import argparse
 from pathlib import Path
 
 from experiments.forks import HERE, patched
-from experiments.harness import FOLDER, JUDGE, KL, ROOT, closing_table, markdown, seconds, stage, start
+from experiments.harness import EVAL, FOLDER, JUDGE, KL, ROOT, closing_table, markdown, seconds, stage, start
 
 FORKS = {  # name → its diffs, and each β that is run
     "ppo": ([], [0.05]),
@@ -35,13 +35,14 @@ def run(fork: str, kl_coef: float, seed: int) -> list[str]:
     if fork != "ppo":
         name = f"{fork.replace(', ', '-').replace(' ', '-')}-{kl_coef:g}"
         options = ["--seed", seed, "--kl_coef", kl_coef, "--out", f"out/{name}"]
-        script = Path(FOLDER / "forks" / name.rpartition("-")[0] / "ppo.py").resolve()
-        script.parent.mkdir(parents=True, exist_ok=True)
-        script.write_text(patched((ROOT / "ppo.py").read_text(), *FORKS[fork][0]))
         if fork == "dpo":
             took = seconds(stage(folder, f"{name}-training", HERE / "dpo.py", *options))
-            options += ["--iterations", 0]
-        text = stage(folder, name, script, *options)
+            text = stage(folder, name, EVAL, f"out/{name}", "--seed", seed)
+        else:
+            script = Path(FOLDER / "forks" / name.rpartition("-")[0] / "ppo.py").resolve()
+            script.parent.mkdir(parents=True, exist_ok=True)
+            script.write_text(patched((ROOT / "ppo.py").read_text(), *FORKS[fork][0]))
+            text = stage(folder, name, script, *options)
     rows = closing_table(text)
     found = [rows[name][1].split()[0] for name in (JUDGE, KL, "score")]
     return [*found, f"{took + seconds(text):.0f}"]
