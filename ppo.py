@@ -7,8 +7,8 @@
 
 Four nets: the policy; its frozen copy, the reference; a frozen reward model; and a value net that starts as the reward
 model (or, if a Python function is the reward, as the policy's trunk under a head of zeros). Each iteration answers a
-batch of prompts, scores the answers, and improves the policy on them. The loop in `train` is the table of contents, one
-function per step; a fork changes one of them.
+batch of prompts, scores the answers, and improves the policy on them. The loop in `train` comes first and is the table
+of contents: one function per step, and a fork changes one of them.
 
     Batch: what each step adds                       shape                made by
       tokens, prompt_len, length, ended              (B, T) (B,) …        1 rollout
@@ -26,6 +26,7 @@ et al. 2020 (2009.01325). Left out on purpose: a trunk shared with the value net
 
 import copy
 import math
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -53,7 +54,9 @@ class Config(cli.Shared):
     data: str = ""  # JSONL "prompt"; empty: the tales' prompts
     eval_data: str = ""  # held-out JSONL "prompt"; empty: a part of --data (the tales have their own)
     init: str = "out/sft"  # run folder of the starting policy
-    ref: str = ""  # run folder of the frozen copy, if --init is itself a run of PPO; empty: --init
+    ref: str = (
+        ""  # run folder of the frozen copy, the "before" of the table, where --init is a run of PPO; empty: --init
+    )
     reward: str = "out/reward"  # run folder of the reward model, or FILE.py:function to train on
     judge: str = ""  # FILE.py:function, never trained on; of several (commas) the first is measured in training too
     out: str = "out/ppo"  # run folder to write
@@ -83,11 +86,80 @@ class Config(cli.Shared):
     eval_every: Whole = 0  # evaluate every so many iterations and keep the best policy as best.pt; 0: only at the end
 
 
+# --- the loop ---------------------------------------------------------------------------------------------------------
+
+
+def train(cfg: Config) -> None:
+    if cfg.unended_cap is None and judges.is_function(cfg.reward):
+        cfg = replace(cfg, unended_cap=math.inf)
+    if cfg.kl_target and not cfg.kl_coef:
+        raise InputError("--kl_target: needs a --kl_coef above 0 to start from")
+    device, autocast = cli.setup(cfg)
+    run = runs.Run(cfg)
+    policy, ref, value, score, encoding = build(cfg, device, autocast)
+    prompts, held_out = load_prompts(cfg, policy, encoding)
+    judged_by = judges.load_functions(cfg.judge or ("" if cfg.data else tales.MEASURES))
+    policy_optimizer = nets.adamw(policy, cfg.lr, weight_decay=0.0, eps=1e-5)
+    value_optimizer = nets.adamw(value, cfg.value_lr, weight_decay=0.0, eps=1e-5)
+    saved = {"value": value, "policy_optimizer": policy_optimizer, "value_optimizer": value_optimizer}
+    kl_coef = run.state["kl_coef"] if run.state else cfg.kl_coef
+    answer = partial(answer_held_out, cfg, autocast, (ref, value, score))
+    run.start(cfg.iterations, model=policy, **saved)
+    dist.print0(
+        f"{cfg.init}, {cfg.reward} → {cfg.out}: {len(prompts):,} prompts, {len(held_out):,} held out, on {device}"
+    )
+
+    for step in range(run.step, cfg.iterations):
+        # 1 The policy answers a batch of prompts.
+        asked = dist.mine(data.shuffled(prompts, cfg.batch_size, cfg.seed, lengths=None, step=step))
+        rng = generator("rollout", cfg.seed, step, dist.RANK)
+        with run.timed("rollout"), autocast:
+            batch = rollout(dist.gathered(policy, autocast), asked, cfg, rng)
+        # 2 Reward model, frozen copy and value net read the answers.
+        with run.timed("score"), autocast:
+            batch |= read(batch, policy, ref, value, score, cfg)
+        # 3 Each token gets its reward, advantage and return.
+        batch |= estimate(batch, kl_coef, cfg)
+        # 4 The value net learns from them; after its warm-up, so does the policy.
+        lr, value_lr = rates(step, cfg)
+        seed = seed_of("minibatches", cfg.seed, step, dist.RANK)
+        with run.timed("update"):
+            losses = update(policy, value, policy_optimizer, value_optimizer, batch, lr, value_lr, cfg, autocast, seed)
+        # 5 β moves; metrics, a sample and a checkpoint are written.
+        rows = measure.as_rows(batch, encoding, policy.config.eos)
+        judged = next(iter(judged_by.values()))(rows) if judged_by else []
+        metrics = measure.rollout_metrics(batch, judged, kl_coef) | losses
+        metrics |= {"lr": lr, "value_lr": value_lr, "episode": (step + 1) * cfg.batch_size}
+        next_kl_coef = adapt(kl_coef, metrics["objective/kl"], cfg) if lr else kl_coef
+        if cfg.eval_every and ((step + 1) % cfg.eval_every == 0 or step + 1 == cfg.iterations):
+            with run.timed("evaluate"):
+                found = measure.held_out(partial(answer, "evaluate"), policy, held_out, judged_by, encoding)
+            found, goodness = measure.summary(found, judged_by, cfg.kl_coef)
+            metrics |= found
+            run.keep_best(goodness, policy, encoding)
+        run.log(step, metrics, SHOWN, tokens=int(dist.total(batch["mask"].sum())))
+        if 0 < cfg.kl_stop < metrics["objective/kl"]:
+            what = f"{metrics['objective/kl']:.1f}, above --kl_stop {cfg.kl_stop:g} (a higher --kl_coef holds it)"
+            raise run.diverged(step + 1, "the KL to the reference", what)
+        if step % 20 == 0 or step + 1 == cfg.iterations:
+            run.sample(step + 1, f"[{batch['score'][0].item():+.2f}] {rows[0]['prompt']}{rows[0]['response']}")
+        if run.due(step, cfg.save_every or 20):
+            run.write("rollout.json", measure.by_token(batch, rows, encoding, step + 1, kl_coef))
+            run.save(step + 1, policy, encoding, {"kl_coef": next_kl_coef}, **saved)
+        kl_coef = next_kl_coef
+
+    before = measure.held_out(partial(answer, "before"), ref, held_out, judged_by, encoding)
+    after = measure.held_out(partial(answer, "after"), policy, held_out, judged_by, encoding)
+    found = measure.paired(before, after, judged_by)
+    run.report(measure.report(found), found)
+    run.finish(device)
+
+
 # --- 1 rollout --------------------------------------------------------------------------------------------------------
 
 
 def rollout(policy: GPT, prompts: list[list[int]], cfg: Config, rng: torch.Generator) -> Batch:
-    """The policy answers: tokens (B, T), prompt_len (B,), length (B,), ended (B,): whether EOS is the last token."""
+    """The policy answers: tokens (B, T), prompt_len (B,), length (B,), ended (B,): whether an end token is the last."""
     tokens, prompt_len, length = policy.generate(prompts, cfg.response_len, temperature=cfg.temperature, generator=rng)
     last = tokens[torch.arange(len(tokens)), length - 1]  # (B,)
     ended = torch.isin(last, torch.tensor(policy.config.ends, device=last.device))
@@ -96,16 +168,18 @@ def rollout(policy: GPT, prompts: list[list[int]], cfg: Config, rng: torch.Gener
 
 def select(batch: Batch, index: Tensor) -> Batch:
     """The rows `index` of a batch, cut to the longest of them: tokens (B, T) to (b, t), WINDOW (B, R) to (b, r)."""
-    part = {name: x[index.to(x.device)] for name, x in batch.items()}
+    place = {x.device: index.to(x.device) for x in batch.values()}  # one copy of the index to each device
+    part = {name: x[place[x.device]] for name, x in batch.items()}
     r = int((part["length"] - part["prompt_len"]).max())
     part["tokens"] = part["tokens"][:, : int(part["length"].max())]
     return part | {name: part[name][:, :r] for name in WINDOW if name in part}
 
 
-def split(batch: Batch, size: int, evenly: bool = False) -> list[Tensor]:
-    """The rows of each micro-batch of at most `size`. Rows of like length share one. FSDP reads `evenly`."""
+def split(batch: Batch, cfg: Config) -> list[Tensor]:
+    """The rows of each micro-batch; rows of like length share one. With --shard every process gets as many parts."""
+    size = cfg.micro_batch_size or cfg.minibatch_size // dist.WORLD
     parts = list(batch["length"].argsort(stable=True).split(size))
-    return dist.pad_to_equal(parts, parts) if evenly else parts
+    return dist.pad_to_equal(parts, parts) if cfg.shard else parts
 
 
 # --- 2 read -----------------------------------------------------------------------------------------------------------
@@ -118,13 +192,13 @@ def read(
     """What every net makes of the answers: logp, ref_logp, values, entropy, mask (B, R), score (B,).
 
     The old log-probabilities come from the forward that training uses, not from the decode, so that the ratio is 1 at
-    the first step.
+    the first step. `score` gets the whole batch, since a function is asked once for all answers.
     """
     device = batch["tokens"].device
     _, mask = response_window(batch["prompt_len"], batch["length"])
     found = {name: torch.zeros(mask.shape, device=device) for name in ("logp", "ref_logp", "values", "entropy")}
     found |= {"mask": mask.to(device), "score": score(batch)}
-    for index in split(batch, cfg.micro_batch_size or cfg.minibatch_size // dist.WORLD, cfg.shard):
+    for index in split(batch, cfg):
         part = select(batch, index)
         sequences = part["tokens"], part["prompt_len"], part["length"]
         new = {"values": value.values(*sequences), "ref_logp": ref.logprobs(*sequences, cfg.temperature)}  # (b, r)
@@ -149,7 +223,7 @@ def scorer(
             with torch.autocast(device.type, enabled=False):  # a user's function computes in its own precision
                 return torch.tensor(reward(measure.as_rows(batch, encoding, eos)), dtype=torch.float32, device=device)
         scores = torch.zeros(len(batch["tokens"]), device=device)
-        for index in split(batch, cfg.micro_batch_size or cfg.minibatch_size // dist.WORLD, cfg.shard):
+        for index in split(batch, cfg):
             part = select(batch, index)
             scores[index.to(device)] = reward.scores(part["tokens"], part["length"])
         return scores
@@ -168,21 +242,21 @@ def estimate(batch: Batch, kl_coef: float, cfg: Config) -> Batch:
     """
     mask, values, score = batch["mask"], batch["values"], batch["score"]
     cap = -1.0 if cfg.unended_cap is None else cfg.unended_cap
-    score = torch.where(batch["ended"], score, score.clamp(max=cap))  # (B,)
+    final_score = torch.where(batch["ended"], score, score.clamp(max=cap))  # (B,)
 
     rewards = -kl_coef * (batch["logp"] - batch["ref_logp"])  # (B, R)
     last = mask.sum(1, keepdim=True) - 1  # (B, 1) column of each row's last token
-    rewards = rewards.scatter_add(1, last, score[:, None].to(rewards.dtype)) * mask
+    rewards = rewards.scatter_add(1, last, final_score[:, None].to(rewards.dtype)) * mask
 
     advantages = torch.zeros_like(rewards)
-    next_value = next_advantage = torch.zeros_like(score)  # 0 after the last token, like values outside the response
+    next_value = next_advantage = torch.zeros_like(score)  # 0 after the last token, of a cut answer too
     for r in reversed(range(mask.shape[1])):
         delta = rewards[:, r] + cfg.gamma * next_value - values[:, r]
         next_advantage = (delta + cfg.gamma * cfg.lam * next_advantage) * mask[:, r]
         advantages[:, r] = next_advantage
         next_value = values[:, r]
     returns = (advantages + values) * mask  # from the advantages as they are, before whitening
-    return {"rewards": rewards, "advantages": whiten(advantages, mask), "returns": returns, "final_score": score}
+    return {"rewards": rewards, "advantages": whiten(advantages, mask), "returns": returns, "final_score": final_score}
 
 
 def whiten(x: Tensor, mask: Tensor) -> Tensor:
@@ -225,15 +299,15 @@ def update(
     Losses and metrics are means over the tokens of the whole minibatch (all micro-batches, all processes), so how it is
     split changes nothing. Returns the metrics, and puts the last epoch's ratio into the batch.
     """
-    batch["ratio"] = batch["mask"].float()
-    rng, sums, n_steps = generator(seed), {}, 0
+    batch["ratio"] = batch["mask"].float()  # for rollout.json
+    rng, sums, n_steps = generator(seed), defaultdict(float), 0
     for _ in range(cfg.epochs):
         order = torch.randperm(len(batch["tokens"]), generator=rng)
         for rows in order.split(cfg.minibatch_size // dist.WORLD):
-            minibatch = select(batch, rows)
-            n_tokens = dist.total(minibatch["mask"].sum())
-            for index in split(minibatch, cfg.micro_batch_size or len(rows)):
-                part = select(minibatch, index)
+            n_tokens = dist.total(batch["mask"][rows.to(batch["mask"].device)].sum())
+            rows = rows[batch["length"][rows].argsort(stable=True)]  # rows of like length together
+            for index in rows.split(cfg.micro_batch_size or len(rows)):
+                part = select(batch, index)
                 mask, advantages, returns = part["mask"], part["advantages"], part["returns"]
                 sequences = part["tokens"], part["prompt_len"], part["length"]
                 with autocast:
@@ -241,9 +315,9 @@ def update(
                     values = value.values(*sequences)  # (b, r)
                 pg_losses, ratio = policy_loss(logp, part["logp"], advantages, cfg.cliprange)
                 vf_losses = value_loss(values, part["values"], returns, cfg.cliprange_value)
-                loss = ((pg_losses + vf_losses) * mask).sum() / n_tokens  # of two nets that share nothing
+                loss = ((pg_losses + vf_losses) * mask).sum() / n_tokens  # two nets without a common weight
                 loss.backward()
-                batch["ratio"][rows[index].to(mask.device), : mask.shape[1]] = ratio.detach() * mask
+                batch["ratio"][index.to(mask.device), : mask.shape[1]] = ratio.detach() * mask
                 by_token = {
                     "loss/policy_avg": pg_losses,
                     "policy/approxkl_avg": 0.5 * (logp - part["logp"]).square(),
@@ -253,21 +327,21 @@ def update(
                     "val/clipfrac_avg": vf_losses > 0.5 * (values - returns).square(),
                 }
                 for name, x in by_token.items():
-                    sums[name] = sums.get(name, 0.0) + (x.detach() * mask).sum() / n_tokens
-            steps = ("policy", policy, policy_optimizer, lr), ("value", value, value_optimizer, value_lr)
-            for name, net, optimizer, rate in steps:
-                norm = nets.step_optimizer(optimizer, net, rate, cfg.max_grad_norm)  # equal in all processes
-                sums[f"{name}/grad_norm"] = sums.get(f"{name}/grad_norm", 0.0) + norm / dist.WORLD
+                    sums[name] += (x.detach() * mask).sum() / n_tokens
+            norm = nets.step_optimizer(policy_optimizer, policy, lr, cfg.max_grad_norm)
+            sums["policy/grad_norm"] += norm / dist.WORLD  # each process has the whole norm
+            norm = nets.step_optimizer(value_optimizer, value, value_lr, cfg.max_grad_norm)
+            sums["value/grad_norm"] += norm / dist.WORLD
             n_steps += 1
     means = dist.total(torch.stack(list(sums.values()))) / n_steps
-    return dict(zip(sums, means.tolist()))  # one wait for the device
+    return dict(zip(sums, means.tolist()))
 
 
 # --- 5 rates and β ----------------------------------------------------------------------------------------------------
 
 
 def rates(step: int, cfg: Config) -> tuple[float, float]:
-    """The learning rates of policy and value net at an iteration. Both fall to 0 in a straight line.
+    """The learning rates of policy and value net at an iteration. Both carry a factor that falls to 0.
 
     The reward model was trained on last tokens alone, so what the value net says of a prefix is a guess at first. It
     learns alone for some iterations. Then the policy's rate rises for four, or a quarter of the run.
@@ -320,86 +394,28 @@ def load_prompts(cfg: Config, policy: GPT, encoding: tiktoken.Encoding) -> tuple
     """Prompts to train on, and held-out ones. Raises InputError where the options leave too few of them."""
     if cfg.batch_size % dist.WORLD or cfg.minibatch_size % dist.WORLD:
         raise InputError(f"--batch_size and --minibatch_size must be multiples of the {dist.WORLD} processes")
-    source, held_out = cfg.data or tales.path("ppo"), cfg.eval_data or ("" if cfg.data else tales.path("eval"))
+    path = cfg.data or tales.path("ppo")
+    eval_path = cfg.eval_data or ("" if cfg.data else tales.path("eval"))
     room = nets.context(cfg, policy) - cfg.response_len
-    prompts, held_out = data.prompts_and_held_out(source, held_out, encoding, room, cfg.eval_prompts, dist.print0)
+    prompts, held_out = data.prompts_and_held_out(path, eval_path, encoding, room, cfg.eval_prompts, dist.print0)
     if len(prompts) < cfg.batch_size:
-        raise InputError(f"--batch_size {cfg.batch_size}: {source} leaves {len(prompts)} prompts; give less")
+        raise InputError(f"--batch_size {cfg.batch_size}: {path} leaves {len(prompts)} prompts; give less")
     return prompts, held_out
 
 
-# --- the loop ---------------------------------------------------------------------------------------------------------
-
-
-def train(cfg: Config) -> None:
-    if cfg.unended_cap is None:
-        cfg = replace(cfg, unended_cap=math.inf if judges.is_function(cfg.reward) else -1.0)
-    if cfg.kl_target and not cfg.kl_coef:
-        raise InputError("--kl_target: needs a --kl_coef above 0 to start from")
-    device, autocast = cli.setup(cfg)
-    run = runs.Run(cfg)
-    policy, ref, value, score, encoding = build(cfg, device, autocast)
-    prompts, held_out = load_prompts(cfg, policy, encoding)
-    judged_by = judges.load_functions(cfg.judge or ("" if cfg.data else tales.MEASURES))
-    policy_optimizer = nets.adamw(policy, cfg.lr, 0.0, eps=1e-5)
-    value_optimizer = nets.adamw(value, cfg.value_lr, 0.0, eps=1e-5)
-    saved = {"value": value, "policy_optimizer": policy_optimizer, "value_optimizer": value_optimizer}
-    kl_coef = run.state["kl_coef"] if run.state else cfg.kl_coef
-    run.start(cfg.iterations, model=policy, **saved)
-    dist.print0(
-        f"{cfg.init}, {cfg.reward} → {cfg.out}: {len(prompts):,} prompts, {len(held_out):,} held out, on {device}"
-    )
-
-    def answer(purpose: str, model: GPT, some: list[list[int]], first: int) -> tuple[Batch, list[dict]]:
-        """`model` answers some held-out prompts, with random numbers of this purpose alone."""
-        with autocast:
-            batch = rollout(dist.gathered(model, autocast), some, cfg, generator(purpose, cfg.seed, first))
-            batch |= read(batch, model, ref, value, score, cfg)
-        return batch, measure.as_rows(batch, encoding, model.config.eos)
-
-    for step in range(run.step, cfg.iterations):
-        # 1 The policy answers a batch of prompts.
-        ids = dist.mine(data.shuffled(prompts, cfg.batch_size, cfg.seed, None, step))
-        rng = generator("rollout", cfg.seed, step, dist.RANK)
-        with run.timed("rollout"), autocast:
-            batch = rollout(dist.gathered(policy, autocast), ids, cfg, rng)
-        with run.timed("score"), autocast:
-            # 2 Reward model, frozen copy and value net read the answers.
-            batch |= read(batch, policy, ref, value, score, cfg)
-            # 3 Each token gets its reward, advantage and return.
-            batch |= estimate(batch, kl_coef, cfg)
-        # 4 The value net learns from them; after its warm-up, so does the policy.
-        lr, value_lr = rates(step, cfg)
-        seed = seed_of("minibatches", cfg.seed, step, dist.RANK)
-        with run.timed("update"):
-            losses = update(policy, value, policy_optimizer, value_optimizer, batch, lr, value_lr, cfg, autocast, seed)
-        # 5 β moves; metrics, a sample and a checkpoint are written.
-        rows = measure.as_rows(batch, encoding, policy.config.eos)
-        judged = next(iter(judged_by.values()))(rows) if judged_by else []
-        metrics = measure.rollout_metrics(batch, judged, kl_coef) | losses
-        metrics |= {"lr": lr, "value_lr": value_lr, "episode": (step + 1) * cfg.batch_size}
-        next_kl_coef = adapt(kl_coef, metrics["objective/kl"], cfg) if lr else kl_coef
-        if cfg.eval_every and ((step + 1) % cfg.eval_every == 0 or step + 1 == cfg.iterations):
-            with run.timed("evaluate"):
-                found = measure.held_out(partial(answer, "evaluate", policy), held_out, judged_by)
-            found, goodness = measure.summary(found, judged_by, cfg.kl_coef)
-            metrics |= found
-            run.keep_best(goodness, policy, encoding)
-        run.log(step, metrics, SHOWN, tokens=int(dist.total(batch["mask"].sum())))
-        if 0 < cfg.kl_stop < metrics["objective/kl"]:
-            raise run.diverged(step + 1, "the KL to the reference", f"above --kl_stop {cfg.kl_stop:g}")
-        if step % 20 == 0 or step + 1 == cfg.iterations:
-            run.sample(step + 1, f"[{batch['score'][0].item():+.2f}] {rows[0]['prompt']}{rows[0]['response']}")
-        if run.due(step, cfg.save_every or 20):
-            run.write("rollout.json", measure.by_token(batch, rows, encoding, step + 1, kl_coef))
-            run.save(step + 1, policy, encoding, {"kl_coef": next_kl_coef}, **saved)
-        kl_coef = next_kl_coef
-
-    before = measure.held_out(partial(answer, "before", ref), held_out, judged_by)
-    after = measure.held_out(partial(answer, "after", policy), held_out, judged_by)
-    found = measure.paired(before, after, judged_by)
-    run.report(measure.report(found), found)
-    run.finish(device)
+def answer_held_out(
+    cfg: Config,
+    autocast: torch.autocast,
+    readers: tuple,
+    purpose: str,
+    policy: GPT,
+    prompts: list[list[int]],
+    start: int,
+) -> Batch:
+    """`policy` answers the held-out prompts from number `start` on, with random numbers of this purpose alone."""
+    with autocast:
+        batch = rollout(dist.gathered(policy, autocast), prompts, cfg, generator(purpose, cfg.seed, start))
+        return batch | read(batch, policy, *readers, cfg)
 
 
 def main() -> None:

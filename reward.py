@@ -39,15 +39,70 @@ class Config(cli.Shared):
     block_size: Whole = 0  # longest prompt and response together, in tokens; 0: the model's context
     n_prompts: Whole = 0  # use the first so many prompts of --data; 0: all
     seed: Whole = 0  # of samples, labels, head and data order
-    # sampling, where --data holds prompts alone
-    judge: str = ""  # the simulated person, FILE.py:function; the tales have theirs
-    label_temperature: Positive = 0.1  # of the simulated person's choices: 0.1 judges 0.1 better right in 73%
-    samples: Count = 8  # responses to each prompt
+    # samples: to compare, where --data holds prompts alone, and to normalise the scores
     response_len: Count = 64  # longest sampled response, in tokens
     temperature: Positive = 1.0  # of the samples
+    samples: Count = 8  # responses to each prompt, to compare
+    judge: str = ""  # the simulated person that compares, FILE.py:function; the tales have theirs
+    label_temperature: Positive = 0.1  # of its choices: at 0.1, the response judged 0.1 better wins in 73%
     # training
     batch_size: Count = 4  # prompts per step, each with all its responses, over all processes
     lr: Number = 1e-3  # peak of the learning rate
+
+
+# --- the loop ---------------------------------------------------------------------------------------------------------
+
+
+def train(cfg: Config) -> None:
+    device, autocast = cli.setup(cfg)
+    run = runs.Run(cfg)
+    policy, encoding, groups, held_out = build(cfg, run, autocast, device)
+    samples = sample_policy(policy, groups, cfg, autocast)
+    torch.manual_seed(cfg.seed)
+    model = ScalarModel(policy).to(device).eval()  # eval: no dropout, or a score would depend on chance
+    cli.prepare(cfg, model)
+    optimizer = nets.adamw(model, cfg.lr, 0.0)
+    steps = max(1, len(groups) // cfg.batch_size)  # one epoch: a second one overfits (Stiennon et al. 2020, C.1)
+    run.start(steps, model=model, optimizer=optimizer)
+    counts = f"{sum(len(group.pairs) for group in groups):,} pairs of {len(groups):,} prompts"
+    dist.print0(f"{cfg.data or 'the tales'} → {cfg.out}: {counts}, {len(held_out):,} prompts held out")
+
+    for step in range(run.step, steps):
+        # 1 The prompts of this step, each with all its responses.
+        batch = data.shuffled(groups, cfg.batch_size, cfg.seed, None, step)
+        mine = dist.mine(batch, cfg.shard)
+        size = cfg.micro_batch_size or len(batch)
+        # 2 Forward and backward, one micro-batch at a time.
+        loss, correct = torch.zeros((), device=device), torch.zeros((), device=device)
+        for start in range(0, len(mine), size):
+            part = mine[start : start + size]
+            with autocast:
+                _, margin = score_groups(model, part, device)
+            part_loss = pairwise_loss(margin, part) / len(batch)
+            part_loss.backward()
+            loss, correct = loss + part_loss.detach(), correct + (margin > 0).sum()
+        # 3 One step of the optimizer.
+        lr = nets.warmup_cosine(step, steps, cfg.lr, WARMUP)
+        norm = nets.step_optimizer(optimizer, model, lr, cfg.max_grad_norm)
+        # 4 Metrics and checkpoints; at the end evaluation and normalisation.
+        accuracy = dist.total(correct).item() / sum(len(group.pairs) for group in batch)
+        metrics = {"loss/train": dist.total(loss).item(), "accuracy": accuracy, "grad_norm": norm.item(), "lr": lr}
+        last = step + 1 == steps
+        if last:
+            with run.timed("evaluate"):
+                margin = measure.margins(held_out, read_scores(model, held_out, cfg.batch_size, device, autocast))
+                found, table = measure.agreement(held_out, margin)
+                metrics |= {"eval/loss": pairwise_loss(margin, held_out).item() / len(held_out)} | found
+                run.report(measure.agreement_report(found, table), {"metrics": found, "calibration": table})
+                normalize(model, samples, device, autocast)
+            how = f"(gain {model.gain:.3f}, bias {model.bias:.3f})"
+            dist.print0(f"\nscores of {cfg.init}'s samples now have mean 0, variance 1 {how}")
+        tokens = sum(len(row.tokens) for group in batch for row in group.rows)
+        shown = ("loss/train", "accuracy", "tokens_per_s") if step % 20 == 0 or last else ()
+        run.log(step, metrics, shown, tokens)
+        if run.due(step, cfg.save_every or 200):
+            run.save(step + 1, model, encoding, {}, optimizer=optimizer)
+    run.finish(device)
 
 
 # --- 1 comparisons ----------------------------------------------------------------------------------------------------
@@ -132,7 +187,7 @@ def sample_policy(policy: GPT, groups: list[data.Group], cfg: Config, autocast: 
     Raises InputError if no prompt leaves room for a response.
     """
     prompts = [group.rows[0].tokens[: group.rows[0].prompt_len] for group in groups]
-    room = policy.config.block_size - cfg.response_len
+    room = nets.context(cfg, policy) - cfg.response_len
     prompts = [prompt for prompt in prompts if len(prompt) <= room][:N_NORMALIZE]
     if not prompts:
         raise InputError(f"--response_len {cfg.response_len}: no prompt leaves room for it in the context; give less")
@@ -144,61 +199,6 @@ def sample_policy(policy: GPT, groups: list[data.Group], cfg: Config, autocast: 
         for tokens, prompt_len, length in zip(*(x.tolist() for x in sampled)):
             rows.append(data.Row(tokens[:length], prompt_len))
     return rows
-
-
-# --- the loop ---------------------------------------------------------------------------------------------------------
-
-
-def train(cfg: Config) -> None:
-    device, autocast = cli.setup(cfg)
-    run = runs.Run(cfg)
-    policy, encoding, groups, held_out = build(cfg, run, autocast, device)
-    samples = sample_policy(policy, groups, cfg, autocast)
-    torch.manual_seed(cfg.seed)
-    model = ScalarModel(policy).to(device).eval()  # eval: no dropout, or a score would depend on chance
-    cli.prepare(cfg, model)
-    optimizer = nets.adamw(model, cfg.lr, 0.0)
-    steps = max(1, len(groups) // cfg.batch_size)  # one epoch: a second one overfits (Stiennon et al. 2020, C.1)
-    run.start(steps, model=model, optimizer=optimizer)
-    counts = f"{sum(len(group.pairs) for group in groups):,} pairs of {len(groups):,} prompts"
-    dist.print0(f"{cfg.data or 'the tales'} → {cfg.out}: {counts}, {len(held_out):,} prompts held out")
-
-    for step in range(run.step, steps):
-        # 1 The prompts of this step, each with all its responses.
-        batch = data.shuffled(groups, cfg.batch_size, cfg.seed, None, step)
-        mine = dist.mine(batch, cfg.shard)
-        size = cfg.micro_batch_size or len(batch)
-        # 2 Forward and backward, one micro-batch at a time.
-        loss = correct = torch.zeros((), device=device)
-        for start in range(0, len(mine), size):
-            part = mine[start : start + size]
-            with autocast:
-                _, margin = score_groups(model, part, device)
-            part_loss = pairwise_loss(margin, part) / len(batch)
-            part_loss.backward()
-            loss, correct = loss + part_loss.detach(), correct + (margin > 0).sum()
-        # 3 One step of the optimizer.
-        lr = nets.warmup_cosine(step, steps, cfg.lr, WARMUP)
-        norm = nets.step_optimizer(optimizer, model, lr, cfg.max_grad_norm)
-        # 4 Metrics and checkpoints; at the end evaluation and normalisation.
-        accuracy = dist.total(correct).item() / sum(len(group.pairs) for group in batch)
-        metrics = {"loss/train": dist.total(loss).item(), "accuracy": accuracy, "grad_norm": norm.item(), "lr": lr}
-        last = step + 1 == steps
-        if last:
-            with run.timed("evaluate"):
-                margin = measure.margins(held_out, read_scores(model, held_out, cfg.batch_size, device, autocast))
-                found, table = measure.agreement(held_out, margin)
-                metrics |= {"eval/loss": pairwise_loss(margin, held_out).item() / len(held_out)} | found
-                run.report(measure.agreement_report(found, table), {"metrics": found, "calibration": table})
-                normalize(model, samples, device, autocast)
-            how = f"(gain {model.gain:.3f}, bias {model.bias:.3f})"
-            dist.print0(f"\nscores of {cfg.init}'s samples now have mean 0, variance 1 {how}")
-        tokens = sum(len(row.tokens) for group in batch for row in group.rows)
-        shown = ("loss/train", "accuracy", "tokens_per_s") if step % 20 == 0 or last else ()
-        run.log(step, metrics, shown, tokens)
-        if run.due(step, cfg.save_every or 200):
-            run.save(step + 1, model, encoding, {}, optimizer=optimizer)
-    run.finish(device)
 
 
 def main() -> None:

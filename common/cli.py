@@ -38,7 +38,7 @@ class Shared:
     compile: bool = False  # torch.compile of the blocks, after a minute of compiling
     checkpoint_activations: bool = False  # less memory, slower: compute activations again in the backward
     shard: bool = False  # divide the nets over the processes of torchrun (FSDP), where one GPU cannot hold them
-    micro_batch_size: Whole = 0  # rows in one forward of the training; 0: the whole batch
+    micro_batch_size: Whole = 0  # rows (stage 2: prompts) in one forward of training; 0: all of a step
     max_grad_norm: Number = 1.0  # gradients are clipped to this, each net's by itself; 0: not clipped
     save_every: Whole = 0  # steps between checkpoints; 0: the stage's own choice. Once a minute in any case
     resume: bool = False  # continue the run in --out, with the same options

@@ -13,6 +13,7 @@ from torch import Tensor
 from common import dist
 from common.judges import Judge
 from data import Group
+from model import GPT
 
 KL = "KL to the start (nats)"  # a row of the table
 BY_TOKEN = ("logp", "ref_logp", "entropy", "rewards", "values", "advantages", "returns", "ratio")
@@ -116,19 +117,23 @@ def masked_variance(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def held_out(
-    answer: Callable[[list[list[int]], int], tuple[dict[str, Tensor], list[dict]]],
+    answer: Callable[[GPT, list[list[int]], int], dict[str, Tensor]],
+    policy: GPT,
     prompts: list[list[int]],
     judges: dict[str, Judge],
+    encoding: tiktoken.Encoding,
 ) -> dict[str, list]:
     """One answer to each prompt: a column for each measure, one number per prompt; and "rows", prompt and response.
 
-    `answer(prompts, start)` gives a batch that has been read (see ppo.py) and its rows; `start` is the number of the
-    first prompt, for the random numbers. The processes of torchrun share the work; each returns all of it.
+    `answer(policy, prompts, start)` gives a batch that has been read (see ppo.py); `start` is the number of the first
+    prompt, for the random numbers. The processes of torchrun share the work; each returns all of it.
     """
     found: dict[int, dict[str, list]] = {}  # by the number of the first prompt
-    starts = list(range(0, len(prompts), 128))
+    size = max(1, min(128, 2**16 // max(map(len, prompts))))  # limits the memory of long prompts
+    starts = list(range(0, len(prompts), size))
     for start in dist.pad_to_equal(dist.mine(starts), starts):
-        batch, rows = answer(prompts[start : start + 128], start)
+        batch = answer(policy, prompts[start : start + size], start)
+        rows = as_rows(batch, encoding, policy.config.eos)
         new = {name: judge(rows) for name, judge in judges.items()}
         new["score"] = batch["score"].tolist()
         new[KL] = ((batch["logp"] - batch["ref_logp"]) * batch["mask"]).sum(1).tolist()

@@ -29,7 +29,7 @@ from data.tokenizer import encoding_state
 from model import GPT, ScalarModel
 
 INPUTS = ("data", "eval_data", "init", "ref", "reward", "judge")  # options that name what a run reads
-MAY_DIFFER = ("resume", "device", "out", "tensorboard", *INPUTS)  # in a resumed run
+MAY_DIFFER = ("resume", "device", "out", "tensorboard", "save_every", "kl_stop", *INPUTS)  # in a resumed run
 VERSION = 2  # of state.pt
 SAVE_SECONDS = 60  # a run saves this often at least, if that takes less than a twentieth of its time
 ANEW = "start anew without --resume"

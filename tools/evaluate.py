@@ -22,8 +22,7 @@ import reward
 from common import cli, dist, judges, measure, nets
 from common.cli import Whole
 from data import InputError, tales
-from data.rng import generator
-from model import GPT, ScalarModel
+from model import ScalarModel
 
 
 @dataclass
@@ -58,19 +57,13 @@ def evaluate_policy(cfg: Config, folder: str) -> None:
     _, held_out = ppo.load_prompts(replace(cfg, batch_size=dist.WORLD), start, encoding)
     judged_by = judges.load_functions(cfg.judge or ("" if cfg.data else tales.MEASURES))
 
-    def answer(purpose: str, model: GPT, prompts: list[list[int]], first: int) -> tuple[ppo.Batch, list[dict]]:
-        with autocast:
-            rng = generator(purpose, cfg.seed, first)
-            batch = ppo.rollout(dist.gathered(model, autocast), prompts, cfg, rng)
-            batch |= ppo.read(batch, model, ref, value, score, cfg)
-        return batch, measure.as_rows(batch, encoding, model.config.eos)
-
-    before = measure.held_out(partial(answer, "before", ref), held_out, judged_by)
-    after = measure.held_out(partial(answer, "after", policy), held_out, judged_by)
+    answer = partial(ppo.answer_held_out, cfg, autocast, (ref, value, score))
+    before = measure.held_out(partial(answer, "before"), ref, held_out, judged_by, encoding)
+    after = measure.held_out(partial(answer, "after"), policy, held_out, judged_by, encoding)
     dist.print0(measure.report(measure.paired(before, after, judged_by)))
     if sizes:
         prompts = [prompt for prompt in held_out for _ in range(max(sizes))]
-        found = measure.held_out(partial(answer, "best of", ref), prompts, judged_by)
+        found = measure.held_out(partial(answer, "best of"), ref, prompts, judged_by, encoding)
         columns = {name: torch.tensor(found[name]).view(len(held_out), -1) for name in [*judged_by, "score"]}
         dist.print0(best_of_table(columns, sizes))
 
