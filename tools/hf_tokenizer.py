@@ -84,7 +84,7 @@ def lacking(ranks: dict[bytes, int], path: Path) -> list[tuple[str, str]]:
 def split_pattern(pre_tokenizer: dict, lacks: list[tuple[str, str]], path: Path) -> str:
     """Return the pattern whose matches are the words for BPE. No word holds a character of `lacks`.
 
-    It supports GPT-2's own pattern, the same after a step that separates every digit, and a Split by any pattern.
+    It is GPT-2's own pattern, the same with every digit alone, or that of a Split.
     """
     *first, last = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
     byte_level = last["type"] == "ByteLevel" and not last["add_prefix_space"]
@@ -105,10 +105,7 @@ def split_pattern(pre_tokenizer: dict, lacks: list[tuple[str, str]], path: Path)
 
 
 def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """Return the merges of a vocabulary. The earlier merges reduce a token to two parts, which are its own merge.
-
-    A token that keeps more parts has no merge, and matches only a whole word.
-    """
+    """Return the merges of a vocabulary: for each token, the two parts that the earlier merges leave, if any."""
     merges = []
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
         parts = [token[i : i + 1] for i in range(len(token))]
@@ -128,7 +125,8 @@ def tokenizer_json(encoding: tiktoken.Encoding) -> dict:
     added = [{"id": special[name], "content": name, "special": name not in plain} | flags for name in special]
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     return {
-        "version": "1.0", "added_tokens": sorted(added, key=lambda token: token["id"]),
+        "version": "1.0", "truncation": None, "padding": None, "normalizer": None, "post_processor": None,
+        "added_tokens": sorted(added, key=lambda token: token["id"]),
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split_at(encoding._pat_str), level]},
         "decoder": level | {"use_regex": True},
         "model": {

@@ -16,10 +16,7 @@ HUB = "https://huggingface.co"
 
 
 def download(url: str, target: Path, checksum: str | None, tries: int = 3) -> None:
-    """Download `url` to `target`, unless it exists. `checksum` is "sha256:…", "md5:…", or None for the server's own.
-
-    Raises InputError, and writes no `target`, if the download is incomplete or the checksum is wrong.
-    """
+    """Download `url` to `target`, unless it exists. `checksum` is "sha256:…", "md5:…", or None for the server's own."""
     if target.exists():
         return
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -34,7 +31,7 @@ def download(url: str, target: Path, checksum: str | None, tries: int = 3) -> No
         finally:
             temporary.unlink(missing_ok=True)
         time.sleep(attempt < tries - 1)
-    raise InputError(f"{url}: {problem}; try again later, or download it in another way")
+    raise InputError(f"{url}: could not be downloaded ({problem}); try again later, or download it in another way")
 
 
 def receive(url: str, target: Path, checksum: str | None) -> None:
