@@ -9,6 +9,7 @@ A policy is measured with the options of its own run (config.json); those that a
 
 import json
 import math
+import re
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -32,23 +33,23 @@ class Config(ppo.Config):
     n_prompts: Whole = 0  # of a reward model: use the first so many prompts of --data; 0: all
 
 
-# --- a policy ---------------------------------------------------------------------------------------------------------
-
-
 def of_its_run(given: Config, folder: str) -> Config:
-    """The options `given` on the command line, and for the others those of the run in `folder`."""
+    """Return the options `given` on the command line, and for the others those of the run in `folder`."""
     path = Path(folder) / "config.json"
     about = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"options": {}, "stage": ""}
-    known = {field.name for field in fields(Config)} - {"out", "resume", "device"}
+    known = {field.name for field in fields(ppo.Config)} - {"out", "resume", "device"}
     if about["stage"] != "ppo":
         known = {"seed"} | ({"init"} if about["options"].get("init") else set())  # a run of sft.py may have none
     default = Config()
-    left = {name: x for name, x in about["options"].items() if getattr(given, name, 0) == getattr(default, name, None)}
-    return replace(given, **{name: x for name, x in left.items() if name in known})
+    left = {name for name in known if getattr(given, name) == getattr(default, name)}
+    return replace(given, **{name: x for name, x in about["options"].items() if name in left})
 
 
 def evaluate_policy(cfg: Config, folder: str) -> None:
-    sizes = numbers(cfg.best_of)
+    """Print the table before → after, and with --best_of the best of n answers of the start."""
+    if not re.fullmatch(r"([1-9]\d*,?)*", cfg.best_of):
+        raise InputError(f"--best_of {cfg.best_of}: give numbers above 0, separated by commas")
+    sizes = [int(word) for word in cfg.best_of.split(",") if word]
     device, autocast = cli.setup(cfg)
     start, ref, value, score, encoding = ppo.build(cfg, device, autocast)
     policy, policy_encoding = nets.load_gpt(folder, device)
@@ -68,16 +69,8 @@ def evaluate_policy(cfg: Config, folder: str) -> None:
         dist.print0(best_of_table(columns, sizes))
 
 
-def numbers(option: str) -> list[int]:
-    """The numbers of --best_of. Raises InputError for what is not a list of numbers above 0."""
-    words = [word for word in option.split(",") if word]
-    if not all(word.isdecimal() and int(word) > 0 for word in words):
-        raise InputError(f"--best_of {option}: give numbers above 0, separated by commas")
-    return [int(word) for word in words]
-
-
 def best_of_table(columns: dict[str, Tensor], sizes: list[int]) -> str:
-    """What choosing by the score among n answers of the start gives, for each n of `sizes`. columns: (P, N) each.
+    """Return what the best-scored of n answers of the start is like, for each n of `sizes`. columns: (P, N) each.
 
     Its KL to the start is at most log n − (n − 1) / n (Stiennon et al. 2020, appendix G.3; Beirami et al. 2024).
     """
@@ -91,10 +84,10 @@ def best_of_table(columns: dict[str, Tensor], sizes: list[int]) -> str:
 
 
 def expected_at_best(scores: Tensor, values: Tensor, n: int) -> Tensor:
-    """The expected value of the best-scored of n answers, from N ≥ n answers to each prompt: (P, N), (P, N) → (P,).
+    """Return the expected value of the best-scored of n answers, from N ≥ n to each prompt: (P, N), (P, N) → (P,).
 
-    Unbiased: it is the mean over all n-subsets. The i-th answer from below (i = 1…N) is the best of a subset of n with
-    probability C(i − 1, n − 1) / C(N, n) (Nakano et al. 2021, arXiv 2112.09332).
+    It is the mean over all n-subsets. The i-th answer from below (i = 1…N) is the best of a subset with probability
+    C(i − 1, n − 1) / C(N, n) (Nakano et al. 2021, arXiv 2112.09332).
     """
     N = scores.shape[1]
     weight = torch.tensor([math.comb(i, n - 1) / math.comb(N, n) for i in range(N)], dtype=torch.float64)
@@ -102,10 +95,8 @@ def expected_at_best(scores: Tensor, values: Tensor, n: int) -> Tensor:
     return ordered.double() @ weight
 
 
-# --- a reward model ---------------------------------------------------------------------------------------------------
-
-
 def evaluate_reward(cfg: Config, folder: str) -> None:
+    """Print how well a reward model agrees with the comparisons in --data."""
     if not cfg.data:
         raise InputError("--data: name the comparisons to measure the reward model on")
     device, autocast = cli.setup(cfg)
@@ -120,20 +111,19 @@ def evaluate_reward(cfg: Config, folder: str) -> None:
 
 
 def by_source_and_length(groups: list[data.Group], scores: Tensor) -> str:
-    """Accuracy for each source that the rows name, and whether the model likes length more than people do."""
-    lines, parts = [], scores.split([len(group.rows) for group in groups])
-    sources = sorted({group.source for group in groups})
+    """Return the accuracy for each source that the rows name, and how often the longer response wins."""
+    margin = measure.margins(groups, scores)
+    length = torch.tensor([float(len(row.tokens) - row.prompt_len) for group in groups for row in group.rows])
+    longer = measure.margins(groups, length).sign()
+    by_group = margin.split([len(group.pairs) for group in groups])
+    sources, lines = sorted({group.source for group in groups}), []
     for source in sources if len(sources) > 1 else []:
         chosen = [i for i, group in enumerate(groups) if group.source == source]
-        some = [groups[i] for i in chosen]
-        found, _ = measure.agreement(some, measure.margins(some, torch.cat([parts[i] for i in chosen])))
-        pairs = sum(len(group.pairs) for group in some)
+        some = torch.cat([by_group[i] for i in chosen])
+        found, _ = measure.agreement([groups[i] for i in chosen], some)
         accuracy = f"{found['eval/accuracy']:.3f} ± {found['eval/accuracy_se']:.3f}"
-        lines.append(f"{source or 'no source':<32} {pairs:>7,} pairs  {accuracy}")
-    length = torch.tensor([float(len(row.tokens) - row.prompt_len) for group in groups for row in group.rows])
-    longer, margin = measure.margins(groups, length), measure.margins(groups, scores)
-    differs = longer != 0
-    people, model = ((x[differs] > 0).double().mean() for x in (longer, margin * longer.sign()))
+        lines.append(f"{source or 'no source':<32} {len(some):>7,} pairs  {accuracy}")
+    people, model = ((x[longer != 0] > 0).double().mean() for x in (longer, margin * longer))
     lines.append(f"the longer response wins {people:.1%} of the pairs by the labels, {model:.1%} by the scores")
     return "\n".join(lines)
 

@@ -4,6 +4,7 @@ python -m tools.sample out/ppo --compare out/sft --prompt "Tell me about a shy o
 python -m tools.sample out/ppo --chat
 """
 
+from contextlib import suppress
 from dataclasses import dataclass
 
 import tiktoken
@@ -31,51 +32,32 @@ class Config:
 
 
 def answers(
-    model: GPT,
-    encoding: tiktoken.Encoding,
-    name: str,
-    prompt: str | Messages,
-    n: int,
-    cfg: Config,
-    generator: torch.Generator,
-) -> list[tuple[str, bool]]:
-    """n answers to a prompt, each with whether it ended. Raises InputError if the prompt fills the context."""
+    model: GPT, encoding: tiktoken.Encoding, prompt: str | Messages, n: int, cfg: Config, rng: torch.Generator
+) -> list[tuple[str, str]]:
+    """Return n answers to a prompt, each with what is printed behind it: " …" if it did not end."""
     ids = encode_prompt(encoding, prompt)
     room = model.config.block_size - max(1, len(ids))
     if room < 1:
-        raise InputError(f"--prompt: {len(ids)} tokens leave no room in {name}'s context of {model.config.block_size}")
-    tokens, prompt_len, length = model.generate(
-        [ids] * n,
-        min(cfg.response_len, room),
-        temperature=cfg.temperature,
-        top_k=cfg.top_k,
-        top_p=cfg.top_p,
-        generator=generator,
-    )
+        raise InputError(f"--prompt: {len(ids)} tokens leave no room in the context of {model.config.block_size}")
+    how = {"temperature": cfg.temperature, "top_k": cfg.top_k, "top_p": cfg.top_p, "generator": rng}
+    tokens, prompt_len, length = model.generate([ids] * n, min(cfg.response_len, room), **how)
     found = []
     for row, start, end in zip(tokens.tolist(), prompt_len.tolist(), length.tolist()):
         ended = row[end - 1] in model.config.ends
-        found.append((encoding.decode(row[start : end - 1] if ended else row[start:end]), ended))
+        found.append((encoding.decode(row[start : end - ended]), "" if ended else " …"))
     return found
 
 
-def talk(model: GPT, encoding: tiktoken.Encoding, name: str, cfg: Config) -> None:
+def talk(model: GPT, encoding: tiktoken.Encoding, cfg: Config, rng: torch.Generator) -> None:
     """Read a line, answer it, and so on. The model sees as much of the conversation as fits."""
     messages: Messages = []
-    generator = torch.Generator().manual_seed(cfg.seed)
-    while True:
-        try:
-            said = input("> ").strip()
-        except EOFError:
-            return
-        if not said:
-            return
+    while said := input("> ").strip():
         messages.append({"role": "user", "content": said})
         while len(messages) > 1 and len(encode_prompt(encoding, messages)) > model.config.block_size - 16:
             del messages[:2]  # what is oldest no longer fits
-        (text, ended), *_ = answers(model, encoding, name, messages, 1, cfg, generator)
+        ((text, mark),) = answers(model, encoding, messages, 1, cfg, rng)
         messages.append({"role": "assistant", "content": text.strip()})
-        print(f"{text.strip()}{'' if ended else ' …'}\n", flush=True)
+        print(f"{text.strip()}{mark}\n", flush=True)
 
 
 def main() -> None:
@@ -85,12 +67,14 @@ def main() -> None:
         raise InputError("--chat: takes neither --prompt nor --compare; leave them out")
     for name in filter(None, [folder, cfg.compare]):
         model, encoding = nets.load_gpt(name, device)
+        rng = torch.Generator().manual_seed(cfg.seed)
         if cfg.chat:
-            return talk(model, encoding, name, cfg)
-        generator = torch.Generator().manual_seed(cfg.seed)
+            with suppress(EOFError):
+                talk(model, encoding, cfg, rng)
+            return
         print(f"\n{name}")
-        for text, ended in answers(model, encoding, name, cfg.prompt, cfg.samples, cfg, generator):
-            print(f"  ·{text}{'' if ended else ' …'}")
+        for text, mark in answers(model, encoding, cfg.prompt, cfg.samples, cfg, rng):
+            print(f"  ·{text}{mark}")
 
 
 if __name__ == "__main__":

@@ -16,48 +16,44 @@ HUB = "https://huggingface.co"
 
 
 def download(url: str, target: Path, checksum: str | None, tries: int = 3) -> None:
-    """Download `url` to `target`, unless it exists. `checksum` is "sha256:…", "md5:…", or None for the server's own.
-
-    Raises InputError if the download is incomplete or the checksum is wrong. In that case it writes no `target`.
-    """
+    """Download `url` to `target`, unless it exists. `checksum` is "sha256:…", "md5:…", or None for the server's own."""
     if target.exists():
         return
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f"{target.name}.{os.getpid()}.part")
-    kind, _, expected = (checksum or "md5:").partition(":")
     for attempt in range(tries):
-        digest, done = hashlib.new(kind), 0
         try:
-            with urllib.request.urlopen(url, timeout=60) as response, open(temporary, "wb") as file:
-                size = int(response.headers.get("Content-Length") or 0)
-                if checksum is None:
-                    expected = base64.b64decode(response.headers.get("Content-MD5") or "").hex()
-                while chunk := response.read(2**20):
-                    file.write(chunk)
-                    digest.update(chunk)
-                    done += len(chunk)
-                    if sys.stderr.isatty():
-                        print(f"\r{target.name}: {done / 1e6:.0f} of {size / 1e6:.0f} MB ", end="", file=sys.stderr)
-            if done < size:
-                problem = f"only {done:,} of {size:,} bytes arrived"
-            elif expected and digest.hexdigest() != expected:
-                problem = f"{done:,} bytes arrived with the wrong checksum"
-            else:
-                temporary.replace(target)
-                return
+            receive(url, temporary, checksum)
+            temporary.replace(target)
+            return
         except (OSError, http.client.HTTPException) as error:
-            problem = f"could not be downloaded ({error})"
+            problem = error
         finally:
             temporary.unlink(missing_ok=True)
         time.sleep(attempt < tries - 1)
-    raise InputError(f"{url}: {problem}; try again later, or download it in another way")
+    raise InputError(f"{url}: could not be downloaded ({problem}); try again later, or download it in another way")
+
+
+def receive(url: str, target: Path, checksum: str | None) -> None:
+    """Write what the server sends. Raises OSError if it is incomplete or its checksum is wrong."""
+    with urllib.request.urlopen(url, timeout=60) as response, open(target, "wb") as file:
+        size = int(response.headers.get("Content-Length") or 0)
+        served = base64.b64decode(response.headers.get("Content-MD5") or "").hex()
+        kind, expected = (checksum or f"md5:{served}").split(":")
+        digest = hashlib.new(kind)
+        while chunk := response.read(2**20):
+            file.write(chunk)
+            digest.update(chunk)
+            if sys.stderr.isatty():
+                print(f"\r{Path(url).name}: {file.tell() / 1e6:.0f} of {size / 1e6:.0f} MB ", end="", file=sys.stderr)
+        if file.tell() < size:
+            raise OSError(f"only {file.tell():,} of {size:,} bytes arrived")
+    if expected and digest.hexdigest() != expected:
+        raise OSError("what arrived has the wrong checksum")
 
 
 def download_from_hub(repository: str, file: str, target: Path) -> None:
-    """Download a file of a Hugging Face repository to `target`, unless it exists.
-
-    The Git LFS pointer of a large file contains its sha256. The hub serves the pointer; another host serves the file.
-    """
+    """Download a file of a Hugging Face repository, unless `target` exists. Its Git LFS pointer contains its sha256."""
     if target.exists():
         return
     pointer = target.with_name(f"{target.name}.{os.getpid()}.pointer")
@@ -69,7 +65,9 @@ def download_from_hub(repository: str, file: str, target: Path) -> None:
     download(f"{HUB}/{repository}/resolve/main/{file}", target, oid and oid[1])
 
 
-def write_files(folder: Path, files: dict[str, list[dict]]) -> None:
-    """Write each list of rows to folder/NAME.jsonl."""
+def write_files(folder: Path, files: dict[str, list[dict]], tally: dict[str, int] | None = None) -> None:
+    """Write each list of rows to folder/NAME.jsonl. Prints their lengths, and then the counts in `tally`."""
     for name, rows in files.items():
         print(f"{folder / name}.jsonl: {write_jsonl(folder / f'{name}.jsonl', rows):,} rows")
+    for what, n in sorted((tally or {}).items()):
+        print(f"{what}: {n:,}")

@@ -6,12 +6,11 @@
     python -m tools.get.hh --chatml                   write turns as <|im_start|>user … <|im_end|>, for chat models
     python -m tools.get.hh --messages                 write conversations, for the model's own chat template
 
-The prompt is the dialogue up to its last "Assistant:". Each of the two answers is a complete text and gets EOS. The
-train files give fine-tuning pairs (the chosen answers), comparisons, and prompts for PPO. The test files give the
-evaluation prompts; with --source, every tenth opening question does. The texts contain offensive language.
+The prompt is the dialogue up to its last "Assistant:". The train files give fine-tuning pairs (the chosen answers),
+comparisons, and prompts for PPO. The test files give the evaluation prompts; with --source, every tenth opening
+question does. The texts contain offensive language.
 """
 
-import argparse
 import itertools
 import json
 import sys
@@ -41,34 +40,27 @@ def fetch(sets: list[str]) -> list[tuple[Path, str]]:
 
 def prepare(sources: list[tuple[Path, str]], chatml: bool, messages: bool = False) -> None:
     """Read the (file, split) of `sources`. The split "" sends every tenth opening to "eval", the rest to "train"."""
-    reasons: Counter[str] = Counter()
+    tally: Counter[str] = Counter()
     kept: dict[str, list[dict]] = {"train": [], "eval": []}
     for source, split in sources:
         for row in iterate_jsonl(source, {"chosen": str, "rejected": str}):
             pair = split_dialogue(row, chatml, messages)
             if isinstance(pair, str):
-                reasons[pair] += 1
+                tally[f"omitted, {pair}"] += 1
             else:
                 tenth = zlib.crc32(pair.pop("opening").encode()) % 10 == 0
                 kept[split or ("eval" if tenth else "train")].append(pair)
-    for why, n in reasons.most_common():
-        print(f"omitted, {why}: {n:,}")
     if not kept["train"] or not kept["eval"]:
         raise InputError(f"{sources[0][0]}: too few dialogues for a held-out set; give a complete file")
-    files = {"sft": [{"prompt": pair["prompt"], "completion": pair["chosen"]} for pair in kept["train"]]}
-    files["compare"] = kept["train"]
-    for name, pairs in (("ppo", kept["train"]), ("eval", kept["eval"])):  # each different prompt once
+    train, held_out = kept.values()
+    files = {"sft": [{"prompt": pair["prompt"], "completion": pair["chosen"]} for pair in train], "compare": train}
+    for name, pairs in (("ppo", train), ("eval", held_out)):  # each different prompt once
         files[name] = [*{json.dumps(pair["prompt"]): {"prompt": pair["prompt"]} for pair in pairs}.values()]
-    write_files(FOLDER, files)
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        raise InputError(f"{message}; --help lists the options")
+    write_files(FOLDER, files, tally)
 
 
 def main() -> None:
-    parser = Parser(description="Anthropic's HH comparisons")
+    parser = cli.Parser(description="Anthropic's HH comparisons")
     parser.add_argument("--source", type=Path, nargs="+", help=".jsonl or .jsonl.gz files with chosen and rejected")
     parser.add_argument("--sets", default=SETS[0], help=f"comma-separated, of {', '.join(SETS)}")
     parser.add_argument("--chatml", action="store_true", help="write turns as <|im_start|>user … <|im_end|>")

@@ -4,14 +4,13 @@
     python -m tools.get.tldr --source FOLDER          read your own train.jsonl, valid.jsonl and batch….json
     python -m tools.get.tldr --init out/smollm2   measure lengths with that model's tokenizer instead of GPT-2's
 
-A prompt is the subreddit, the title and the post, and ends in "TL;DR:" without a space. A summary begins with a space,
-is a complete text and gets EOS. If a prompt is longer than --length tokens, the end of its post is removed, at a line
-break if possible; the command prints the number of such posts. It writes posts with their own summaries to fine-tune
-on, comparisons of the split `train`, and prompts for PPO. The validation posts give the evaluation prompts.
+A prompt is the subreddit, the title and the post, and ends in "TL;DR:"; a summary begins with a space. If a prompt is
+longer than --length tokens, the end of its post is removed, at a line break if possible. The command writes posts with
+their own summaries to fine-tune on, comparisons of the split `train`, and prompts for PPO. The validation posts give
+the evaluation prompts.
 """
 
 import bisect
-import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -41,28 +40,28 @@ class Config:
 
 def prompt_of(post: dict, count: Callable[[str], int], length: int, tally: Counter[str]) -> str:
     """Return a post's prompt of at most `length` tokens. Cuts at the last line break that fits, else inside a line."""
+    text = post["post"]
 
     def prompt(end: int) -> str:
         return PROMPT.format_map(post | {"post": text[:end]})
 
-    text = post["post"]
-    breaks = [found.start() for found in re.finditer("\n", text)]
-    end = next((end for end in [len(text), *reversed(breaks)] if count(prompt(end)) <= length), None)
-    cut = "cut inside a line" if end is None else "cut at a line break" if end < len(text) else "not cut"
-    tally[f"posts {cut}"] += 1
-    if end is None:
-        end = bisect.bisect_right(range(len(text)), length, key=lambda end: count(prompt(end))) - 1
-    if end < 0:
-        raise InputError(f"--length {length}: a post's title alone is longer; give a larger length")
-    return prompt(end)
+    breaks = [i for i, character in enumerate(text) if character == "\n"]
+    choices = {"not cut": [len(text)], "cut at a line break": breaks, "cut inside a line": range(len(text))}
+    for how, ends in choices.items():
+        fitting = bisect.bisect_right(ends, length, key=lambda end: count(prompt(end)))
+        if fitting:
+            tally[f"posts {how}"] += 1
+            return prompt(ends[fitting - 1])
+    raise InputError(f"--length {length}: a post's title alone is longer; give a larger length")
 
 
 def comparisons(path: Path, prompt: Callable[[dict], str], tally: Counter[str]) -> Iterator[dict]:
     """Yield the rows of a batch that compare two different summaries of a post in the split `train`."""
     for number, row in enumerate(iterate_jsonl(path, {"info": dict, "summaries": list, "choice": int}), 1):
         try:
-            good, bad = (row["summaries"][i]["text"].strip() for i in ((0, 1), (1, 0))[row["choice"]])
-        except (LookupError, TypeError, AttributeError):
+            first, second = (summary["text"].strip() for summary in row["summaries"])
+            good, bad = [(first, second), (second, first)][row["choice"]]
+        except (LookupError, TypeError, AttributeError, ValueError):
             raise InputError(f"{path}: row {number}: needs two summaries and a choice of 0 or 1; fix the row") from None
         if not {"subreddit", "title", "post"} <= row["info"].keys():
             tally["comparisons omitted, not of a Reddit post"] += 1
@@ -89,9 +88,7 @@ def prepare(source: Path, count: Callable[[str], int], length: int) -> None:
     files["ppo"] = [{"prompt": row["prompt"]} for row in files["sft"]]
     files["eval"] = [{"prompt": row["prompt"]} for row in pairs("valid.jsonl")]
     files["compare"] = [row for path in batches for row in comparisons(path, prompt, tally)]
-    write_files(FOLDER, files)
-    for what, n in sorted(tally.items()):
-        print(f"{what}: {n:,}")
+    write_files(FOLDER, files, tally)
 
 
 def main() -> None:
