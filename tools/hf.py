@@ -4,8 +4,9 @@
     python -m tools.hf FOLDER out/NAME       a Hugging Face folder → a run folder that every stage's --init takes
     python -m tools.hf out/ppo FOLDER        a run folder → a Hugging Face folder for AutoModel and AutoTokenizer
 
-It supports GPT-2, Llama 3 to 3.3, SmolLM 2 and 3, Qwen 2 and 3, and Mistral without sliding windows, as language models
-or as reward models (sequence classifiers with one label), with byte-level BPE. An error names anything else.
+The supported models are GPT-2, Llama 3 to 3.3, SmolLM 2, Qwen 2 and 3, Mistral without sliding windows, and SmolLM 3,
+as language models or as sequence classifiers with one label (reward models). The supported tokenizers are byte-level
+BPE. An error names anything else. Weights become float32. The chat template comes along.
 """
 
 import importlib.util
@@ -40,11 +41,12 @@ CLASSES = {"gpt2": ("GPT2LMHeadModel", "GPT2ForSequenceClassification")} | {
 # What model.py computes. If config.json has one of these keys, it needs one of these values; if it lacks the key, the
 # first of them has to be what transformers takes then.
 LLAMA = {"hidden_act": ["silu"], "attention_bias": [False], "mlp_bias": [False], "use_sliding_window": [False]}
-REQUIRED = dict.fromkeys(CLASSES, LLAMA)
-REQUIRED["qwen2"] = LLAMA | {"attention_bias": [True, False]}  # it has the bias, and does not read this
-REQUIRED["gpt2"] = {
-    "activation_function": ["gelu_new", "gelu_pytorch_tanh"], "scale_attn_weights": [True],
-    "scale_attn_by_inverse_layer_idx": [False], "add_cross_attention": [False],
+REQUIRED = dict.fromkeys(CLASSES, LLAMA) | {
+    "gpt2": {
+        "activation_function": ["gelu_new", "gelu_pytorch_tanh"], "scale_attn_weights": [True],
+        "scale_attn_by_inverse_layer_idx": [False], "add_cross_attention": [False],
+    },
+    "qwen2": LLAMA | {"attention_bias": [True, False]},  # it has the bias, and does not read this
 }  # fmt: skip
 # The numbers that config.json has under another name.
 GPT2_FIELDS = {
@@ -56,7 +58,6 @@ LLAMA_FIELDS = {
     "n_head": "num_attention_heads", "n_kv_head": "num_key_value_heads", "n_embd": "hidden_size",
     "n_inner": "intermediate_size", "norm_eps": "rms_norm_eps", "tied": "tie_word_embeddings", "head_dim": "head_dim",
 }  # fmt: skip
-WEIGHTS = ("model.safetensors", "model-*.safetensors", "pytorch_model.bin", "pytorch_model-*.bin")
 ROPE_LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 # Llama's layers that make each of ours, in the order in which their rows stand in it. GPT-2's have our names.
 LLAMA_LAYERS = {
@@ -68,20 +69,19 @@ LLAMA_LAYERS = {
 
 
 def their_names(ours: str, config: GPTConfig) -> list[str]:
-    """Return the names of their tensors that make our tensor, without the first word, transformer or model."""
-    if ours == "head.weight":
-        return ["score.weight"]
-    if ours == "lm_head.weight" or not config.rope_theta:
-        return [ours]
+    """Return the names of their tensors that make our tensor. The head of a reward model is called `score`."""
+    if ours in ("head.weight", "lm_head.weight"):
+        return ["score.weight" if ours == "head.weight" else ours]
+    if not config.rope_theta:
+        return [f"transformer.{ours}"]
     layer, name, kind = re.fullmatch(r"(?:h\.(\d+)\.)?(.+)\.(weight|bias)", ours).groups()
-    place = f"layers.{layer}." if layer else ""
-    return [f"{place}{each}.{kind}" for each in LLAMA_LAYERS[name]]
+    place = f"model.layers.{layer}" if layer else "model"
+    return [f"{place}.{each}.{kind}" for each in LLAMA_LAYERS[name]]
 
 
 def turned(ours: str, x: Tensor, config: GPTConfig) -> Tensor:
-    """Return x, transposed if it is the weight of a linear layer of GPT-2, which stores them as (in, out)."""
-    linear = ours.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
-    return x.T if linear and not config.rope_theta else x
+    """Return x, transposed if it is of a linear layer of GPT-2, which stores them as (in, out)."""
+    return x.T if ours.startswith("h.") and x.dim() == 2 and not config.rope_theta else x
 
 
 def our_config(c: dict, path: Path) -> tuple[GPTConfig, bool]:
@@ -101,20 +101,19 @@ def our_config(c: dict, path: Path) -> tuple[GPTConfig, bool]:
     scalar = architecture == CLASSES[kind][1]
     if scalar:
         require(path, "num_labels", len(c["id2label"]) if "id2label" in c else c["num_labels"], [1])
-    fields = GPT2_FIELDS if kind == "gpt2" else LLAMA_FIELDS
-    config = GPTConfig(eos=0, **{ours: c[theirs] for ours, theirs in fields.items()})
     if kind == "gpt2":
-        return config, scalar
+        return GPTConfig(eos=0, **{ours: c[theirs] for ours, theirs in GPT2_FIELDS.items()}), scalar
+    numbers = {ours: c[theirs] for ours, theirs in LLAMA_FIELDS.items()}
     rope = c.get("rope_parameters", c.get("rope_scaling", {}))
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     require(path, "rope_type", rope_type, ["default", "llama3"])
     no_rope = ()
     if kind == "smollm3":  # a 0 for each layer without rotary positions, or every so-many-th layer
-        layers, every = range(config.n_layer), c.get("no_rope_layer_interval", 4)
+        layers, every = range(numbers["n_layer"]), c.get("no_rope_layer_interval", 4)
         uses_rope = c.get("no_rope_layers") or [(i + 1) % every for i in layers]
         no_rope = tuple(i for i in layers if not uses_rope[i])
-    return replace(
-        config, swiglu=True, bias=False, qkv_bias=kind == "qwen2", rms_norm=True, qk_norm=kind == "qwen3",
+    return GPTConfig(
+        **numbers, eos=0, swiglu=True, bias=False, qkv_bias=kind == "qwen2", rms_norm=True, qk_norm=kind == "qwen3",
         rope_theta=float(rope.get("rope_theta", c.get("rope_theta", 10000.0))), no_rope=no_rope,
         rope_llama3=tuple(float(rope[name]) for name in ROPE_LLAMA3) if rope_type == "llama3" else (),
     ), scalar  # fmt: skip
@@ -122,12 +121,17 @@ def our_config(c: dict, path: Path) -> tuple[GPTConfig, bool]:
 
 def written_out(config: GPTConfig) -> GPTConfig:
     """Return the config with its defaults as numbers, and without what is no part of the architecture."""
-    numbers = {"n_kv_head": config.n_kv_heads, "n_inner": config.n_inner or 4 * config.n_embd}
-    return replace(config, **numbers, head_dim=config.head_size, dropout=0.0, eos=0, stops=(), bos=())
+    return replace(
+        config, n_kv_head=config.n_kv_head or config.n_head, n_inner=config.n_inner or 4 * config.n_embd,
+        head_dim=config.head_size, dropout=0.0, eos=0, stops=(), bos=(),
+    )  # fmt: skip
 
 
 def config_json(config: GPTConfig, scalar: bool) -> dict:
-    """Return the content of a config.json. Raises InputError if it cannot say a field, such as a fork's activation."""
+    """Return the content of a config.json; the inverse of `our_config`.
+
+    Raises InputError if a field of the config has no place in their format, such as the activation of a fork.
+    """
     marks = {"smollm3": config.no_rope, "qwen3": config.qk_norm, "qwen2": config.qkv_bias, "llama": True}
     kind = next(kind for kind, has in marks.items() if has) if config.rope_theta else "gpt2"
     shape = written_out(config)
@@ -143,10 +147,9 @@ def config_json(config: GPTConfig, scalar: bool) -> dict:
         c |= dict.fromkeys(["resid_pdrop", "embd_pdrop", "attn_pdrop"], config.dropout)
         c["activation_function"] = "gelu_new"
     else:
-        rope = {"rope_type": "default", "rope_theta": config.rope_theta}
-        if config.rope_llama3:
-            *factors, first_context = config.rope_llama3
-            rope |= {"rope_type": "llama3"} | dict(zip(ROPE_LLAMA3, [*factors, int(first_context)]))
+        rope = {"rope_type": "llama3" if config.rope_llama3 else "default", "rope_theta": config.rope_theta}
+        rope |= dict(zip(ROPE_LLAMA3, config.rope_llama3))
+        rope |= {name: int(rope[name]) for name in ROPE_LLAMA3[3:] if name in rope}
         c |= {"hidden_act": "silu", "rope_theta": config.rope_theta, "rope_parameters": rope}
     if kind == "smollm3":
         c |= {"no_rope_layers": [int(i not in config.no_rope) for i in range(config.n_layer)], "pad_token_id": None}
@@ -158,12 +161,18 @@ def config_json(config: GPTConfig, scalar: bool) -> dict:
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """Read all tensors of the safetensors files or, if there are none, of the .bin files."""
+    """Read all tensors of model.safetensors or, if it is missing, pytorch_model.bin, in one file or in shards."""
     from safetensors.torch import load_file
 
+    paths = [folder / "model.safetensors"]
+    for whole in (folder / "pytorch_model.bin", folder / "model.safetensors"):
+        index = Path(f"{whole}.index.json")
+        if whole.exists():
+            paths = [whole]
+        elif index.exists():
+            paths = [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
     found: dict[str, Tensor] = {}
-    weights = [sorted(folder.glob(pattern)) for pattern in WEIGHTS]
-    for path in next((paths for paths in weights if paths), [folder / WEIGHTS[0]]):
+    for path in paths:
         try:
             found |= torch.load(path, "cpu", weights_only=True) if path.suffix == ".bin" else load_file(path)
         except Exception as error:  # both raise many kinds of errors
@@ -179,7 +188,7 @@ def read_model(folder: Path, encoding: tiktoken.Encoding | None = None) -> tuple
         config, scalar = our_config(c, folder / "config.json")
         eos, *stops = eos_ids(folder, about, encoding)
         bos = [i for i in [c.get("bos_token_id")] if isinstance(i, int) and i != eos]
-        config = replace(config, eos=eos, stops=tuple(stops), bos=tuple(bos), tied=config.tied or scalar)
+        config = replace(config, eos=eos, stops=tuple(stops), bos=tuple(bos))
         model = load(config, scalar, read_tensors(folder), str(folder))
         if scalar:
             model.bias.fill_(c.get("score_bias", 0.0))
@@ -191,45 +200,50 @@ def read_model(folder: Path, encoding: tiktoken.Encoding | None = None) -> tuple
 def load(config: GPTConfig, scalar: bool, found: dict[str, Tensor], source: str) -> GPT | ScalarModel:
     """Build a model from their tensors. Raises InputError if one is missing or unknown, RuntimeError if misshapen."""
     with torch.device("meta"):
-        model = ScalarModel(GPT(config)) if scalar else GPT(config)
-    state = {"gain": torch.ones(()), "bias": torch.zeros(()), "head.bias": torch.zeros(1)} if scalar else {}
-    names = {ours: their_names(ours.removeprefix("trunk."), config) for ours in model.state_dict().keys() - state}
-    prefix = re.compile(r"^(transformer|model)\.")  # some checkpoints lack it
+        model = GPT(replace(config, tied=config.tied or scalar))
+    names = {ours: their_names(ours, config) for ours in [*model.state_dict(), *["head.weight"] * scalar]}
+    base = re.compile(r"^(transformer|model)\.")  # some checkpoints lack it
     buffers = re.compile(r"\.attn\.(masked_)?bias$|rotary_emb\.inv_freq$")
-    found = {prefix.sub("", name): x for name, x in found.items() if not buffers.search(name)}
+    found = {base.sub("", name): x for name, x in found.items() if not buffers.search(name)}
     output = found.pop("lm_head.weight", None) if config.tied else None
-    wanted = {name for theirs in names.values() for name in theirs}
+    wanted = {base.sub("", name) for theirs in names.values() for name in theirs}
     if wrong := sorted(wanted ^ found.keys()):
         fault = "is missing" if wrong[0] in wanted else "belongs to no supported architecture"
         raise InputError(f"{source}: the tensor {wrong[0]} {fault}; give a complete checkpoint of a supported model")
+    state = {}
     for ours, theirs in names.items():
-        x = torch.cat([found.pop(name).float() for name in theirs])
+        x = torch.cat([found.pop(base.sub("", name)).float() for name in theirs])
         state[ours] = turned(ours, x, config).contiguous()
-    model.load_state_dict(state, assign=True)
-    embedding = getattr(model, "trunk", model).wte.weight
-    if output is not None and not torch.equal(output.float(), embedding):
+    if output is not None and not torch.equal(output.float(), state["wte.weight"]):
         raise InputError(f"{source}: ties lm_head.weight to the embedding but holds another; set tie_word_embeddings")
+    head = state.pop("head.weight", None)
+    model.load_state_dict(state, assign=True)  # RuntimeError for a wrong shape
+    if scalar:
+        model = ScalarModel(model)
+        model.head.load_state_dict({"weight": head, "bias": torch.zeros(1)})
     return model.eval()
 
 
 def published(name: str) -> tuple[GPT, tiktoken.Encoding]:
     """Return OpenAI's GPT-2. Downloads Hugging Face's copy once and keeps it in a cache."""
-    if name not in PUBLISHED:
-        raise InputError(f"{name}: neither {', '.join(PUBLISHED)} nor a folder with config.json or model.pt")
     for file in ("config.json", "model.safetensors"):
         download_from_hub(f"openai-community/{name}", file, CACHE / name / file)
     return read_model(CACHE / name, gpt2_encoding())
 
 
-def their_tensors(model: GPT | ScalarModel, c: dict) -> dict[str, Tensor]:
-    """Return their tensors of our model, by name.
+def write_model(model: GPT | ScalarModel, encoding: tiktoken.Encoding, folder: Path) -> None:
+    """Write a Hugging Face folder: config.json, model.safetensors, tokenizer.json, tokenizer_config.json.
 
-    Their classifier has no output bias. GPT-2's final norm has one, which absorbs our constant. RMSNorm has none, so
-    the exported score is ours minus `score_bias`, which is added to `c`, the config.json. This changes no comparison.
+    A classifier in transformers has no output bias. GPT-2's final norm has a bias, which absorbs our constant. RMSNorm
+    has none, so the exported score is ours minus `score_bias` in config.json; this changes no comparison. The
+    classifier finds padding by its id, so the pad token must not be EOS: it is another special token, if one exists.
     """
-    config, result = model.config, {}
+    from safetensors.torch import save_file
+
+    scalar, config = isinstance(model, ScalarModel), model.config
+    c = config_json(config, scalar)
     state = {name.removeprefix("trunk."): x.detach().cpu() for name, x in model.state_dict().items()}
-    if isinstance(model, ScalarModel):
+    if scalar:
         gain, bias, head_bias = (state.pop(name) for name in ("gain", "bias", "head.bias"))
         weight, constant = gain * state["head.weight"], gain * head_bias + bias
         state["head.weight"] = weight
@@ -238,60 +252,50 @@ def their_tensors(model: GPT | ScalarModel, c: dict) -> dict[str, Tensor]:
             print(f"the exported scores are ours minus {c['score_bias']:.4f} (score_bias in config.json)")
         else:
             state["ln_f.bias"] = state["ln_f.bias"] + weight[0] * constant / weight.square().sum()
-    n_q, n_kv = config.n_head * config.head_size, config.n_kv_heads * config.head_size
+    n_q, n_kv = (heads * config.head_size for heads in (config.n_head, config.n_kv_head or config.n_head))
+    result = {}
     for ours, x in state.items():
         theirs = their_names(ours, config)
         sizes = {1: [len(x)], 2: [len(x) // 2] * 2, 3: [n_q, n_kv, n_kv]}[len(theirs)]
         for name, part in zip(theirs, x.split(sizes)):
-            prefix = "model." if config.rope_theta else "transformer."
-            name = name if name in ("lm_head.weight", "score.weight") else prefix + name
             result[name] = turned(ours, part, config).clone(memory_format=torch.contiguous_format)
-    return result
-
-
-def write_model(model: GPT | ScalarModel, encoding: tiktoken.Encoding, folder: Path) -> None:
-    """Write a Hugging Face folder: config.json, model.safetensors, tokenizer.json, tokenizer_config.json."""
-    from safetensors.torch import save_file
-
-    scalar, config = isinstance(model, ScalarModel), model.config
-    c = config_json(config, scalar)
-    tensors = their_tensors(model, c)
     names = {i: name for name, i in encoding._special_tokens.items()}
     about = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.block_size}
-    about |= {"clean_up_tokenization_spaces": False} | template_of(encoding) | {"eos_token": names[config.eos]}
     if config.bos and config.bos[0] in names:
-        about.setdefault("bos_token", names[config.bos[0]])
-    template = about.pop("template", None)
-    pads = sorted(names.keys() - {config.eos})
-    if scalar and pads:  # a classifier finds padding by its id; transformers would not train a language model's pad
-        c["pad_token_id"], about["pad_token"] = pads[-1], names[pads[-1]]
+        about["bos_token"] = names[config.bos[0]]
+    about |= {"clean_up_tokenization_spaces": False} | template_of(encoding) | {"eos_token": names[config.eos]}
+    if template := about.pop("template", None):
+        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    pad = next((i for i in sorted(names, reverse=True) if i != config.eos), None)
+    if scalar and pad is not None:  # a language model needs none; transformers would not train the pad's embedding
+        c["pad_token_id"], about["pad_token"] = pad, names[pad]
     files = {"config": c, "tokenizer": tokenizer_json(encoding), "tokenizer_config": about}
-    if not scalar:
-        files["generation_config"] = {"eos_token_id": c["eos_token_id"], "do_sample": True, "top_k": 0}
+    generation = {"eos_token_id": c["eos_token_id"], "do_sample": True, "top_k": 0}
+    files |= {} if scalar else {"generation_config": generation}
     for name, content in files.items():
         (folder / f"{name}.json").write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
-    if template:
-        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(result, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def convert(source: str, target: Path) -> str:
     """Convert `source` to the other format: ours to Hugging Face or back. Returns a summary."""
-    folder, target = Path(source), Path(target)
+    folder, target = Path(source), Path(target).absolute()
     if not importlib.util.find_spec("safetensors"):
         raise InputError("Hugging Face folders need safetensors: pip install safetensors")
-    if target.exists():
-        raise InputError(f"{target}: exists already; name a new folder, so that no file is lost")
     temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     try:
+        if target == Path.cwd() or target.exists() and not (target.is_dir() and not any(target.iterdir())):
+            raise InputError(f"{target}: exists already; name a new folder, so that no file is lost")
         temporary.mkdir(parents=True)  # before any work: a folder that cannot be written is found at once
         if (folder / "model.pt").exists() or folder.suffix == ".pt":  # first, for a run folder has a config.json too
             model, encoding = nets.load(folder)
             write_model(model, encoding, temporary)
-        else:
-            model, encoding = read_model(folder) if (folder / "config.json").exists() else published(source)
+        elif source in PUBLISHED and not folder.exists() or (folder / "config.json").exists():
+            model, encoding = read_model(folder) if folder.exists() else published(source)
             nets.save_model(model, encoding, temporary / "model.pt")
-        temporary.replace(target)
+        else:
+            raise InputError(f"{source}: neither {', '.join(PUBLISHED)} nor a folder with config.json or model.pt")
+        temporary.replace(target)  # an empty folder gives way
     except OSError as error:
         raise cannot_write(target, error) from None
     finally:

@@ -16,14 +16,6 @@ CHARACTER = {b: chr(b) for b in range(256)} | {b: chr(256 + i) for i, b in enume
 BYTE = {character: byte for byte, character in CHARACTER.items()}
 
 
-DIGITS = {"type": "Digits", "individual_digits": True}
-
-
-def split_at(pattern: str) -> dict:
-    """Return the step of a tokenizer.json that makes each match of the pattern a word."""
-    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-
-
 def require(path: Path, name: str, value: Any, allowed: list | tuple) -> None:
     """Raise InputError unless the value is one of those that this project computes."""
     if value not in allowed:
@@ -34,8 +26,8 @@ def require(path: Path, name: str, value: Any, allowed: list | tuple) -> None:
 def read_tokenizer(path: Path) -> tiktoken.Encoding:
     """Read a byte-level BPE from a tokenizer.json. Raises InputError with the name of what tiktoken cannot express.
 
-    Its added tokens become special tokens. Those that the file does not call special are read in every text. tiktoken
-    merges in the order of the ids, so the file must list its merges in that order.
+    Its added tokens become special tokens. Those that the file does not call special are read in every text, others
+    only in prompts. tiktoken merges in the order of the ids, so the file must list its merges in that order.
     """
     spec = read_json(path)
     model, added = spec["model"], {token["content"]: token for token in spec.get("added_tokens", [])}
@@ -44,8 +36,8 @@ def read_tokenizer(path: Path) -> tiktoken.Encoding:
         require(path, field, model.get(field) or None, [None])
     normalizer = (spec.get("normalizer") or {}).get("type")
     require(path, "normalizer", normalizer, [None, "NFC"])
-    for flag in ("lstrip", "rstrip", "single_word"):
-        require(path, f"added token with {flag}", any(token.get(flag) for token in added.values()), [False])
+    for token, flag in ((token, flag) for token in added.values() for flag in ("lstrip", "rstrip", "single_word")):
+        require(path, f"added token {token['content']} with {flag}", token.get(flag, False), [False])
     vocab = {token: i for token, i in model["vocab"].items() if token not in added}
     if unknown := sorted(set("".join(vocab)) - BYTE.keys()):
         raise InputError(f"{path}: a vocabulary with {unknown[0]} is not supported; supported: byte-level BPE")
@@ -84,28 +76,32 @@ def lacking(ranks: dict[bytes, int], path: Path) -> list[tuple[str, str]]:
 def split_pattern(pre_tokenizer: dict, lacks: list[tuple[str, str]], path: Path) -> str:
     """Return the pattern whose matches are the words for BPE. No word holds a character of `lacks`.
 
-    It is GPT-2's own pattern, the same with every digit alone, or that of a Split.
+    It supports GPT-2's own pattern, GPT-2's pattern after a step that separates every digit, and a Split by any
+    pattern. tiktoken drops characters that the vocabulary lacks. transformers does too, and joins the text around them.
     """
-    *first, last = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
-    byte_level = last["type"] == "ByteLevel" and not last["add_prefix_space"]
-    own_pattern = last.get("use_regex", True)
-    if byte_level and own_pattern and first in ([], [DIGITS]):
-        pattern = SPLIT
-        if first:
-            pattern = pattern.replace(r" ?\p{N}+", r"\p{N}").replace(r"|\s+(?!\S)", r"|\s+(?=\p{N})|\s+(?!\S)")
-        unknown = "".join(f"{regex.escape(a)}-{regex.escape(z)}" for a, z in lacks)
-        return pattern.replace(r"[^\s\p{L}\p{N}]", rf"[^\s\p{{L}}\p{{N}}{unknown}]")
-    if byte_level and not own_pattern and len(first) == 1:
-        pattern = first[0].get("pattern", {}).get("Regex", "")
-        isolates = first[0] == split_at(pattern)
-        if isolates and pattern and not any(regex.search(pattern, a) for a, _ in lacks):
-            return pattern
+    *first, last = pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
+    if last["type"] == "ByteLevel" and not last["add_prefix_space"]:
+        own_pattern = last.get("use_regex", True)
+        if own_pattern and first in ([], [{"type": "Digits", "individual_digits": True}]):
+            pattern = SPLIT
+            if first:
+                pattern = pattern.replace(r" ?\p{N}+", r"\p{N}").replace(r"|\s+(?!\S)", r"|\s+(?=\p{N})|\s+(?!\S)")
+            unknown = "".join(f"{regex.escape(a)}-{regex.escape(z)}" for a, z in lacks)
+            return pattern.replace(r"[^\s\p{L}\p{N}]", rf"[^\s\p{{L}}\p{{N}}{unknown}]")
+        split = {"behavior": "Isolated", "invert": False} | (first[0] if len(first) == 1 else {"type": "none"})
+        if not own_pattern and (split["type"], split["behavior"], split["invert"]) == ("Split", "Isolated", False):
+            pattern = split["pattern"].get("Regex", "")
+            if pattern and not any(regex.search(pattern, a) for a, _ in lacks):
+                return pattern
     steps = " + ".join(step["type"] for step in [*first, last])
     raise InputError(f"{path}: pre-tokenizer {steps} is not supported; supported: (Digits or Split +) ByteLevel")
 
 
 def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """Return the merges of a vocabulary: for each token, the two parts that the earlier merges leave, if any."""
+    """Return the merges of a vocabulary. The earlier merges reduce a token to two parts, which are its own merge.
+
+    A token that keeps more parts has no merge. It matches only a whole word, here and in tokenizers with ignore_merges.
+    """
     merges = []
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
         parts = [token[i : i + 1] for i in range(len(token))]
@@ -124,13 +120,15 @@ def tokenizer_json(encoding: tiktoken.Encoding) -> dict:
     flags = dict.fromkeys(["single_word", "lstrip", "rstrip", "normalized"], False)
     added = [{"id": special[name], "content": name, "special": name not in plain} | flags for name in special]
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    split = {"type": "Split", "pattern": {"Regex": encoding._pat_str}, "behavior": "Isolated", "invert": False}
     return {
         "version": "1.0", "truncation": None, "padding": None, "normalizer": None, "post_processor": None,
         "added_tokens": sorted(added, key=lambda token: token["id"]),
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split_at(encoding._pat_str), level]},
-        "decoder": level | {"use_regex": True},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, level]}, "decoder": level | {"use_regex": True},
         "model": {
-            "type": "BPE", "ignore_merges": True, "vocab": {spelled[token]: i for token, i in ranks.items()} | special,
+            "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": "",
+            "end_of_word_suffix": "", "fuse_unk": False, "byte_fallback": False, "ignore_merges": True,
+            "vocab": {spelled[token]: i for token, i in ranks.items()} | special,
             "merges": [[spelled[a], spelled[b]] for a, b in merges_of(ranks)],
         },
     }  # fmt: skip
@@ -150,25 +148,25 @@ def read_template(folder: Path, about: dict) -> dict[str, str]:
         template = {each["name"]: each["template"] for each in template}.get("default")
     if (path := folder / "chat_template.jinja").exists():
         template = path.read_text(encoding="utf-8")
-    tokens = {f"{name}_token": about.get(f"{name}_token") for name in ("bos", "eos", "pad", "unk")}
-    found = {"template": template} | tokens
-    return {name: text for name, text in found.items() if isinstance(text, str)} if template else {}
+    names = ("bos_token", "eos_token", "pad_token", "unk_token")
+    tokens = {name: about[name] for name in names if isinstance(about.get(name), str)}
+    return {"template": template} | tokens if isinstance(template, str) else {}
 
 
 def eos_ids(folder: Path, about: dict, encoding: tiktoken.Encoding) -> list[int]:
     """Return the id of EOS, and behind it the other ids that end a generation.
 
     EOS is eos_token in tokenizer_config.json, else the first eos_token_id of generation_config.json or config.json.
+    The others are the rest of these lists.
     """
     special = encoding._special_tokens
     ids = [special[about["eos_token"]]] if about.get("eos_token") in special else []
-    for path in (folder / "generation_config.json", folder / "config.json"):
-        found = read_json(path).get("eos_token_id", []) if path.exists() else []
-        ids += found if isinstance(found, list) else [found]
-    ids = [i for i in dict.fromkeys(ids) if i is not None]
+    for file in ("generation_config.json", "config.json"):
+        found = read_json(folder / file).get("eos_token_id") if (folder / file).exists() else None
+        ids += found if isinstance(found, list) else [] if found is None else [found]
     if not ids or not set(ids) <= set(special.values()):
         raise InputError(f"{folder}: eos_token_id {ids} must name special tokens of tokenizer.json; fix one of the two")
-    return ids
+    return list(dict.fromkeys(ids))
 
 
 def fill_gaps(encoding: tiktoken.Encoding, vocab_size: int, folder: Path) -> tiktoken.Encoding:
