@@ -16,9 +16,8 @@ of contents: one function per step, and a fork changes one of them.
       rewards, advantages, returns, final_score      (B, R) … (B,)        3 estimate
       ratio, of the last epoch                       (B, R)               4 update
 
-tokens are right-padded. Columns of the (B, R) tensors are response tokens: column r is about the token at position
-prompt_len + r, and R is the longest response. These tensors are 0 outside the response; mask is true inside it. In a
-part of the batch, B, T and R become b, t and r. prompt_len and length stay on the CPU.
+tokens are right-padded. Column r of the (B, R) tensors is about the response token at position prompt_len + r; they are
+0 outside the response, and mask is true inside it. A part of the batch has b, t and r for B, T and R.
 
 Set-up: Ziegler et al. 2019 (arXiv 1909.08593). Update: Schulman et al. 2017 (1707.06347). Separate value net: Stiennon
 et al. 2020 (2009.01325). Left out on purpose: a trunk shared with the value net, an entropy bonus, whitened rewards.
@@ -103,11 +102,9 @@ def train(cfg: Config) -> None:
     value_optimizer = nets.adamw(value, cfg.value_lr, weight_decay=0.0, eps=1e-5)
     saved = {"value": value, "policy_optimizer": policy_optimizer, "value_optimizer": value_optimizer}
     kl_coef = run.state["kl_coef"] if run.state else cfg.kl_coef
-    answer = partial(answer_held_out, cfg, autocast, (ref, value, score))
+    measured = partial(measure.held_out, partial(answer, cfg, autocast, (ref, value, score)), encoding, judged_by)
     run.start(cfg.iterations, model=policy, **saved)
-    dist.print0(
-        f"{cfg.init}, {cfg.reward} → {cfg.out}: {len(prompts):,} prompts, {len(held_out):,} held out, on {device}"
-    )
+    dist.print0(f"{cfg.init}, {cfg.reward} → {cfg.out}: {len(prompts):,} prompts, {len(held_out):,} held out, {device}")
 
     for step in range(run.step, cfg.iterations):
         # 1 The policy answers a batch of prompts.
@@ -133,14 +130,13 @@ def train(cfg: Config) -> None:
         next_kl_coef = adapt(kl_coef, metrics["objective/kl"], cfg) if lr else kl_coef
         if cfg.eval_every and ((step + 1) % cfg.eval_every == 0 or step + 1 == cfg.iterations):
             with run.timed("evaluate"):
-                found = measure.held_out(partial(answer, "evaluate"), policy, held_out, judged_by, encoding)
+                found = measured(policy, held_out, "evaluate", cfg.seed)
             found, goodness = measure.summary(found, judged_by, cfg.kl_coef)
             metrics |= found
             run.keep_best(goodness, policy, encoding)
         run.log(step, metrics, SHOWN, tokens=int(dist.total(batch["mask"].sum())))
         if 0 < cfg.kl_stop < metrics["objective/kl"]:
-            what = f"{metrics['objective/kl']:.1f}, above --kl_stop {cfg.kl_stop:g} (a higher --kl_coef holds it)"
-            raise run.diverged(step + 1, "the KL to the reference", what)
+            raise run.diverged(step + 1, "the KL to the reference", f"above --kl_stop {cfg.kl_stop:g}")
         if step % 20 == 0 or step + 1 == cfg.iterations:
             run.sample(step + 1, f"[{batch['score'][0].item():+.2f}] {rows[0]['prompt']}{rows[0]['response']}")
         if run.due(step, cfg.save_every or 20):
@@ -148,8 +144,8 @@ def train(cfg: Config) -> None:
             run.save(step + 1, policy, encoding, {"kl_coef": next_kl_coef}, **saved)
         kl_coef = next_kl_coef
 
-    before = measure.held_out(partial(answer, "before"), ref, held_out, judged_by, encoding)
-    after = measure.held_out(partial(answer, "after"), policy, held_out, judged_by, encoding)
+    before = measured(ref, held_out, "before", cfg.seed)
+    after = measured(policy, held_out, "after", cfg.seed)
     found = measure.paired(before, after, judged_by)
     run.report(measure.report(found), found)
     run.finish(device)
@@ -403,18 +399,12 @@ def load_prompts(cfg: Config, policy: GPT, encoding: tiktoken.Encoding) -> tuple
     return prompts, held_out
 
 
-def answer_held_out(
-    cfg: Config,
-    autocast: torch.autocast,
-    readers: tuple,
-    purpose: str,
-    policy: GPT,
-    prompts: list[list[int]],
-    start: int,
+def answer(
+    cfg: Config, autocast: torch.autocast, readers: tuple, policy: GPT, prompts: list[list[int]], rng: torch.Generator
 ) -> Batch:
-    """`policy` answers the held-out prompts from number `start` on, with random numbers of this purpose alone."""
+    """`policy` answers some held-out prompts, and reference, value net and scorer (`readers`) read them."""
     with autocast:
-        batch = rollout(dist.gathered(policy, autocast), prompts, cfg, generator(purpose, cfg.seed, start))
+        batch = rollout(dist.gathered(policy, autocast), prompts, cfg, rng)
         return batch | read(batch, policy, *readers, cfg)
 
 

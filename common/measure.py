@@ -13,6 +13,7 @@ from torch import Tensor
 from common import dist
 from common.judges import Judge
 from data import Group
+from data.rng import generator
 from model import GPT
 
 KL = "KL to the start (nats)"  # a row of the table
@@ -117,22 +118,23 @@ def masked_variance(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def held_out(
-    answer: Callable[[GPT, list[list[int]], int], dict[str, Tensor]],
+    answer: Callable[[GPT, list[list[int]], torch.Generator], dict[str, Tensor]],
+    encoding: tiktoken.Encoding,
+    judges: dict[str, Judge],
     policy: GPT,
     prompts: list[list[int]],
-    judges: dict[str, Judge],
-    encoding: tiktoken.Encoding,
+    *key: str | int,
 ) -> dict[str, list]:
     """One answer to each prompt: a column for each measure, one number per prompt; and "rows", prompt and response.
 
-    `answer(policy, prompts, start)` gives a batch that has been read (see ppo.py); `start` is the number of the first
-    prompt, for the random numbers. The processes of torchrun share the work; each returns all of it.
+    `answer(policy, prompts, rng)` gives a batch that has been read (see ppo.py). Its random numbers depend on the key
+    and the first prompt's number. The processes of torchrun share the work; each returns all of it.
     """
     found: dict[int, dict[str, list]] = {}  # by the number of the first prompt
     size = max(1, min(128, 2**16 // max(map(len, prompts))))  # limits the memory of long prompts
     starts = list(range(0, len(prompts), size))
     for start in dist.pad_to_equal(dist.mine(starts), starts):
-        batch = answer(policy, prompts[start : start + size], start)
+        batch = answer(policy, prompts[start : start + size], generator(*key, start))
         rows = as_rows(batch, encoding, policy.config.eos)
         new = {name: judge(rows) for name, judge in judges.items()}
         new["score"] = batch["score"].tolist()

@@ -58,13 +58,14 @@ def evaluate_policy(cfg: Config, folder: str) -> None:
     _, held_out = ppo.load_prompts(replace(cfg, batch_size=dist.WORLD), start, encoding)
     judged_by = judges.load_functions(cfg.judge or ("" if cfg.data else tales.MEASURES))
 
-    answer = partial(ppo.answer_held_out, cfg, autocast, (ref, value, score))
-    before = measure.held_out(partial(answer, "before"), ref, held_out, judged_by, encoding)
-    after = measure.held_out(partial(answer, "after"), policy, held_out, judged_by, encoding)
+    answer = partial(ppo.answer, cfg, autocast, (ref, value, score))
+    measured = partial(measure.held_out, answer, encoding, judged_by)
+    before = measured(ref, held_out, "before", cfg.seed)
+    after = measured(policy, held_out, "after", cfg.seed)
     dist.print0(measure.report(measure.paired(before, after, judged_by)))
     if sizes:
         prompts = [prompt for prompt in held_out for _ in range(max(sizes))]
-        found = measure.held_out(partial(answer, "best of"), ref, prompts, judged_by, encoding)
+        found = measured(ref, prompts, "best of", cfg.seed)
         columns = {name: torch.tensor(found[name]).view(len(held_out), -1) for name in [*judged_by, "score"]}
         dist.print0(best_of_table(columns, sizes))
 
