@@ -1,8 +1,7 @@
 """Conversations: a list of messages, {"role": "user", "content": "…"}, becomes token ids through a chat template.
 
-The template comes with a model (Jinja, as on Hugging Face) and is kept with its tokenizer. Without one a conversation
-is written as in Anthropic's HH, whose dialogues are taken apart here too. The name of a special token in a message
-stays text: a user cannot forge a turn.
+The template comes with a model (Jinja, as on Hugging Face). Without one a conversation is written as in Anthropic's HH,
+whose dialogues are taken apart here too. A special token's name in a message stays text: no user can forge a turn.
 """
 
 import json
@@ -14,7 +13,7 @@ from data.files import InputError
 
 TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")  # of the plain form
 ROLES = {"user": "\n\nHuman: ", "assistant": "\n\nAssistant: ", "system": ""}  # of the plain form
-SPEAKERS = {"Human": "user", "Assistant": "assistant", "System": "system"}
+SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 Messages = list[dict[str, str]]
 
 
@@ -48,11 +47,10 @@ def render(encoding: tiktoken.Encoding, messages: Messages) -> str:
     chat = template_of(encoding)
     if not chat:
         return plain_form(messages)
-    import jinja2  # torch brings it along
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from jinja2.sandbox import ImmutableSandboxedEnvironment  # torch brings it along
 
     def refuse(message: str) -> None:
-        raise jinja2.TemplateError(message)
+        raise ValueError(message)
 
     world = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
     world.filters["tojson"] = lambda x, **options: json.dumps(x, ensure_ascii=False, **options)
@@ -69,20 +67,16 @@ def render(encoding: tiktoken.Encoding, messages: Messages) -> str:
 
 def escaped(encoding: tiktoken.Encoding, messages: Messages) -> tuple[Messages, dict[str, str]]:
     """Return the messages with a mark, a private character around a number, for each special token; and mark → name."""
+    if any(private in each["content"] for each in messages for private in "\ue000\ue001"):
+        raise InputError("a message holds the private characters U+E000 or U+E001; remove them")
     marks: dict[str, str] = {}
-    marked = []
-    longest_first = sorted(encoding._special_tokens, key=len, reverse=True)
-    for message in messages:
-        content = message["content"]
-        if "\ue000" in content or "\ue001" in content:
-            raise InputError("a message holds the private characters U+E000 or U+E001; remove them")
-        for name in longest_first:
-            if name in content:
-                mark = f"\ue000{len(marks)}\ue001"
-                marks[mark] = name
-                content = content.replace(name, mark)
-        marked.append(message | {"content": content})
-    return marked, marks
+    for name in sorted(encoding._special_tokens, key=len, reverse=True):  # the longest first
+        mark = f"\ue000{len(marks)}\ue001"
+        marked = [each | {"content": each["content"].replace(name, mark)} for each in messages]
+        if marked != messages:
+            marks[mark] = name
+            messages = marked
+    return messages, marks
 
 
 def reply(encoding: tiktoken.Encoding, content: str) -> str:
@@ -95,31 +89,31 @@ def prompt_text(encoding: tiktoken.Encoding, prompt: str | Messages) -> str:
     return prompt if isinstance(prompt, str) else render(encoding, prompt)
 
 
-def turns(text: str) -> list[tuple[str, str]]:
-    """Return (speaker, text) for every turn of a dialogue. The System says what stands before the first turn."""
-    parts = TURN.split(text.replace("\r\n", "\n"))
-    found = [(who, said.strip()) for who, said in zip(parts[1::2], parts[2::2])]
-    return [("System", parts[0].strip()), *found] if parts[0].strip() else found
+def turns(text: str) -> Messages:
+    """Return a dialogue as messages. The system says what stands before the first turn."""
+    before, *parts = TURN.split(text.replace("\r\n", "\n"))
+    found = [{"role": SPEAKERS[who], "content": said.strip()} for who, said in zip(parts[::2], parts[1::2])]
+    return [{"role": "system", "content": before.strip()}, *found] if before.strip() else found
 
 
 def split_dialogue(row: dict, chatml: bool, messages: bool = False) -> dict | str:
     """Return a row of HH with "prompt", "chosen", "rejected" and "opening", or the reason to omit it."""
     chosen, rejected = turns(row["chosen"]), turns(row["rejected"])
-    if chosen[:-1] != rejected[:-1]:
+    prompt = chosen[:-1]
+    if prompt != rejected[:-1]:
         return "the two dialogues part before the last answer"
-    if not chosen or not rejected or (chosen[-1][0], rejected[-1][0]) != ("Assistant", "Assistant"):
+    if [each["role"] for each in chosen[-1:] + rejected[-1:]] != ["assistant", "assistant"]:
         return "a dialogue that does not end with the assistant"
-    opening = next((text for who, text in chosen if who == "Human"), None)
+    opening = next((each["content"] for each in prompt if each["role"] == "user"), None)
     if opening is None:
         return "a dialogue in which no person speaks"
-    good, bad = chosen[-1][1], rejected[-1][1]
+    good, bad = chosen[-1]["content"], rejected[-1]["content"]
     if not good or not bad:
         return "an empty answer"
     if good == bad:
         return "two answers that are the same"
-    prompt = [{"role": SPEAKERS[who], "content": text} for who, text in chosen[:-1]]
     if messages:
-        good, bad = ([{"role": "assistant", "content": text}] for text in (good, bad))
+        good, bad = chosen[-1:], rejected[-1:]
     elif chatml:
         said = [f"<|im_start|>{each['role']}\n{each['content']}<|im_end|>\n" for each in prompt]
         prompt = "".join(said) + "<|im_start|>assistant\n"

@@ -35,13 +35,10 @@ def _lines(path: str | Path) -> Iterator[tuple[int, str]]:
 
 
 def iterate_jsonl(path: str | Path, columns: dict[str, Kind]) -> Iterator[dict]:
-    """Yield the rows of a JSONL or parquet file. Raises InputError if a row lacks a column or has a wrong type.
-
-    A column that is null is absent: a file that went through a table has every column in every row.
-    """
+    """Yield the rows of a JSONL or parquet file. Raises InputError if a row lacks a column or has a wrong type."""
     empty = True
     for number, row in _parquet_rows(path) if suffix(path) == ".parquet" else _json_rows(path):
-        row = {column: value for column, value in row.items() if value is not None}
+        row = {column: value for column, value in row.items() if value is not None}  # tables write null for absent
         for column, kind in columns.items():
             if column not in row:
                 raise InputError(f'{path}:{number}: no column "{column}"; a row needs {", ".join(columns)}')
@@ -100,10 +97,7 @@ def read_jsonl(path: str | Path, columns: dict[str, type]) -> list[dict]:
 
 @contextmanager
 def replacing(path: str | Path, mode: str = "w") -> Iterator[IO]:
-    """Open a temporary file that takes the place of `path` at the end, whole and on the disk.
-
-    A kill leaves the old file or the new one. Raises InputError, and leaves the old one, if it cannot be written.
-    """
+    """Open a file that takes the place of `path` at the end. A kill or an error leaves the old one as it was."""
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
@@ -125,7 +119,7 @@ def cannot_write(path: str | Path, error: OSError) -> InputError:
 
 
 def write_jsonl(path: str | Path, rows: Iterable[dict]) -> int:
-    """Write JSONL under a temporary name and rename it into place. Returns the number of rows."""
+    """Write JSONL, whole or not at all. Returns the number of rows."""
     n = 0
     with replacing(path) as file:
         for row in rows:
@@ -143,12 +137,9 @@ def read_json(path: Path) -> dict:
 
 def first_row(path: str | Path) -> dict:
     """Return the first row that is no verdict, if there is one. Its columns show which kind of data the file holds."""
-    first = None
-    for row in iterate_jsonl(path, {}):
-        if not is_verdict(row):
-            return row
-        first = first or row
-    return first
+    rows = iterate_jsonl(path, {})
+    first = next(rows)
+    return next((row for row in rows if not is_verdict(row)), first) if is_verdict(first) else first
 
 
 def suffix(path: str | Path) -> str:

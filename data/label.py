@@ -9,7 +9,7 @@ from data.files import InputError, is_verdict, read_jsonl
 
 
 class Answer(NamedTuple):
-    """A response to compare. The ids, without EOS, are those that the model sampled."""
+    """A response to compare. The ids, without EOS, are those that the model sampled: encoding can give others."""
 
     text: str
     ended: bool  # with EOS, before the length limit
@@ -17,10 +17,7 @@ class Answer(NamedTuple):
 
 
 def preference(ordered: list[Answer]) -> dict:
-    """Return the columns of a row for two or more responses, which a person ordered from best to worst.
-
-    The ids are kept, because encoding a sampled text again can give other ids than those that were sampled.
-    """
+    """Return the columns of a row for two or more responses, which a person ordered from best to worst."""
     if len(ordered) > 2:
         return columns("ranked", ordered)
     chosen, rejected = columns("chosen", ordered), columns("rejected", ordered)

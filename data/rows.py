@@ -8,17 +8,19 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import tiktoken
 import torch
+from tiktoken import Encoding
 from torch import Tensor
 
 from data.chat import Messages, check, reply, split_dialogue
 from data.files import TEXT, InputError, documents, first_row, has_rows, is_verdict, iterate_jsonl, replacing
-from data.label import are_texts
+from data.label import Answer, are_texts
 from data.rng import shuffler
 from data.tokenizer import encode_prompt, encode_text
 
 Prompt = str | Messages
+Prompts = list[list[int]]
+Say = Callable[[str], None]
 COMPARISON = 'a comparison has the texts "prompt", "chosen" and "rejected", or "prompt" and a list "ranked"'
 
 
@@ -39,26 +41,20 @@ class Group(NamedTuple):
 
 
 def encode_row(
-    encoding: tiktoken.Encoding, eos: int, prompt: Prompt, response: str, ended: bool = True, ids: list | None = None
+    encoding: Encoding, eos: int, prompt: Prompt, response: str, ended: bool = True, ids: list | None = None
 ) -> Row:
-    """Encode prompt and response separately, because generation also continues the ids of the prompt.
-
-    `ids` are the tokens that a model sampled. They are used if they decode to `response`.
-    """
+    """Encode prompt and response apart, as generation does. Sampled `ids` are used if they decode to `response`."""
     start = encode_prompt(encoding, prompt) or [eos]
-    if not _decodes_to(encoding, ids, response):
+    try:
+        sampled = encoding.decode(ids) == response
+    except (KeyError, OverflowError, TypeError):  # no ids, or those of another vocabulary
+        sampled = False
+    if not sampled:
         ids = encode_text(encoding, response)
     return Row(start + ids + [eos] * ended, len(start))
 
 
-def _decodes_to(encoding: tiktoken.Encoding, ids: object, text: str) -> bool:
-    try:
-        return encoding.decode(ids) == text
-    except (KeyError, OverflowError, TypeError):  # ids of another vocabulary, or no ids
-        return False
-
-
-def completions(path: str | Path, encoding: tiktoken.Encoding, eos: int) -> list[Row]:
+def completions(path: str | Path, encoding: Encoding, eos: int) -> list[Row]:
     """A row has "prompt" and "completion", or "messages", of which the last is the assistant's and is learned."""
     rows = []
     column = prompt_column(path)
@@ -71,7 +67,7 @@ def completions(path: str | Path, encoding: tiktoken.Encoding, eos: int) -> list
             prompt, answer = read_prompt(row["prompt"], where), row["completion"]
         if isinstance(answer, list):
             _, answer = split_last(answer, where)
-        if not isinstance(prompt, str):
+        if isinstance(prompt, list):
             answer = reply(encoding, answer)
         ended = row.get("completion_ended", True)
         if not isinstance(ended, bool):
@@ -92,56 +88,51 @@ def read_prompt(value: str | list, where: str) -> Prompt:
 
 
 def split_last(messages: object, where: str) -> tuple[Messages, str]:
-    """Return a conversation before its last message, and what the assistant says there. Raises InputError."""
+    """Return a conversation before its last message, and what the assistant says there."""
     *before, last = check(messages, where)
     if last["role"] != "assistant":
         raise InputError(f"{where}: the last message is not the assistant's; fix the row")
     return before, last["content"]
 
 
-def comparisons(
-    path: str | Path, encoding: tiktoken.Encoding, eos: int, say: Callable[[str], None] = lambda text: None
-) -> list[Group]:
-    """A row with "ranked" becomes one group. Consecutive pair rows of one prompt share a group and its rows.
+def comparisons(path: str | Path, encoding: Encoding, eos: int, say: Say = lambda text: None) -> list[Group]:
+    """Return a group for each row with "ranked", and for consecutive pair rows of one prompt, which share its rows.
 
-    "chosen" and "rejected" are texts, or conversations that end with the assistant and may begin with the prompt.
-    No response is compared with an equal one, and ties and skips of people are left out. `say` is told how many, and
-    what the file was taken for.
+    No answer is compared with an equal one. `say` is told what the file was taken for, and how much was left out.
     """
     groups: list[Group] = []
-    places: dict[tuple[str, bool], int] = {}  # (text, ended) → its row in the group
-    previous, equal, undecided = None, 0, 0
-    kinds: Counter[str] = Counter()
-    omitted: Counter[str] = Counter()
+    previous = None
+    kinds, omitted = Counter(), Counter()
+    dropped = Counter({"pairs of equal texts": 0, "ties and skips": 0})
     for number, row in enumerate(iterate_jsonl(path, {}), 1):
-        where = f"{path}: row {number}"
         if is_verdict(row):
-            undecided += 1
+            dropped["ties and skips"] += 1
             continue
-        kind, row = with_texts(row, encoding, where)
+        where = f"{path}: row {number}"
+        kind, texts = prompt_and_texts(row, encoding, where)
         kinds[kind] += 1
-        if isinstance(row, str):
-            omitted[row] += 1
+        if isinstance(texts, str):
+            omitted[texts] += 1
             continue
-        texts, ended, ids, certainty = read_responses(row, where)
-        if "ranked" in row or row["prompt"] != previous:
+        row |= texts
+        answers, certainty = answers_of(row, where)
+        key = number if "ranked" in row else row["prompt"]  # a ranked list has a group of its own
+        if key != previous:
             groups.append(Group([], [], [], str(row.get("subset", row.get("source", "")))))
-            places = {}
-        previous = None if "ranked" in row else row["prompt"]
-        group, index = groups[-1], []
-        for text, end, sampled in zip(texts, ended, ids):
-            if (text, end) not in places:
-                places[text, end] = len(group.rows)
-                group.rows.append(encode_row(encoding, eos, row["prompt"], text, end, sampled))
-            index.append(places[text, end])
-        compared = list(itertools.combinations(range(len(texts)), 2))  # (winner, loser)
-        pairs = [(index[w], index[l]) for w, l in compared if texts[w] != texts[l]]
-        equal += len(compared) - len(pairs)
+            places: dict[tuple[str, bool], int] = {}  # (text, ended) → its row in the group
+        previous, group = key, groups[-1]
+        for answer in answers:
+            if answer[:2] not in places:
+                places[answer[:2]] = len(group.rows)
+                group.rows.append(encode_row(encoding, eos, row["prompt"], *answer))
+        compared = list(itertools.combinations(answers, 2))  # (winner, loser)
+        pairs = [(places[w[:2]], places[l[:2]]) for w, l in compared if w.text != l.text]
+        dropped["pairs of equal texts"] += len(compared) - len(pairs)
         group.pairs.extend(pairs)
         group.certainty.extend([certainty] * len(pairs))
     reasons = "".join(f", {n:,} left out ({reason})" for reason, n in omitted.most_common())
     say(f"{path}: {' and '.join(kinds)}, {kinds.total():,} rows{reasons}")
-    for n, what in ((equal, "pairs of equal texts"), (undecided, "ties and skips")):
+    for what, n in dropped.items():
         if n:
             say(f"{path}: {n:,} {what} were left out")
     groups = [group for group in groups if group.pairs]
@@ -150,52 +141,54 @@ def comparisons(
     return groups
 
 
-def with_texts(row: dict, encoding: tiktoken.Encoding, where: str) -> tuple[str, dict | str]:
-    """Return the kind of a row, and the row with its prompt and its answers as texts, or why it is left out."""
+def prompt_and_texts(row: dict, encoding: Encoding, where: str) -> tuple[str, dict | str]:
+    """Return the kind of a row, and its prompt and its answers as texts, or why it is left out."""
     if isinstance(row.get("chosen"), list):
-        kind = "conversational preferences"
-        before, chosen = split_last(row["chosen"], where)
-        same_before, rejected = split_last(row.get("rejected"), where)
-        prompt = row.get("prompt", [])
-        if isinstance(prompt, str):  # beside whole conversations the prompt is only said again
-            prompt = [] if before else [{"role": "user", "content": prompt}]
-        prompt = (check(prompt, where) if prompt else []) + before
-        if before != same_before:
-            return kind, "part before the last answer"
-        if not prompt:
-            raise InputError(f'{where}: no "prompt", and the conversations hold none; fix the row')
-        if not chosen.strip() or not rejected.strip():
-            return kind, "empty"
-        return kind, row | {"prompt": prompt, "chosen": reply(encoding, chosen), "rejected": reply(encoding, rejected)}
+        return "conversational preferences", of_conversations(row, encoding, where)
     if "prompt" not in row and are_texts([row.get("chosen"), row.get("rejected")]):
-        pair = split_dialogue(row, chatml=False)
-        return "dialogues as in HH", pair if isinstance(pair, str) else row | pair
+        return "dialogues as in HH", split_dialogue(row, chatml=False)
     if not isinstance(row.get("prompt"), TEXT):
         raise InputError(f'{where}: no column "prompt"; {COMPARISON}; fix the row')
-    return "ranked lists" if "ranked" in row else "preferences", row | {"prompt": read_prompt(row["prompt"], where)}
+    return "ranked lists" if "ranked" in row else "preferences", {"prompt": read_prompt(row["prompt"], where)}
 
 
-def read_responses(row: dict, where: str) -> tuple[list[str], list[bool], list, float]:
-    """Return texts, best first; whether each ended; its sampled ids or None; and the certainty of the order or nan."""
-    pair = ("chosen", "rejected")
-    texts = row.get("ranked", [row.get(name) for name in pair])
+def of_conversations(row: dict, encoding: Encoding, where: str) -> dict | str:
+    """Return the prompt and the last answers of two conversations, which may lack or repeat the row's own prompt."""
+    before, chosen = split_last(row["chosen"], where)
+    same_before, rejected = split_last(row.get("rejected"), where)
+    prompt = row.get("prompt", [])
+    if isinstance(prompt, str):  # beside whole conversations the prompt is only said again
+        prompt = [] if before else [{"role": "user", "content": prompt}]
+    prompt = (check(prompt, where) if prompt else []) + before
+    if before != same_before:
+        return "part before the last answer"
+    if not prompt:
+        raise InputError(f'{where}: no "prompt", and the conversations hold none; fix the row')
+    if not chosen.strip() or not rejected.strip():
+        return "empty"
+    return {"prompt": prompt, "chosen": reply(encoding, chosen), "rejected": reply(encoding, rejected)}
+
+
+def answers_of(row: dict, where: str) -> tuple[list[Answer], float]:
+    """Return the answers of a row, best first, and how certain their order is, or nan."""
+    if "ranked" not in row:  # a pair is a ranked list of two
+        for end, absent in (("", None), ("_ended", True), ("_ids", None)):
+            row = row | {f"ranked{end}": [row.get(f"{name}{end}", absent) for name in ("chosen", "rejected")]}
+    texts = row["ranked"]
     if not are_texts(texts) or len(texts) < 2:
         raise InputError(f"{where}: {COMPARISON}; fix the row")
-    if "ranked" in row:
-        ended, ids = row.get("ranked_ended", [True] * len(texts)), row.get("ranked_ids")
-    else:
-        ended, ids = [row.get(f"{name}_ended", True) for name in pair], [row.get(f"{name}_ids") for name in pair]
-    if not isinstance(ended, list) or len(ended) != len(texts) or not all(isinstance(each, bool) for each in ended):
+    ended, ids = row.get("ranked_ended", [True] * len(texts)), row.get("ranked_ids")
+    if not isinstance(ended, list) or [type(each) for each in ended] != [bool] * len(texts):
         raise InputError(f'{where}: a column "…_ended" must be true or false for each text; fix the row')
     if not isinstance(ids, list) or len(ids) != len(texts):
         ids = [None] * len(texts)
     p = row.get("p_chosen", math.nan)
-    if isinstance(p, bool) or not isinstance(p, (int, float)) or p < 0 or p > 1:
+    if type(p) not in (int, float) or p < 0 or p > 1:
         raise InputError(f'{where}: "p_chosen" is not a probability from 0 to 1; fix the row')
-    return texts, ended, ids, max(p, 1 - p)
+    return [Answer(*answer) for answer in zip(texts, ended, ids)], max(p, 1 - p)
 
 
-def prompts(path: str | Path, encoding: tiktoken.Encoding) -> list[list[int]]:
+def prompts(path: str | Path, encoding: Encoding) -> Prompts:
     return [encode_prompt(encoding, prompt) for prompt in prompt_texts(path)]
 
 
@@ -204,16 +197,17 @@ def prompt_texts(path: str | Path) -> list[Prompt]:
     found = []
     column = prompt_column(path)
     for number, row in enumerate(iterate_jsonl(path, {column: TEXT}), 1):
-        prompt = read_prompt(row[column], f"{path}: row {number}")
-        if not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":
+        where = f"{path}: row {number}"
+        prompt = read_prompt(row[column], where)
+        if isinstance(prompt, list) and prompt[-1]["role"] == "assistant":
             prompt = prompt[:-1]
         if prompt == []:
-            raise InputError(f"{path}: row {number}: a conversation without a question; remove the row")
+            raise InputError(f"{where}: a conversation without a question; remove the row")
         found.append(prompt)
     return found
 
 
-def keep_short(items: list, lengths: list[int], room: int, what: str, say: Callable[[str], None] = print) -> list:
+def keep_short(items: list, lengths: list[int], room: int, what: str, say: Say = print) -> list:
     """Return the items of at most `room` tokens, and `say` how many others there are: InputError if above a tenth."""
     kept = [item for item, length in zip(items, lengths) if length <= room]
     n_long = len(items) - len(kept)
@@ -232,15 +226,10 @@ def pad(rows: list[Row], device: torch.device | str = "cpu") -> tuple[Tensor, Te
     return tokens.to(device), prompt_len, length
 
 
-# --- batches: only the seed and the step choose the rows, so a resumed run needs no saved state ----------------------
-
-
 def shuffled(items: list, batch_size: int, seed: int, lengths: list[int] | None, step: int) -> list:
-    """Return the items of batch number `step`. Every epoch has a new order and drops an incomplete last batch.
+    """Return batch number `step`, or all items if they are fewer. Each epoch has a new order and whole batches only.
 
-    With `lengths`, a batch holds items of similar length, which reduces padding. The function sorts each block of 16
-    batches by length, cuts it into batches, and then shuffles the order of all batches. If there are fewer than
-    `batch_size` items, every batch holds all of them.
+    With `lengths`, a batch holds items of similar length, which reduces padding: each 16 batches are sorted together.
     """
     batch_size = min(batch_size, len(items))
     per_epoch = len(items) // batch_size
@@ -264,36 +253,35 @@ def micro_batches(rows: list[Row], size: int) -> Iterator[list[Row]]:
 
 def hold_out(items: list[Row] | list[Group], one_in: int = 20) -> tuple[list, list]:
     """Return (held out, rest). One prompt in `one_in`, at most 512, is held out together with all its items."""
-
-    def prompt(item: Row | Group) -> tuple[int, ...]:
-        row = item if isinstance(item, Row) else item.rows[0]
-        return tuple(row.tokens[: row.prompt_len])
-
-    known = list(dict.fromkeys(map(prompt, items)))
-    chosen = _choose(known, min(512, len(known) // one_in))
-    if not chosen:
-        raise InputError(f"{len(known)} different prompts are too few for a held-out set; give at least {one_in}")
-    return [x for x in items if prompt(x) in chosen], [x for x in items if prompt(x) not in chosen]
+    rows = [item if isinstance(item, Row) else item.rows[0] for item in items]
+    prompts = [tuple(row.tokens[: row.prompt_len]) for row in rows]
+    known = len(set(prompts))
+    if known < one_in:
+        raise InputError(f"{known} different prompts are too few for a held-out set; give at least {one_in}")
+    return _split(items, prompts, min(512, known // one_in))
 
 
-def hold_out_prompts(prompts: list[list[int]], most: int) -> tuple[list[list[int]], list[list[int]]]:
-    """Return (held out, rest): a tenth, at most `most`. A prompt that comes twice is on one side only."""
-    known = list(dict.fromkeys(map(tuple, prompts)))
-    chosen = _choose(known, min(most, math.ceil(len(known) / 10)))
-    return [list(p) for p in known if p in chosen], [p for p in prompts if tuple(p) not in chosen]
+def hold_out_prompts(prompts: Prompts, most: int) -> tuple[Prompts, Prompts]:
+    """Return (held out, rest): a tenth, at most `most`. A prompt that comes twice is held out once, or stays twice."""
+    known = list(map(tuple, prompts))
+    held_out, rest = _split(prompts, known, min(most, math.ceil(len(set(known)) / 10)))
+    return [list(prompt) for prompt in dict.fromkeys(map(tuple, held_out))], rest
 
 
-def _choose(prompts: list[tuple[int, ...]], n: int) -> set[tuple[int, ...]]:
-    """Return n of the prompts at random, by a key that no option changes: every run holds out the same prompts."""
-    return {prompts[i] for i in shuffler("hold out").permutation(len(prompts))[:n]}
+def _split(items: list, prompts: list[tuple[int, ...]], n: int) -> tuple[list, list]:
+    """Return the items of n random prompts, and the others. No option changes the key: all runs hold out the same."""
+    known = list(dict.fromkeys(prompts))
+    chosen = {known[i] for i in shuffler("hold out").permutation(len(known))[:n]}
+    held_out = [item for item, prompt in zip(items, prompts) if prompt in chosen]
+    return held_out, [item for item, prompt in zip(items, prompts) if prompt not in chosen]
 
 
 def prompts_and_held_out(
-    path: str, eval_path: str, encoding: tiktoken.Encoding, room: int, most: int, say: Callable[[str], None] = print
-) -> tuple[list[list[int]], list[list[int]]]:
+    path: str, eval_path: str, encoding: Encoding, room: int, most: int, say: Say = print
+) -> tuple[Prompts, Prompts]:
     """Prompts of at most `room` ids to train on, and up to `most` to evaluate on: of `eval_path`, or some of `path`."""
 
-    def load(path: str) -> list[list[int]]:
+    def load(path: str) -> Prompts:
         found = prompts(path, encoding)
         what = f"prompts of {path} (with --response_len)"
         return keep_short(found, [max(1, len(p)) for p in found], room, what, say)
@@ -304,17 +292,15 @@ def prompts_and_held_out(
     return rest, held_out
 
 
-def token_stream(path: str | Path, encoding: tiktoken.Encoding, eos: int, target: str | Path) -> np.memmap:
+def token_stream(path: str | Path, encoding: Encoding, eos: int, target: str | Path) -> np.memmap:
     """Encode all documents of `path`, with EOS after each, into the file `target`; return it as a memory map."""
     dtype = np.uint16 if encoding.n_vocab <= 2**16 else np.uint32
     if not Path(target).exists():
-        one_document = not has_rows(path)  # which comes in pieces
+        each, last = ([eos], []) if has_rows(path) else ([], [eos])  # a .txt is one document, in pieces
         with replacing(target, "wb") as file:
             for text in documents(path):
-                ids = encode_text(encoding, text)
-                np.array(ids if one_document else ids + [eos], dtype=dtype).tofile(file)
-            if one_document:
-                np.array([eos], dtype=dtype).tofile(file)
+                np.array(encode_text(encoding, text) + each, dtype=dtype).tofile(file)
+            np.array(last, dtype=dtype).tofile(file)
     return np.memmap(target, dtype=dtype, mode="r")
 
 

@@ -143,10 +143,7 @@ def rows() -> dict[str, list[dict]]:
 
 
 def path(name: str) -> str:
-    """Return the path of the file `name` (pretrain, sft, compare, ppo, eval).
-
-    Writes all files if it is missing, or if another version of this module wrote it.
-    """
+    """Return the path of the file `name`. Writes all files if it is missing, or another version of this module's."""
     target = FOLDER / f"{name}.jsonl"
     stamp = FOLDER / "version"
     version = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()

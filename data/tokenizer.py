@@ -19,8 +19,7 @@ PIECE = 2**17  # characters that are encoded at once
 def learn_bpe(texts: Iterable[str], vocab_size: int, limit: int = 50_000_000) -> tiktoken.Encoding:
     """Learn byte-level BPE (Sennrich et al. 2016; Radford et al. 2019, section 2.2) from the first `limit` characters.
 
-    Ids 0…255 are the bytes. The merges follow in the order they were learned; EOS is last. The vocabulary is smaller
-    than `vocab_size` if no remaining pair occurs twice.
+    Ids 0…255 are the bytes. The merges follow, as long as a pair occurs twice; EOS is last.
     """
     if vocab_size < 257:
         raise InputError(f"--vocab_size {vocab_size}: 256 bytes and EOS need as many tokens; give 257 or more")
@@ -123,11 +122,7 @@ def plain_tokens(encoding: tiktoken.Encoding) -> frozenset[str]:
 
 
 def encode_prompt(encoding: tiktoken.Encoding, prompt: str | Messages) -> list[int]:
-    """Encode a prompt. The text of a special token becomes that token, because chat templates need this.
-
-    In completions and documents the same text is ordinary, so a model does not learn special tokens from quotations.
-    So it is in the messages of a conversation, where only the template writes special tokens.
-    """
+    """Encode a prompt: a text with special tokens, or a conversation, where only the template writes these."""
     marks: dict[str, str] = {}
     if not isinstance(prompt, str):
         messages, marks = escaped(encoding, prompt)
@@ -145,12 +140,10 @@ def encode_prompt(encoding: tiktoken.Encoding, prompt: str | Messages) -> list[i
 
 
 def encode_text(encoding: tiktoken.Encoding, text: str) -> list[int]:
-    """Encode a completion or a document: the text of a special token is ordinary text."""
+    """Encode a completion or a document, where a special token's text is ordinary: no quotation teaches that token."""
     plain = plain_tokens(encoding)
-    if not plain:
-        return _ordinary(encoding, text)
     ids: list[int] = []
-    for part in _pattern(plain).split(text):
+    for part in _pattern(plain).split(text) if plain else [text]:
         ids += [encoding._special_tokens[part]] if part in plain else _ordinary(encoding, part)
     return ids
 

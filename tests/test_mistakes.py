@@ -656,7 +656,7 @@ def test_a_run_does_not_go_on_against_another_reference_or_reward_model(folders,
 
 
 # 32
-@mistake("data/rows.py", "for w, l in compared if texts[w] != texts[l]]", "for w, l in compared]")
+@mistake("data/rows.py", "for w, l in compared if w.text != l.text]", "for w, l in compared]")
 def test_no_response_is_compared_with_an_equal_one_and_the_reader_says_how_many_were(tmp_path, encoding):
     said: list[str] = []
     ranked = [{"prompt": "a", "ranked": ["yes", "yes", "no"]}, {"prompt": "b", "ranked": ["no", "no"]}]
