@@ -220,7 +220,7 @@ def test_the_command_writes_a_page_and_what_never_changes_is_not_drawn(monkeypat
     assert [(each["label"], each["kind"]) for each in loss["series"]] == [("training", "line"), ("held out", "dots")]
     points = loss["series"][0]["points"]
     assert len(points) == 600 and points[0] == [1, 2.0] and points[-1][0] == 1500
-    assert [each["series"] for each in others] == [[], [], []]
+    assert len(others) > 9 and all(series["points"] == [] for each in others for series in each["series"])
     monkeypatch.setattr(sys, "argv", ["tools.page"])
     with pytest.raises(InputError, match="name a run folder"):
         page.main()

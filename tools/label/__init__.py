@@ -8,34 +8,35 @@
 
 Each answer is on disk before the next question appears, so no answer is lost; the same command continues. A model's
 responses to a prompt depend only on the seed and the prompt. data/README.md lists the columns of a row.
-
-Only this machine can open the page unless --host says otherwise. Its address contains a random token, which is kept
-beside the answers.
 """
 
+import html
 import itertools
+import json
 import os
 import re
+import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from common import dist, nets
+from common import cli, nets, runs
 from common.compare import sample_responses
 from data.chat import escaped, prompt_text
-from data.files import InputError, is_verdict
+from data.files import InputError
 from data.label import Answer, read_answers
 from data.rng import seed_of
 from data.rows import keep_short, prompt_texts
 from data.tokenizer import encode_prompt
+from tools import web
 from tools.label.report import agreement, alpha, report
-from tools.label.server import EVERYWHERE, Server
-from tools.label.sitting import Question, Sitting, alone, question_of
+from tools.label.sitting import Question, Sitting, question_of
 
 HELP = """t tie, b all are bad, s skip, u change the last answer, u 3 change your third answer, q quit.
 Behind a choice: ! if you are very sure, ? if you are not, # and a comment. For example: 1 ! # the other is rude"""
 WORDS = {"t": "tie", "b": "bad", "s": "skip"}
-SURE = {"": 0, "?": 1, "!": 3}
+PAGE = Path(__file__).with_name("page.html")
 
 
 @dataclass
@@ -68,26 +69,27 @@ def prepare(cfg: Config) -> tuple[list[str], Callable[[str], Question | None]]:
     names = cfg.init.split(",")
     if len(set(names)) < len(names) or cfg.samples < max(2, len(names)):
         raise InputError(f"--init {cfg.init} --samples {cfg.samples}: name each model once, and sample two or more")
-    models = [(name, *nets.load_gpt(name, dist.pick_device(cfg.device), "--init")) for name in names]
+    models = [(name, *nets.load_gpt(name, cli.pick_device(cfg.device), "--init")) for name in names]
+    _, _, encoding = models[0]
     prompts = prompt_texts(cfg.prompts)
     for prompt in prompts:
-        if isinstance(prompt, list) and (tokens := escaped(models[0][2], prompt)[1].values()):
+        if isinstance(prompt, list) and (tokens := escaped(encoding, prompt)[1].values()):
             raise InputError(f"--prompts: a message spells {min(tokens)}, a special token; leave it out")
-    prompts = list(dict.fromkeys(prompt_text(models[0][2], prompt) for prompt in prompts))[: cfg.n_prompts or None]
+    prompts = list(dict.fromkeys(prompt_text(encoding, prompt) for prompt in prompts))[: cfg.n_prompts or None]
+    what = f"prompts of {cfg.prompts} (with --response_len {cfg.response_len})"
     for _, model, encoding in models:
         lengths = [len(encode_prompt(encoding, prompt)) + cfg.response_len for prompt in prompts]
-        what = f"prompts of {cfg.prompts} (with --response_len {cfg.response_len})"
         prompts = keep_short(prompts, lengths, model.config.block_size, what)
 
     def make(prompt: str) -> Question | None:
-        answers: dict[str, tuple[Answer, str]] = {}  # text → answer, checkpoint
+        found: dict[str, tuple[Answer, str]] = {}  # text → answer, checkpoint
         for attempt, (j, (name, model, encoding)) in itertools.product(range(5), enumerate(models)):
-            n = len(range(j, cfg.samples, len(models))) - [made for _, made in answers.values()].count(name)
+            n = len(range(j, cfg.samples, len(models))) - [made for _, made in found.values()].count(name)
             if n:  # at a later attempt: because some answers were the same
                 shape = cfg.response_len, cfg.temperature, seed_of("question", cfg.seed, attempt, j, prompt)
                 for answer in sample_responses(model, encoding, [prompt], n, *shape)[0]:
-                    answers.setdefault(answer.text, (answer, name))
-        return Question(prompt, *map(list, zip(*answers.values()))) if len(answers) == cfg.samples else None
+                    found.setdefault(answer.text, (answer, name))
+        return Question(prompt, *map(list, zip(*found.values()))) if len(found) == cfg.samples else None
 
     return prompts, make
 
@@ -99,13 +101,9 @@ def label(cfg: Config) -> None:
         if not path.exists():
             raise InputError(f"--out {path}: no such file; name a file with answers")
         return print(report(read_answers(path)))
-    try:
-        instructions = Path(cfg.instructions).read_text(encoding="utf-8-sig").strip() if cfg.instructions else ""
-    except (OSError, ValueError) as error:
-        raise InputError(f"--instructions {cfg.instructions}: {error}; name a text file in UTF-8") from None
-    with alone(path):
-        kind = "chosen" if cfg.samples == 2 else "ranked"
-        if any(not is_verdict(row) and kind not in row for row in read_answers(path, repair=True)):
+    instructions = Path(cfg.instructions).read_text("utf-8-sig", "replace").strip() if cfg.instructions else ""
+    with runs.lock(path):
+        if any(len(row["checkpoint"]) != cfg.samples for row in read_answers(path, repair=True)):
             raise InputError(f"--samples {cfg.samples}: {path} compares another number of responses; use another file")
         sitting = Sitting(*prepare(cfg), path, cfg.people, cfg.seed)
         try:
@@ -123,47 +121,85 @@ def label(cfg: Config) -> None:
 
 def serve(sitting: Sitting, cfg: Config, instructions: str) -> None:
     with Server(sitting, cfg.host, cfg.port, instructions) as server:
-        elsewhere = "; on other machines, with the name of this one for localhost" if cfg.host in EVERYWHERE else ""
+        elsewhere = "; on other machines, with the name of this one for localhost" if cfg.host in web.EVERYWHERE else ""
         print(f"Open {server.address}{elsewhere}\nAnswers go to {cfg.out}. Ctrl-C stops.", flush=True)
         server.serve_forever()
 
 
-def ask_in_terminal(sitting: Sitting, annotator: str, instructions: str = "") -> None:
+class Server(web.Server):
+    """/TOKEN/ is the page. /TOKEN/next, answer, earlier and revise take and return JSON."""
+
+    def __init__(self, sitting: Sitting, host: str, port: int, instructions: str = ""):
+        super().__init__(host, port, lasting_token(sitting.out))
+        page = web.secured(PAGE.read_text(encoding="utf-8"), connect=True)
+        self.sitting, self.page = sitting, page.replace("INSTRUCTIONS", html.escape(instructions))
+
+    def respond(self, action: str, asked: Any) -> web.Reply:
+        if not action:
+            return 200, self.page, "text/html"
+        if action not in ("next", "answer", "earlier", "revise"):
+            return web.NOT_FOUND
+        name, sitting = asked["annotator"], self.sitting
+        if not isinstance(name, str) or not 0 < len(name.strip()) <= 40:
+            raise ValueError("a name has 1 to 40 characters")
+        annotator, index = name.strip(), asked.get("index")
+        given = asked.get("verdict"), asked.get("comment", ""), asked.get("sure", 0)
+        if action == "answer":
+            sitting.answer(annotator, asked["number"], *given)
+        if action == "revise":
+            sitting.revise(annotator, index, *given)
+        if action == "earlier" and index is None:
+            rows = sitting.earlier(annotator)
+            found = {"earlier": [{"prompt": row["prompt"][:200], "said": sitting.said(row)} for row in rows]}
+        else:
+            found = sitting.shown(annotator, index if action == "earlier" else None)
+        return 200, json.dumps(found), "application/json"
+
+
+def lasting_token(out: Path) -> str:
+    """Return the token kept beside the answers, so that an address that people have outlives a restart."""
+    path = Path(f"{out}.token")
+    if not path.exists() or not re.fullmatch(r"[\w-]{22}", path.read_text(errors="replace"), re.ASCII):
+        path.unlink(missing_ok=True)
+        path.touch(mode=0o600, exist_ok=False)
+        path.write_text(secrets.token_urlsafe(16))
+    return path.read_text()
+
+
+def ask_in_terminal(sitting: Sitting, annotator: str, instructions: str) -> None:
     """Read answers with input(): the positions, best first, or a word of HELP."""
     guide = visible(f"{instructions}\n\n{HELP}".strip())
     print(guide)
     index = None  # of the earlier answer that is being changed
-    while (question := sitting.next(annotator)) or index is not None:
-        shown = sitting.progress(annotator)
-        pace = f", about {shown['seconds_left'] / 60:.0f} min left" if shown["seconds_left"] else ""
-        title = f"{shown['done']} done, {shown['left']} to go{pace}"
+    while (shown := sitting.shown(annotator, index))["prompt"] is not None:
+        n = len(shown["responses"])
+        title = f"{shown['done']} done, {shown['left']} to go"
         if index is not None:
-            row = sitting.earlier_row(annotator, index)
-            question, said = question_of(row), sitting.said(row)
+            said = shown["said"]
             words = said if isinstance(said, str) else " > ".join(str(place + 1) for place in said)
             title = f"your answer {index + 1} was: {words}"
-        print(f"\n{'─' * 72}\n{title}\n\n{visible(question.prompt)}")
-        for place, i in enumerate(sitting.order(question, annotator), 1):
-            print(f"\n[{place}] {visible(question.answers[i].text)}{'' if question.answers[i].ended else ' …'}")
-        choice = "1 or 2" if len(question.answers) == 2 else "the order, best first (for example 312)"
-        typed, _, comment = input(f"\nBetter: {choice}; t, b, s, u, q, or h for help > ").partition("#")
-        typed = typed.strip().lower()
-        word = typed.rstrip("?!").strip()
-        verdict = WORDS.get(word) or [int(digit) - 1 for digit in re.findall(r"\d", word)]
-        if len(question.answers) == 2 and verdict in ([0], [1]):
-            verdict.append(1 - verdict[0])
-        given = verdict, comment.strip(), SURE.get(typed[len(word) :].strip(), 0)
+        print(f"\n{'─' * 72}\n{title}\n\n{visible(shown['prompt'])}")
+        for place, (text, cut) in enumerate(zip(shown["responses"], shown["cut"]), 1):
+            print(f"\n[{place}] {visible(text)}{' …' if cut else ''}")
+        choice = "1 or 2" if n == 2 else "the order (for example 312)"
+        typed, _, comment = input(f"\nBest: {choice}; t, b, s, u, q, or h for help > ").partition("#")
+        word = typed.lower().strip(" ?!")
+        number = "".join(re.findall(r"\d", word))
+        places = [int(digit) - 1 for digit in number]
+        if len(places) == n - 1:  # the last place is what is left
+            places += set(range(n)) - set(places)
+        given = WORDS.get(word) or places, comment.strip(), 3 if "!" in typed else 1 if "?" in typed else 0
         try:
-            if typed == "q":
+            if word == "q":
                 return
-            if typed == "h":
+            if word == "h":
                 print(guide)
-            elif back := re.fullmatch(r"u\s*(\d*)", typed):
-                wanted = int(back[1] or shown["done"]) - 1
+            elif word.startswith("u"):
+                wanted = int(number or shown["done"]) - 1
                 sitting.earlier_row(annotator, wanted)  # raises ValueError if there is none
                 index = wanted
             elif index is None:
-                sitting.answer(annotator, question.number, *given)
+                sitting.answer(annotator, shown["number"], *given)
             else:
                 sitting.revise(annotator, index, *given)
                 index = None

@@ -5,6 +5,5 @@ import sys
 from common import cli
 from tools.label import Config, label
 
-if __name__ == "__main__":
-    sys.argv[0] = "tools.label"
-    cli.run_main(lambda: label(cli.parse(Config)))
+sys.argv[0] = "tools.label"
+cli.run_main(lambda: label(cli.parse(Config)))

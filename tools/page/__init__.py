@@ -4,9 +4,8 @@
     python -m tools.page --compare out/ppo,out/hacked     side by side, in out/ppo/compare.html
     python -m tools.page out/ppo --watch                  serve the page on this machine, and follow the run
 
-The page shows what a run folder holds: options, curves, samples, the report, and of stage 3 the last rollout, token by
-token. page.js draws everything from one JSON object; page.html is the frame. Nothing in that object can become markup
-or code: `<` is escaped, the script writes text alone, and the page's own policy lets no other script run.
+page.js draws what a run folder holds from one JSON object. Nothing in that object can become markup or code: `<` is
+escaped, the script writes text alone, and the page's own policy lets no other script run.
 """
 
 import hashlib
@@ -22,113 +21,82 @@ from data.files import InputError, replacing
 from tools import web
 
 FILES = [Path(__file__).with_name(name) for name in ("page.html", "page.js", "curves.js", "tokens.js")]
-READ = ("config.json", "metrics.jsonl", "samples.txt", "report.json", "rollout.json")  # a page is made of these
-MOST_POINTS, MOST_SAMPLES, MOST_ANSWERS = 600, 40, 40  # of a curve, of samples.txt, of report.json
+MOST_POINTS, MOST_SAMPLES = 600, 40  # of a curve, of samples.txt
 
 
 @dataclass
 class Config:
     compare: str = ""  # run folders to put side by side, separated by commas; DIR, if given, comes first
-    out: str = ""  # file to write; empty: run.html, or compare.html, in the first folder
     watch: bool = False  # serve the page on this machine instead of writing it, and follow the run
     port: int = 8001  # of --watch; 0: any free port
 
 
-# A panel: its title, the unit of its y axis, and its metrics with their labels.
-SFT = [
-    ("loss", "nats a token", {"loss/train": "training", "loss/held_out": "held out"}),
-    ("gradient norm before clipping", "norm", {"grad_norm": ""}),
-    ("learning rate", "rate", {"lr": ""}),
-    ("speed", "tokens a second", {"tokens_per_s": ""}),
-]
-ACCURACY = {"accuracy": "training", "eval/accuracy": "held out", "eval/accuracy_ceiling": "ceiling"}
-REWARD = [
-    ("loss", "nats a pair", {"loss/train": "training", "eval/loss": "held out"}),
-    ("accuracy", "share of pairs", ACCURACY),
-    ("gradient norm before clipping", "norm", {"grad_norm": ""}),
-]
-SCORE = {"objective/scores": "score", "objective/rlhf_reward": "score − β KL", "eval/score": "score, held out"}
-UPDATE = {"policy/clipfrac_avg": "share of clipped tokens", "policy/approxkl_avg": "KL to before (nats a token)"}
-PPO = [
-    ("score and reward", "score", SCORE),
+# A panel: its title, the unit of its y axis, and its metrics with their labels. The page draws those that a run has.
+PANELS = [
+    ("loss", "nats", {"loss/train": "training", "loss/held_out": "held out", "eval/loss": "held out"}),
+    ("accuracy", "share", {"accuracy": "training", "eval/accuracy": "held out", "eval/accuracy_ceiling": "ceiling"}),
+    ("score", "score", {"objective/scores": "mean", "objective/rlhf_reward": "minus β KL", "eval/score": "held out"}),
     ("judge, never trained on", "judge", {"objective/judge": "rollouts", "eval/judge": "held out"}),
     ("KL to the frozen copy", "nats a response", {"objective/kl": "mean", "eval/kl": "held out"}),
-    ("score against KL", "score, early iterations pale", {}),
     ("largest KL of a response", "nats", {"objective/kl_max": ""}),
-    ("how far an update goes", "share, or nats", UPDATE),
+    ("update", "share, or nats", {"policy/clipfrac_avg": "clipped tokens", "policy/approxkl_avg": "KL a token"}),
     ("ratio of new to old policy", "mean ratio", {"val/ratio": ""}),
     ("value net", "share of variance explained", {"value/explained_variance": ""}),
-    ("gradient norms before clipping", "norm", {"policy/grad_norm": "policy", "value/grad_norm": "value net"}),
+    ("gradient norm", "unclipped", {"grad_norm": "", "policy/grad_norm": "policy", "value/grad_norm": "value net"}),
     ("entropy of the next token", "nats", {"token_entropy": ""}),
     ("length of a response", "tokens", {"response_len": ""}),
     ("ended by EOS", "share of responses", {"val/num_eos_tokens": ""}),
     ("β", "reward a nat", {"kl_coef": ""}),
+    ("learning rate", "rate", {"lr": ""}),
+    ("speed", "tokens a second", {"tokens_per_s": ""}),
 ]
 DOTS = ("eval/", "loss/held_out")  # these metrics are measured now and then, and drawn as dots
 
 
-def kind_of(lines: list[dict]) -> list[tuple]:
-    """Return the panels of the stage that wrote these metrics."""
-    names = set().union(*lines)
-    return PPO if "objective/kl" in names else REWARD if "accuracy" in names else SFT
-
-
-def values(lines: list[dict], name: str) -> list[tuple[int, float]]:
-    return [(line["step"] + 1, line[name]) for line in lines if name in line]
-
-
-def varies(lines: list[dict], name: str) -> bool:
-    return len({x for _, x in values(lines, name)}) > 1
-
-
-def panel(lines: list[dict], title: str, unit: str, metrics: dict[str, str]) -> dict:
-    """Return a panel with its points, without metrics that never change. With no metrics: the path of score and KL."""
-    series = []
-    for name, label in metrics.items():
-        if varies(lines, name):
-            kind = "dots" if name.startswith(DOTS) else "line"
-            series.append({"label": label, "kind": kind, "points": evenly(values(lines, name), MOST_POINTS)})
-    if not metrics:
-        path = [(line.get("objective/kl"), line.get("objective/scores")) for line in lines]
-        series = [{"label": "", "kind": "path", "points": evenly(path, MOST_POINTS)}]
-    return {"title": title, "unit": unit, "series": series}
+def panels(lines: list[dict]) -> list[dict]:
+    """Return the panels with their points, without metrics that never change. The last is the path of score and KL."""
+    found = []
+    for title, unit, metrics in PANELS:
+        series = []
+        for name, label in metrics.items():
+            points = [(line["step"] + 1, line[name]) for line in lines if name in line]
+            if len({y for _, y in points}) > 1:
+                kind = "dots" if name.startswith(DOTS) else "line"
+                series.append({"label": label, "kind": kind, "points": evenly(points, MOST_POINTS)})
+        found.append({"title": title, "unit": unit, "series": series})
+    path = [(line["objective/kl"], line["objective/scores"]) for line in lines if "objective/kl" in line]
+    series = [{"label": "", "kind": "path", "points": evenly(path, MOST_POINTS)}]
+    return [*found, {"title": "score against KL", "unit": "score, early iterations pale", "series": series}]
 
 
 def read_run(folder: str) -> dict[str, Any]:
-    """Return a run folder as one JSON object. What the folder does not hold is None or empty.
-
-    Raises InputError if it is no run folder, or if a file in it is damaged.
-    """
+    """Return a run folder as one JSON object. What the folder does not hold is None or empty."""
     path = Path(folder)
     lines = runs.read_metrics(path)
     if not lines:
         raise InputError(f"{folder}: no step in a metrics.jsonl there; name the folder of a run")
-    report = read_object(path / "report.json")
-    if report:
-        report["answers"] = report.get("answers", [])[:MOST_ANSWERS]
-    kind = kind_of(lines)
     return {
         "name": folder,
-        "unit": "iteration" if kind is PPO else "step",
+        "unit": "iteration" if "objective/kl" in lines[-1] else "step",
         "steps": lines[-1]["step"] + 1,
         "last": lines[-1],
         "config": read_object(path / "config.json"),
-        "panels": [panel(lines, *each) for each in kind],
+        "panels": panels(lines),
         "samples": samples(path / "samples.txt"),
-        "report": report,
+        "report": read_object(path / "report.json"),
         "rollout": read_object(path / "rollout.json"),
     }
 
 
 def read_object(path: Path) -> dict | None:
     """Return a JSON object, or None if there is no such file. NaN and Infinity become None, as JSON has neither."""
-    if not path.exists():
-        return None
     try:
         found = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda name: None)
-        if isinstance(found, dict):
-            return found
-        raise ValueError(f"a {type(found).__name__}")
+        if not isinstance(found, dict):
+            raise ValueError(f"a {type(found).__name__}")
+        return found
+    except FileNotFoundError:
+        return None
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read as a JSON object ({error}); remove the file") from None
 
@@ -162,31 +130,28 @@ def page(folders: list[str], watched: bool = False) -> str:
     return whole.replace("CONTENT", dumps(folders, watched=watched), 1)
 
 
-class Handler(web.Handler):
-    """GET /TOKEN/ is the page; GET /TOKEN/runs?VERSION is the runs as JSON, or 204 if they still have that version."""
-
-    def respond(self, action: str, query: str) -> tuple[int, str, str]:
-        folders = self.server.folders
-        try:
-            version = version_of(folders)
-            if action == "runs" and query == version:
-                return 204, "", "application/json"
-            if action == "runs":
-                return 200, dumps(folders, version=version), "application/json"
-            return web.NOT_FOUND if action else (200, page(folders, watched=True), "text/html")
-        except InputError as error:  # a run has just begun anew, or a file is damaged
-            return 503, str(error), "text/plain"
-
-
 class Server(web.Server):
+    """/TOKEN/ is the page; /TOKEN/runs?VERSION is the runs as JSON, or 204 if they still have that version."""
+
     def __init__(self, folders: list[str], port: int):
-        super().__init__(Handler, "127.0.0.1", port, secrets.token_urlsafe(16))
-        self.folders, self.address = folders, f"http://127.0.0.1:{self.server_port}/{self.token}/"
+        super().__init__("127.0.0.1", port, secrets.token_urlsafe(16))
+        self.folders = folders
+
+    def respond(self, action: str, query: str) -> web.Reply:
+        if not action:
+            return 200, page(self.folders, watched=True), "text/html"
+        if action != "runs":
+            return web.NOT_FOUND
+        version = version_of(self.folders)
+        if query == version:
+            return 204, "", "application/json"
+        return 200, dumps(self.folders, version=version), "application/json"
 
 
 def version_of(folders: list[str]) -> str:
-    """Return another text whenever a file that the page shows has changed."""
-    paths = [Path(folder) / name for folder in folders for name in READ]
+    """Return another text whenever a file that a page is made of has changed."""
+    names = ("config.json", "metrics.jsonl", "samples.txt", "report.json", "rollout.json")
+    paths = [Path(folder) / name for folder in folders for name in names]
     states = [(path.stat().st_mtime_ns, path.stat().st_size) for path in paths if path.exists()]
     return hashlib.sha256(repr(states).encode()).hexdigest()
 
@@ -198,7 +163,7 @@ def main() -> None:
         raise InputError("name a run folder, such as out/ppo")
     whole = page(folders)
     if not cfg.watch:
-        target = Path(cfg.out or Path(folders[0]) / ("compare.html" if len(folders) > 1 else "run.html"))
+        target = Path(folders[0]) / ("compare.html" if len(folders) > 1 else "run.html")
         with replacing(target) as file:
             file.write(whole)
         return print(f"{target}: open it in a browser ({len(whole) / 2**20:.1f} MiB)")

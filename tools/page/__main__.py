@@ -5,6 +5,5 @@ import sys
 from common import cli
 from tools.page import main
 
-if __name__ == "__main__":
-    sys.argv[0] = "tools.page"
-    cli.run_main(main)
+sys.argv[0] = "tools.page"
+cli.run_main(main)
