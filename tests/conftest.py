@@ -162,13 +162,10 @@ def forks() -> subprocess.Popen:
 def run(
     script: str, *options: object, cwd: Path = ROOT, processes: int = 1, page: bool = False
 ) -> subprocess.CompletedProcess:
-    """A script as a user runs it, with one process or with two under torchrun. With `page` its run writes one."""
+    """A script as a user runs it, with one process or with two as of torchrun. With `page` its run writes one."""
     argv, environment = [str(ROOT / script), *map(str, options)], os.environ | {"PYTHONPATH": str(ROOT)}
-    if processes == 2:
-        command = [sys.executable, *TORCHRUN, *([] if page else [str(ROOT / "tests" / "forks.py")]), *argv]
-        return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=900)
     with tempfile.NamedTemporaryFile() as stdout, tempfile.NamedTemporaryFile() as stderr:
-        job = {"argv": argv, "cwd": str(cwd), "env": environment, "page": page}
+        job = {"argv": argv, "cwd": str(cwd), "env": environment, "processes": processes, "page": page}
         print(json.dumps(job | {"stdout": stdout.name, "stderr": stderr.name}), file=forks().stdin, flush=True)
         code = int(forks().stdout.readline())
         return subprocess.CompletedProcess(argv, code, stdout.read().decode(), stderr.read().decode())
