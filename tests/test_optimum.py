@@ -16,8 +16,8 @@ import pytest
 import tiktoken
 import torch
 
-import common
 import ppo
+from common import cli, nets, runs
 from model import GPT, GPTConfig
 
 LETTERS, R, CAP, BATCH = "abcde", 4, -1.0, 1024
@@ -45,7 +45,7 @@ def world(folder: Path) -> Path:
         if p.dim() > 1:
             torch.nn.init.normal_(p, std=0.1)
     (folder / "start").mkdir()
-    common.save_model(policy, encoding, folder / "start" / "model.pt")
+    nets.save_model(policy, encoding, folder / "start" / "model.pt")
     (folder / "prompts.jsonl").write_text('{"prompt": "a"}\n' * BATCH)
     return folder / "start"
 
@@ -53,7 +53,7 @@ def world(folder: Path) -> Path:
 @torch.no_grad()
 def log_probabilities(folder: Path) -> np.ndarray:
     """log π (781,) in float64 of every response, ended ones first; they sum to 1."""
-    policy, _ = common.load_gpt(folder)
+    policy, _ = nets.load_gpt(folder)
     policy.double()
     total = []
     for words, end in ((ENDED, [5]), (CUT, [])):
@@ -94,11 +94,11 @@ def settle(folder: Path, beta: float, seed: int, **options: object) -> tuple[np.
         "init": folder / "start", "data": folder / "prompts.jsonl", "eval_data": folder / "prompts.jsonl", "out": out,
         "reward": f"{__file__}:score", "unended_cap": CAP, "response_len": R, "eval_prompts": 1, "device": "cpu",
         "batch_size": BATCH, "minibatch_size": 256, "iterations": 360, "epochs": 1, "lr": 5e-4, "kl_coef": beta,
-        "value_lr": 5e-4, "value_warmup": 0, "lr_warmup": 0,
+        "value_lr": 5e-4, "value_warmup": 0,
         "seed": seed,
     } | options  # fmt: skip
-    ppo.train(common.parse(ppo.Config, [str(word) for name, value in options.items() for word in (f"--{name}", value)]))
-    return log_probabilities(out), common.read_metrics(out)[-1]
+    ppo.train(cli.parse(ppo.Config, [str(word) for name, value in options.items() for word in (f"--{name}", value)]))
+    return log_probabilities(out), runs.read_metrics(out)[-1]
 
 
 RUNS = [(beta, seed) for beta in BETAS for seed in range(3)]
