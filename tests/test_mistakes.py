@@ -405,6 +405,8 @@ def test_frozen_copy_and_reward_model_end_bit_identical_to_how_they_began(folder
         assert all(torch.equal(before[name], x) for name, x in net.state_dict().items())
     started, ended = rooms.load_gpt(folders["sft"])[0], rooms.load_gpt(folders["tmp"] / "ppo")[0]
     assert not torch.equal(flat(started), flat(ended))
+    learned = torch.load(folders["tmp"] / "ppo" / "state.pt", weights_only=True)["value"]
+    assert not torch.equal(learned["head.weight"], rooms.load_scalar(folders["reward"])[0].head.weight)
 
 
 # 19
