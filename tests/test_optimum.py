@@ -101,12 +101,17 @@ def settle(folder: Path, beta: float, seed: int, **options: object) -> tuple[np.
     return log_probabilities(out), runs.read_metrics(out)[-1]
 
 
-RUNS = [(beta, seed) for beta in BETAS for seed in range(3)]
+def test_a_ninth_of_the_iterations_goes_most_of_the_way_to_the_exact_optimum(tmp_path):
+    """At a high rate and a quarter of the answers: 77% of the way to J*, total variation from 0.56 down to 0.21."""
+    start = log_probabilities(world(tmp_path))
+    best, most = optimum(start, 0.6)
+    reached, _ = settle(tmp_path, 0.6, 0, iterations=40, batch_size=256, minibatch_size=128, lr=3e-3, value_lr=3e-3)
+    before, after = objective(start, start, 0.6), objective(reached, start, 0.6)
+    assert 0.6 <= (after - before) / (most - before) <= 1 and distance(reached, best) < 0.6 * distance(start, best)
 
 
-@pytest.mark.parametrize(
-    "beta, seed", [pytest.param(*run, marks=[] if run == (0.6, 0) else pytest.mark.slow) for run in RUNS if run[1] == 0]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("beta, seed", [(beta, 0) for beta in BETAS])
 def test_ppo_reaches_the_exact_optimum_of_kl_regularised_reward(tmp_path, beta, seed):
     """98% of the way from J(π₀) to J*, at a total variation of 0.05 from π* (0.10 where it is far from the start)."""
     start = log_probabilities(world(tmp_path))
