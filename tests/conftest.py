@@ -11,6 +11,8 @@ import tempfile
 import threading
 from pathlib import Path
 
+os.environ["OMP_NUM_THREADS"] = "1"  # of every process of the tests, before torch is loaded
+
 import numpy as np
 import pytest
 import tiktoken
@@ -18,14 +20,23 @@ import torch
 
 import common
 import data
+from common import runs
 from model import GPT, GPTConfig, ScalarModel
 
+torch.set_num_threads(1)
 ROOT = Path(__file__).parent.parent
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine (apt-get install chromium)")
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
+def no_page(request, monkeypatch) -> None:
+    """A run writes no page, which takes a Python of its own seconds, but in a test that is marked `page`."""
+    if not request.node.get_closest_marker("page"):
+        monkeypatch.setattr(runs, "write_page", lambda folder: None)
+
+
+@pytest.fixture(scope="session")
 def encoding() -> tiktoken.Encoding:
     return data.learn_bpe(["ask me. yes yes no. tell me a tale of a fox. yes! no?"] * 9, 300)
 
@@ -148,15 +159,13 @@ def forks() -> subprocess.Popen:
     return subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdin=pipe, stdout=pipe, text=True)
 
 
-def run(script: str, *options: object, cwd: Path = ROOT, processes: int = 1) -> subprocess.CompletedProcess:
-    """A script as a user runs it, with one process or with two under torchrun."""
+def run(
+    script: str, *options: object, cwd: Path = ROOT, processes: int = 1, page: bool = False
+) -> subprocess.CompletedProcess:
+    """A script as a user runs it, with one process or with two as of torchrun. With `page` its run writes one."""
     argv, environment = [str(ROOT / script), *map(str, options)], os.environ | {"PYTHONPATH": str(ROOT)}
-    if processes == 2:
-        command = [sys.executable, *TORCHRUN, *argv]
-        environment["OMP_NUM_THREADS"] = "1"
-        return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=900)
     with tempfile.NamedTemporaryFile() as stdout, tempfile.NamedTemporaryFile() as stderr:
-        job = {"argv": argv, "cwd": str(cwd), "env": environment, "stdout": stdout.name, "stderr": stderr.name}
-        print(json.dumps(job), file=forks().stdin, flush=True)
+        job = {"argv": argv, "cwd": str(cwd), "env": environment, "processes": processes, "page": page}
+        print(json.dumps(job | {"stdout": stdout.name, "stderr": stderr.name}), file=forks().stdin, flush=True)
         code = int(forks().stdout.readline())
         return subprocess.CompletedProcess(argv, code, stdout.read().decode(), stderr.read().decode())

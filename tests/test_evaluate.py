@@ -1,4 +1,4 @@
-"""evaluate.py: metrics, the report and best-of-n, against plain numpy and against lists of every case."""
+"""common/measure.py and tools/evaluate.py: metrics, the report and best-of-n, against numpy and lists of every case."""
 
 import itertools
 import math
@@ -8,15 +8,16 @@ import pytest
 import torch
 
 import ppo
-from common.measure import clustered_error, expected_at_best, report, summary
+from common.measure import KL, clustered_error, paired, report, rollout_metrics, summary
 from tests.conftest import ragged
+from tools.evaluate import expected_at_best
 
 
 def test_metrics_of_an_iteration_are_numpys_over_responses_and_over_tokens():
     batch = ragged(np.random.default_rng(0), rows=9)
-    batch |= ppo.estimate(batch, 0.1, -1.0, ppo.Config())
+    batch |= ppo.estimate(batch, 0.1, ppo.Config())
     batch["entropy"] = batch["values"].abs()
-    got = ppo.rollout_metrics(batch, [], 0.1)
+    got = rollout_metrics(batch, [], 0.1)
     mask = batch["mask"].numpy()
     logp, ref, values, returns = (batch[name].numpy() for name in ("logp", "ref_logp", "values", "returns"))
     kl = ((logp - ref) * mask).sum(1)
@@ -34,18 +35,18 @@ def test_metrics_of_an_iteration_are_numpys_over_responses_and_over_tokens():
     for name, x in expected.items():
         assert got[name] == pytest.approx(x, rel=1e-5), name
     batch["score"] = torch.ones_like(batch["score"])
-    assert ppo.rollout_metrics(batch, [], 0.1)["score_length_correlation"] == 0  # not 0 / 0
+    assert rollout_metrics(batch, [], 0.1)["score_length_correlation"] == 0  # not 0 / 0
 
 
 def table(**columns):
-    return columns | {"texts": [("p", "r")] * len(next(iter(columns.values())))}
+    return columns | {"rows": [{"prompt": "p", "response": "r"}] * len(next(iter(columns.values())))}
 
 
 def test_a_change_on_the_same_prompts_carries_the_paired_error():
     rng = np.random.default_rng(0)
     before = rng.normal(size=50)
     after = before + 1 + 0.1 * rng.normal(size=50)  # the prompts differ much more than the change does
-    text = report(table(score=before.tolist()), table(score=after.tolist()), {})
+    text = report(paired(table(score=before.tolist()), table(score=after.tolist()), {}))
     row = next(line for line in text.splitlines() if line.startswith("score"))
     cells = [(x.mean(), x.std(ddof=1) / 50**0.5) for x in (before, after, after - before)]
     assert [float(word) for word in row.split() if word not in ("score", "±")] == pytest.approx(
@@ -55,7 +56,7 @@ def test_a_change_on_the_same_prompts_carries_the_paired_error():
 
 
 def test_a_win_rate_counts_ties_half_and_carries_its_error():
-    text = report(table(score=[0.0] * 4 + [1.0] * 4), table(score=[1.0] * 4 + [1.0] * 3 + [0.0]), {})
+    text = report(paired(table(score=[0.0] * 4 + [1.0] * 4), table(score=[1.0] * 4 + [1.0] * 3 + [0.0]), {}))
     row = next(line for line in text.splitlines() if line.startswith("win rate"))
     wins = np.array([1] * 4 + [0.5] * 3 + [0])
     assert f"{wins.mean():.3f} ± {wins.std(ddof=1) / 8**0.5:.3f}" in row
@@ -73,7 +74,7 @@ def test_best_of_n_is_the_mean_over_all_choices_of_n_answers(n):
 
 
 def test_the_best_policy_is_that_of_the_judge_or_without_one_of_score_less_beta_kl():
-    columns = table(**{"my.py:judge": [0.2, 0.4], "score": [1.0, 3.0], "KL to the start (nats)": [4.0, 6.0]})
+    columns = table(**{"my.py:judge": [0.2, 0.4], "score": [1.0, 3.0], KL: [4.0, 6.0]})
     assert summary(columns, {"my.py:judge": len}, 0.1)[1] == pytest.approx(0.3)
     assert summary(columns, {}, 0.1)[1] == pytest.approx(2 - 0.5)
 

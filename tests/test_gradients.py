@@ -6,8 +6,8 @@ import copy
 import pytest
 import torch
 
-import common
 import ppo
+from common import nets
 from model import ScalarModel
 from tests.conftest import FAMILIES, flat, make_gpt, run
 
@@ -17,12 +17,12 @@ PROMPTS = [[1], [2, 3, 4, 5], [6, 7], [8, 9, 10], [11], [12, 13], [14, 15, 16], 
 
 def prepared(cfg):
     """Policy, value net, and a batch of answers as `update` takes it, from a policy that has moved off its start."""
-    policy, ref = make_gpt(), common.freeze(make_gpt(seed=3), OFF)
+    policy, ref = make_gpt(), nets.freeze(make_gpt(seed=3), OFF)
     torch.manual_seed(1)
     value, scorer = ScalarModel(copy.deepcopy(policy)).eval(), ScalarModel(copy.deepcopy(ref)).eval()
     batch = ppo.rollout(policy, PROMPTS, cfg, torch.Generator().manual_seed(0))
-    batch |= ppo.read(batch, policy, ref, value, ppo.scorer(scorer, None, 60), cfg)
-    return policy, value, batch | ppo.estimate(batch, 0.1, -1.0, cfg)
+    batch |= ppo.read(batch, policy, ref, value, ppo.scorer(scorer, None, 60, cfg), cfg)
+    return policy, value, batch | ppo.estimate(batch, 0.1, cfg)
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 3, 5])
@@ -33,7 +33,7 @@ def test_gradients_of_micro_batches_of_any_size_equal_the_whole_batchs(micro_bat
         policy, value, batch = prepared(cfg)
         before = [flat(policy), flat(value)]
         optimizers = [torch.optim.SGD(net.parameters(), lr=1.0) for net in (policy, value)]
-        ppo.update(policy, value, *optimizers, batch, 1.0, cfg, OFF, seed=0)
+        ppo.update(policy, value, *optimizers, batch, 1.0, 1.0, cfg, OFF, seed=0)
         steps.append([flat(net) - start for net, start in zip((policy, value), before)])
     for one, other in zip(*steps):
         assert (one - other).norm() <= 1e-6 * one.norm()
@@ -43,25 +43,28 @@ TWO = """
 import copy
 import sys
 import torch
-import common, ppo
+import ppo
+from common import cli, measure, nets
+from common.dist import RANK, WORLD
 from tests.conftest import flat
 from tests.test_gradients import OFF, prepared
 
-common.setup(ppo.Config(device="cpu"))
+cli.setup(ppo.Config(device="cpu"))
 cfg = ppo.Config(response_len=16, minibatch_size=8, epochs=2)
 policy, value, batch = prepared(cfg)
-mine = {name: x[common.RANK :: common.WORLD] for name, x in batch.items() if name not in ("advantages", "returns")}
-mine |= ppo.estimate(mine, 0.1, -1.0, cfg)
-metrics = ppo.rollout_metrics(mine, [], 0.1)
+mine = {name: x[RANK::WORLD] for name, x in batch.items() if name not in ("advantages", "returns")}
+mine |= ppo.estimate(mine, 0.1, cfg)
+metrics = measure.rollout_metrics(mine, [], 0.1)
 sums = []
 sgd = lambda net: torch.optim.SGD(net.parameters(), lr=0.01)
-adam = lambda net: common.adamw(net, 0.01, 0.0, eps=1e-5)
+adam = lambda net: nets.adamw(net, 0.01, 0.0, eps=1e-5)
 for kind in (sgd, adam):
-    nets = copy.deepcopy(policy), copy.deepcopy(value)
-    optimizers = [kind(net) for net in nets]
-    metrics |= {f"{k} {len(sums)}": x for k, x in ppo.update(*nets, *optimizers, mine, 0.01, cfg, OFF, 0).items()}
-    sums += [flat(net) for net in nets]
-if common.RANK == 0:
+    moved = copy.deepcopy(policy), copy.deepcopy(value)
+    optimizers = [kind(net) for net in moved]
+    found = ppo.update(*moved, *optimizers, mine, 0.01, 0.01, cfg, OFF, 0)
+    metrics |= {f"{name} {len(sums)}": x for name, x in found.items()}
+    sums += [flat(net) for net in moved]
+if RANK == 0:
     torch.save({"steps": sums, "start": [flat(policy), flat(value)], "metrics": metrics}, sys.argv[1])
 torch.distributed.is_initialized() and torch.distributed.destroy_process_group()
 """
@@ -135,13 +138,13 @@ def test_an_update_never_waits_for_the_device_to_tell_a_number(monkeypatch):
     cfg = ppo.Config(response_len=16, minibatch_size=4, micro_batch_size=3, epochs=2)
     policy, value, batch = prepared(cfg)
     meta = {name: x if name in ("prompt_len", "length") else x.to("meta") for name, x in batch.items()}
-    steps, step = [], common.step_optimizer
+    steps, step = [], nets.step_optimizer
     optimizers = [torch.optim.SGD(net.to("meta").parameters(), lr=1.0) for net in (policy, value)]
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: False)  # autocast does not know the meta device
     monkeypatch.setattr(torch, "autocast", lambda kind, enabled: contextlib.nullcontext())
-    monkeypatch.setattr(common, "step_optimizer", lambda *given: steps.append(norm := step(*given)) or norm)
+    monkeypatch.setattr(nets, "step_optimizer", lambda *given: steps.append(norm := step(*given)) or norm)
     with pytest.raises(RuntimeError, match="meta"):  # the metrics, once all is done
-        ppo.update(policy, value, *optimizers, meta, 1.0, cfg, OFF, seed=0)
+        ppo.update(policy, value, *optimizers, meta, 1.0, 1.0, cfg, OFF, seed=0)
     assert len(steps) == 2 * 2 * 2  # nets, minibatches, epochs
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-import common
+from common import runs
 from experiments.harness import GRAMMAR, JUDGE, KL, closing_table, number
 from tests.conftest import run
 
@@ -38,7 +38,7 @@ def test_the_judge_rises_calmly_at_a_small_kl_and_without_the_kl_term_the_score_
     rows = table(stage(folder, "ppo.py"))
     before, after = rows[JUDGE]
     assert after >= 0.95
-    for line in common.read_metrics(folder / "out" / "ppo"):  # and the road there is calm
+    for line in runs.read_metrics(folder / "out" / "ppo"):  # and the road there is calm
         assert line["objective/kl"] <= 6 and 0.97 <= line["val/ratio"] <= 1.03
         assert line["objective/judge"] >= before - 0.12  # three standard errors of 64 answers
     assert rows["ended by EOS"][1] >= 0.97 and rows[GRAMMAR][1] >= 0.95

@@ -16,8 +16,8 @@ import pytest
 import tiktoken
 import torch
 
-import common
 import ppo
+from common import cli, nets, runs
 from model import GPT, GPTConfig
 
 LETTERS, R, CAP, BATCH = "abcde", 4, -1.0, 1024
@@ -45,7 +45,7 @@ def world(folder: Path) -> Path:
         if p.dim() > 1:
             torch.nn.init.normal_(p, std=0.1)
     (folder / "start").mkdir()
-    common.save_model(policy, encoding, folder / "start" / "model.pt")
+    nets.save_model(policy, encoding, folder / "start" / "model.pt")
     (folder / "prompts.jsonl").write_text('{"prompt": "a"}\n' * BATCH)
     return folder / "start"
 
@@ -53,7 +53,7 @@ def world(folder: Path) -> Path:
 @torch.no_grad()
 def log_probabilities(folder: Path) -> np.ndarray:
     """log π (781,) in float64 of every response, ended ones first; they sum to 1."""
-    policy, _ = common.load_gpt(folder)
+    policy, _ = nets.load_gpt(folder)
     policy.double()
     total = []
     for words, end in ((ENDED, [5]), (CUT, [])):
@@ -94,19 +94,24 @@ def settle(folder: Path, beta: float, seed: int, **options: object) -> tuple[np.
         "init": folder / "start", "data": folder / "prompts.jsonl", "eval_data": folder / "prompts.jsonl", "out": out,
         "reward": f"{__file__}:score", "unended_cap": CAP, "response_len": R, "eval_prompts": 1, "device": "cpu",
         "batch_size": BATCH, "minibatch_size": 256, "iterations": 360, "epochs": 1, "lr": 5e-4, "kl_coef": beta,
-        "value_lr": 5e-4, "value_warmup": 0, "lr_warmup": 0,
+        "value_lr": 5e-4, "value_warmup": 0,
         "seed": seed,
     } | options  # fmt: skip
-    ppo.train(common.parse(ppo.Config, [str(word) for name, value in options.items() for word in (f"--{name}", value)]))
-    return log_probabilities(out), common.read_metrics(out)[-1]
+    ppo.train(cli.parse(ppo.Config, [str(word) for name, value in options.items() for word in (f"--{name}", value)]))
+    return log_probabilities(out), runs.read_metrics(out)[-1]
 
 
-RUNS = [(beta, seed) for beta in BETAS for seed in range(3)]
+def test_a_ninth_of_the_iterations_goes_most_of_the_way_to_the_exact_optimum(tmp_path):
+    """At a high rate and a quarter of the answers: 77% of the way to J*, total variation from 0.56 down to 0.21."""
+    start = log_probabilities(world(tmp_path))
+    best, most = optimum(start, 0.6)
+    reached, _ = settle(tmp_path, 0.6, 0, iterations=40, batch_size=256, minibatch_size=128, lr=3e-3, value_lr=3e-3)
+    before, after = objective(start, start, 0.6), objective(reached, start, 0.6)
+    assert 0.6 <= (after - before) / (most - before) <= 1 and distance(reached, best) < 0.6 * distance(start, best)
 
 
-@pytest.mark.parametrize(
-    "beta, seed", [pytest.param(*run, marks=[] if run == (0.6, 0) else pytest.mark.slow) for run in RUNS if run[1] == 0]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("beta, seed", [(beta, 0) for beta in BETAS])
 def test_ppo_reaches_the_exact_optimum_of_kl_regularised_reward(tmp_path, beta, seed):
     """98% of the way from J(π₀) to J*, at a total variation of 0.05 from π* (0.10 where it is far from the start)."""
     start = log_probabilities(world(tmp_path))

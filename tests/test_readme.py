@@ -20,7 +20,7 @@ def test_the_three_tokens_of_the_kl_term_are_charged_as_readme_says():
     mask, zero = torch.ones(1, 3, dtype=torch.bool), torch.zeros(1, 3)
     batch = {"logp": logp, "ref_logp": ref_logp, "values": zero, "mask": mask}
     batch |= {"score": torch.tensor([1.2]), "ended": torch.tensor([True])}
-    rewards = ppo.estimate(batch, 0.05, -1.0, ppo.Config())["rewards"][0]
+    rewards = ppo.estimate(batch, 0.05, ppo.Config())["rewards"][0]
     numbers = [[float(x.replace("−", "-")) for x in (row[3], row[4].split("= ")[-1])] for row in rows]
     for (log_ratio, reward), mine, theirs, paid in zip(numbers, logp[0], ref_logp[0], rewards):
         assert (mine - theirs).item() == pytest.approx(log_ratio, abs=6e-4)
@@ -38,7 +38,11 @@ def test_every_file_that_a_page_links_to_is_there(page):
 
 def test_every_option_that_a_page_names_is_one():
     known = set()
-    for path in (path for place in ("", "data/**/", "experiments/", "tests/") for path in ROOT.glob(f"{place}*.py")):
+    for path in (
+        path
+        for place in ("", "common/", "data/", "tools/**/", "experiments/", "tests/")
+        for path in ROOT.glob(f"{place}*.py")
+    ):
         source = path.read_text()
         known |= set(re.findall(r"^    (\w+): .* = .*#", source, re.MULTILINE))
         known |= set(re.findall(r'add_argument\(\s*"--(\w+)"', source))

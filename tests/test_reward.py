@@ -9,9 +9,10 @@ import re
 import pytest
 import torch
 
-import common
 import data
 import reward
+from common import measure
+from common import nets as rooms
 from model import ScalarModel
 from tests.conftest import run, write
 
@@ -26,8 +27,8 @@ def test_the_loss_is_minus_log_sigmoid_of_the_margin_averaged_over_a_prompts_pai
     ]
     groups = data.comparisons(write(tmp_path / "r.jsonl", rows), encoding, gpt.config.eos)
     model = ScalarModel(gpt).eval()
-    scores, winner, loser = reward.score_groups(model, groups, CPU)
-    got = reward.pairwise_loss(scores[winner] - scores[loser], groups).item()
+    _, margin = reward.score_groups(model, groups, CPU)
+    got = reward.pairwise_loss(margin, groups).item()
     expected = 0.0
     for group in groups:
         alone = [model.scores(torch.tensor([r.tokens]), torch.tensor([len(r.tokens)])).item() for r in group.rows]
@@ -47,8 +48,8 @@ def test_a_ranked_list_gives_the_gradient_of_its_pairs_each_of_weight_one_over_t
     model = ScalarModel(gpt).eval()
 
     def gradient(groups):
-        scores, winner, loser = reward.score_groups(model, groups, CPU)
-        loss = reward.pairwise_loss(scores[winner] - scores[loser], groups) / len(groups)
+        scores, margin = reward.score_groups(model, groups, CPU)
+        loss = reward.pairwise_loss(margin, groups) / len(groups)
         model.zero_grad()
         loss.backward()
         return len(scores), loss.item(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
@@ -83,7 +84,7 @@ def test_a_reward_model_learns_a_preference_and_reports_it(folders):
     assert done.returncode == 0, done.stderr
     last = json.loads((tmp / "rm" / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["eval/accuracy"] == 1.0 and "held-out accuracy 1.000" in done.stdout
-    model, encoding = common.load_scalar(tmp / "rm")
+    model, encoding = rooms.load_scalar(tmp / "rm")
     good, bad = (data.encode_row(encoding, model.config.eos, "ask me me me.", text) for text in (" yes.", " no."))
     tokens, _, length = data.pad([good, bad])
     first, second = model.scores(tokens, length).tolist()
@@ -109,11 +110,11 @@ def test_calibration_sets_predicted_against_observed_win_rates(gpt, encoding, tm
     groups = data.comparisons(write(tmp_path / "c.jsonl", rows), encoding, gpt.config.eos)
     model = ScalarModel(copy.deepcopy(gpt)).eval()
     model.head.weight.data.zero_()  # knows nothing: predicts 1/2 everywhere, and half of the turned pairs are won
-    metrics, table = reward.evaluate(model, groups, reward.Config(), CPU, OFF)
+    margin = measure.margins(groups, reward.read_scores(model, groups, 7, CPU, OFF))
+    metrics, table = measure.agreement(groups, margin)
     assert table == [(0.5, 0.6, 40, 0.5, 0.5)] and metrics["eval/accuracy"] == 0.5
-    assert metrics["eval/accuracy_ceiling"] == pytest.approx(0.75) and metrics["eval/loss"] == pytest.approx(
-        math.log(2)
-    )
+    assert metrics["eval/accuracy_ceiling"] == pytest.approx(0.75) and not margin.any()
+    assert reward.pairwise_loss(margin, groups).item() / 40 == pytest.approx(math.log(2))
 
 
 def test_a_reward_model_is_measured_on_a_file_with_subsets(folders):
@@ -126,9 +127,9 @@ def test_a_reward_model_is_measured_on_a_file_with_subsets(folders):
         if a != b
     ]
     write(tmp / "bench.jsonl", rows)
-    done = run("reward.py", "--evaluate", folders["reward"], "--data", tmp / "bench.jsonl")
+    done = run("tools/evaluate.py", folders["reward"], "--data", tmp / "bench.jsonl")
     assert done.returncode == 0, done.stderr
-    model, encoding = common.load_scalar(folders["reward"])
+    model, encoding = rooms.load_scalar(folders["reward"])
     eos = model.config.eos
 
     def score(prompt, response):
@@ -147,6 +148,6 @@ def test_a_reward_model_is_measured_on_a_file_with_subsets(folders):
     assert f"held-out accuracy {sum(map(sum, right.values())) / len(rows):.3f}" in done.stdout
     assert f"wins {100 * longer_wins / longer:.1f}% of the pairs by the labels" in done.stdout
     assert f"{100 * longer_scores / longer:.1f}% by the scores" in done.stdout
-    few = run("reward.py", "--evaluate", folders["reward"], "--data", tmp / "bench.jsonl", "--n_prompts", 3)
+    few = run("tools/evaluate.py", folders["reward"], "--data", tmp / "bench.jsonl", "--n_prompts", 3)
     assert f"{tmp / 'bench.jsonl'}: 3 prompts" in few.stdout, few.stderr
     assert sorted(path.name for path in folders["reward"].iterdir()) == ["model.pt"]

@@ -7,12 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-import common
 import data
 import ppo
 import reward
-from common import compare as label
-from model import sample
+from common import cli, compare, measure, nets, runs
+from model import ScalarModel, sample
 from tests.conftest import make_gpt, write
 
 
@@ -67,10 +66,17 @@ def test_what_top_k_and_top_p_keep_is_drawn_in_the_softmaxs_proportions():
 def test_the_means_of_k1_and_k3_are_the_enumerated_kl():
     """k1 = log π/π₀ is what stage 3 charges, k3 = π₀/π − 1 + log π/π₀ the other unbiased estimate (Schulman 2020)."""
     policy, ref = (make_gpt(seed, vocab_size=5, eos=4, block_size=4) for seed in (0, 1))
-    cfg, n = ppo.Config(response_len=3), 40_000
+    cfg, n = ppo.Config(response_len=3, minibatch_size=10_000), 40_000
     with torch.no_grad():
         batch = ppo.rollout(policy, [[0]] * n, cfg, torch.Generator().manual_seed(0))
-        batch |= ppo.read(batch, policy, ref, None, lambda part: part["length"].float(), cfg)
+        batch |= ppo.read(
+            batch,
+            policy,
+            ref,
+            ScalarModel(make_gpt(2, vocab_size=5, eos=4, block_size=4)),
+            lambda part: part["length"].float(),
+            cfg,
+        )
         responses = [list(w) + [4] * (len(w) < 3) for r in range(4) for w in itertools.product(range(4), repeat=r)]
         rows = [data.Row([0, *response], 1) for response in responses]
         logp, ref_logp = (net.logprobs(*data.pad(rows)).double().sum(1) for net in (policy, ref))
@@ -80,7 +86,7 @@ def test_the_means_of_k1_and_k3_are_the_enumerated_kl():
     k3 = (-k1).exp() - 1 + k1
     for estimate in (k1, k3):
         assert abs(estimate.mean().item() - exact) < 4 * estimate.std().item() / math.sqrt(n)
-    assert ppo.rollout_metrics(batch | {"final_score": batch["score"]}, [], 0.1)["objective/kl"] == pytest.approx(
+    assert measure.rollout_metrics(batch | {"final_score": batch["score"]}, [], 0.1)["objective/kl"] == pytest.approx(
         k1.mean().item(), rel=1e-4
     )
 
@@ -89,7 +95,9 @@ def test_the_means_of_k1_and_k3_are_the_enumerated_kl():
 def test_labels_drawn_at_a_temperature_give_its_win_rates(temperature):
     n, better = 20_000, 0.2
     answers = [[("aaa", True), ("a", True)]] * n
-    rows = label.simulate(["p"] * n, answers, lambda prompt, text: len(text) / 10, temperature, seed=0)
+    rows = compare.simulate(
+        ["p"] * n, answers, lambda rows: [len(row["response"]) / 10 for row in rows], temperature, seed=0
+    )
     expected = 1 / (1 + math.exp(-better / temperature))  # Bradley and Terry 1952
     share = np.mean([row["chosen"] == "aaa" for row in rows])
     assert abs(share - expected) < 4 * math.sqrt(expected * (1 - expected) / n)
@@ -104,15 +112,15 @@ def test_a_reward_model_trained_on_noisy_labels_recovers_the_judges_ordering(fol
     texts, rng = list(worth), np.random.default_rng(0)
     prompts = [f"{a} {b} {c}." for a, b, c in itertools.product(["ask", "tell", "me", "yes", "no", "fox"], repeat=3)]
     answers = [[(texts[i], True) for i in rng.permutation(12)[:6]] for _ in prompts]
-    rows = label.simulate(prompts, answers, lambda prompt, text: worth[text], 0.2, seed=0)
+    rows = compare.simulate(prompts, answers, lambda rows: [worth[row["response"]] for row in rows], 0.2, seed=0)
     options = ["--data", write(folders["tmp"] / "noisy.jsonl", rows), "--init", folders["sft"], "--response_len", 8]
     options += ["--out", folders["tmp"] / "rm", "--lr", 2e-3, "--batch_size", 2, "--n_prompts", 216]
-    reward.train(common.parse(reward.Config, [str(option) for option in options]))
-    model, _ = common.load_scalar(folders["tmp"] / "rm")
+    reward.train(cli.parse(reward.Config, [str(option) for option in options]))
+    model, _ = nets.load_scalar(folders["tmp"] / "rm")
     tokens, _, length = data.pad([data.encode_row(encoding, model.config.eos, "ask fox me.", text) for text in texts])
     with torch.no_grad():
         scores = model.scores(tokens, length).numpy()
     ranks = [np.argsort(np.argsort(x)) for x in (scores, np.array(list(worth.values())))]
     assert np.corrcoef(*ranks)[0, 1] > 0.95  # Spearman's
-    last = common.read_metrics(folders["tmp"] / "rm")[-1]
+    last = runs.read_metrics(folders["tmp"] / "rm")[-1]
     assert last["eval/accuracy"] > last["eval/accuracy_ceiling"] - 0.05
