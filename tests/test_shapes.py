@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-import common
 import data
+from common import nets, runs
 from data import InputError
 from tests.conftest import make_gpt, run, write
 from tools.get import hh
@@ -84,7 +84,7 @@ def test_parquet_is_read_as_jsonl_is(folders, encoding):
 def test_a_public_set_in_miniature_goes_through_all_three_stages(folders, encoding, shape, monkeypatch):
     tmp = folders["tmp"]
     policy = make_gpt(vocab_size=encoding.n_vocab, eos=encoding.eot_token, block_size=160)
-    common.save_model(policy, encoding, folders["sft"] / "model.pt")
+    nets.save_model(policy, encoding, folders["sft"] / "model.pt")
     make, name = SHAPES[shape]
     rows = [make(i, question) for i, question in enumerate(QUESTIONS)]
     write(tmp / "pairs.jsonl", rows)
@@ -95,18 +95,18 @@ def test_a_public_set_in_miniature_goes_through_all_three_stages(folders, encodi
     else:
         tuned = write(tmp / "messages.jsonl", [{"messages": row["messages"]} for row in rows])
         prompts = tmp / "messages.jsonl"
-    start = ["--init", folders["sft"], "--epochs", 1, "--evals", 1, "--lr", 1e-3, "--drop_long"]
+    start = ["--init", folders["sft"], "--epochs", 1, "--evals", 1, "--lr", 1e-3]
     for script, options in {
         "sft.py": ["--data", tuned, *start, "--out", "out/sft"],
-        "reward.py": ["--data", "pairs.jsonl", "--response_len", 4, "--drop_long"],
+        "reward.py": ["--data", "pairs.jsonl", "--response_len", 4],
         "ppo.py": ["--data", prompts, "--iterations", 1, "--batch_size", 8, "--minibatch_size", 8, "--response_len", 4]
-        + ["--eval_prompts", 4, "--drop_long"],
+        + ["--eval_prompts", 4],
     }.items():
         done = run(script, *options, cwd=tmp)
         assert done.returncode == 0, done.stderr
         if script == "reward.py":
             assert f"pairs.jsonl: {name}, 125 rows" in done.stdout
-    assert len(common.read_metrics(tmp / "out" / "ppo")) == 1
+    assert len(runs.read_metrics(tmp / "out" / "ppo")) == 1
 
 
 @pytest.mark.parametrize("row, words", [
