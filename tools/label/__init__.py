@@ -20,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import dist, nets
+from common import cli, nets
 from common.compare import sample_responses
 from data.chat import escaped, prompt_text
 from data.files import InputError, is_verdict
@@ -68,7 +68,7 @@ def prepare(cfg: Config) -> tuple[list[str], Callable[[str], Question | None]]:
     names = cfg.init.split(",")
     if len(set(names)) < len(names) or cfg.samples < max(2, len(names)):
         raise InputError(f"--init {cfg.init} --samples {cfg.samples}: name each model once, and sample two or more")
-    models = [(name, *nets.load_gpt(name, dist.pick_device(cfg.device), "--init")) for name in names]
+    models = [(name, *nets.load_gpt(name, cli.pick_device(cfg.device), "--init")) for name in names]
     prompts = prompt_texts(cfg.prompts)
     for prompt in prompts:
         if isinstance(prompt, list) and (tokens := escaped(models[0][2], prompt)[1].values()):
