@@ -8,6 +8,7 @@ import data
 from common import nets, runs
 from data import InputError
 from tests.conftest import make_gpt, run, write
+from tools import label
 from tools.get import hh
 
 WORDS = ["fox", "tale", "yes", "no", "me"]
@@ -123,13 +124,11 @@ def test_a_damaged_conversation_is_named(encoding, tmp_path, row, words):
 def test_people_may_compare_answers_to_conversations_but_none_that_spells_a_special_token(folders):
     tmp = folders["tmp"]
     rows = [{"messages": [said("user", question)]} for question in QUESTIONS[:6]]
-    options = ["--init", folders["sft"], "--prompts", tmp / "m.jsonl", "--response_len", 6, "--out", tmp / "l.jsonl"]
-    (tmp / "judge.py").write_text("def judge(prompt, response):\n    assert 'Human: tell' in prompt\n    return 1.0\n")
+    cfg = label.Config(init=str(folders["sft"]), prompts=str(tmp / "m.jsonl"), response_len=6, device="cpu")
     write(tmp / "m.jsonl", rows)
-    done = run("tools/label/__main__.py", *options, "--judge", f"{tmp}/judge.py:judge")
-    assert done.returncode == 0, done.stderr
+    prompts, make = label.prepare(cfg)
+    assert prompts[0] == f"\n\nHuman: {QUESTIONS[0]}\n\nAssistant:" and make(prompts[0]).prompt == prompts[0]
     rows[2]["messages"][0]["content"] += data.EOS_TEXT
     write(tmp / "m.jsonl", rows)
-    (tmp / "l.jsonl").unlink()
-    done = run("tools/label/__main__.py", *options, "--judge", f"{tmp}/judge.py:judge")
-    assert done.returncode == 2 and "a message spells <|endoftext|>, a special token" in done.stderr
+    with pytest.raises(InputError, match=r"a message spells <\|endoftext\|>, a special token"):
+        label.prepare(cfg)
