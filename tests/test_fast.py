@@ -172,7 +172,7 @@ def test_log_probabilities_refuse_a_second_derivative(monkeypatch):
 
 
 def refuses_a_second_derivative(y, x):
-    (gradient,) = torch.autograd.grad(y, x, create_graph=True)
+    (gradient,) = torch.autograd.grad(y.square(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
 
@@ -287,7 +287,7 @@ def test_decoding_in_shapes_that_do_not_change_draws_the_same_tokens(family, how
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="torch.compile needs a C++ compiler")
-@pytest.mark.parametrize("shape", [{}, {"n_inner": 2**15}, FAMILIES["llama"]])  # 2**20 weights go through oneDNN
+@pytest.mark.parametrize("shape", [{"n_inner": 2**15}, FAMILIES["llama"]])  # 2**20 weights go through oneDNN
 def test_compiled_blocks_compute_what_plain_ones_do(shape):
     plain, compiled = make_gpt(**shape), make_gpt(**shape)
     fast.compile_blocks(compiled)
