@@ -181,9 +181,11 @@ def test_a_signal_before_the_first_step_ends_a_run_with_a_sentence(capsys):
 
 
 @pytest.mark.slow
-def test_a_process_that_dies_ends_the_others_and_the_run_can_go_on(folders):
+def test_a_process_that_dies_ends_the_others_and_the_run_can_go_on(folders, monkeypatch):
+    monkeypatch.chdir(folders["tmp"])
     process = started(folders, "ppo.py", *LONG["ppo.py"], processes=2)
     listing = subprocess.run(["pgrep", "-f", "out/x"], capture_output=True, text=True).stdout.split()
+    listing = [pid for pid in listing if os.path.realpath(f"/proc/{pid}/cwd") == os.getcwd()]
     ranks = {pid: open(f"/proc/{pid}/environ").read() for pid in listing if pid != str(process.pid)}
     (second,) = [pid for pid, environment in ranks.items() if "\0RANK=1\0" in environment]
     began = time.time()
@@ -194,7 +196,6 @@ def test_a_process_that_dies_ends_the_others_and_the_run_can_go_on(folders):
     step = torch.load(folders["tmp"] / "out/x/state.pt", weights_only=True)["step"]
     given = options(folders, "ppo.py", iterations=400)
     cfg = cli.parse(ppo.Config, [*given, "--out", "out/x", "--resume"])
-    os.chdir(folders["tmp"])
     with pytest.raises(InputError, match="made by 2 processes; start as many"):
         ppo.train(cfg)
     process = started(folders, "ppo.py", *LONG["ppo.py"], "--resume", processes=2, steps=step + 5)
