@@ -320,7 +320,7 @@ def static_decode(model: nn.Module, prompts: list[list[int]], uniform: Tensor, c
     place, start = torch.arange(P + N, device=device), prompt_len.to(device)
     in_gap = ((place >= start[:, None]) & (place < P))[:, None, None]  # (B, 1, 1, P + N)
     fresh = {
-        "start": start, "uniform": uniform, "t": torch.ones(1, dtype=torch.long, device=device),
+        "place": place, "start": start, "uniform": uniform, "t": torch.ones(1, dtype=torch.long, device=device),
         "ends": torch.tensor(config.ends).to(device), "done": torch.zeros(B, dtype=torch.bool, device=device),
         "new": torch.full((N, B), config.eos, device=device), "n_new": torch.zeros_like(start),
         "gap": torch.zeros(in_gap.shape, device=device, dtype=weight.dtype).masked_fill(in_gap, -math.inf),

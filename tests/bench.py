@@ -3,6 +3,7 @@
     python -m tests.bench                                         training, generation, a PPO iteration, on 2 shapes
     python -m tests.bench --vs transformers,trl                   interleaved with what is installed of them
     NANOGPT_DIR=… python -m tests.bench --vs nanogpt              nanoGPT's model.py from that folder
+    python -m tests.bench --vs plainrlhf:plain                    without fast.py; plainrlhf:plain-draw: without a part
     python -m tests.bench --shapes gpt2 --what generate,ppo       GPT-2's 124M
     python -m tests.bench --shapes gpt2 --what checkpoint         what --checkpoint_activations saves and costs
     python -m tests.bench --what memory                           how much memory each stage takes, computed
@@ -26,7 +27,7 @@ import sys
 
 import torch
 
-import common
+from common import cli
 from tests import contenders, growth, memory, report
 from tests.contenders import OURS, RIVALS
 from tests.measure import alone, command, print_one
@@ -74,11 +75,12 @@ def rivals_of(what: str, wanted: list[str], device: torch.device) -> list[str]:
     """Who contends with us: on a CPU each rival as it comes and with its memory kept, the plain loop always."""
     if what == "checkpoint":
         return [f"{OURS}:checkpoint_activations"]
+    variants = [each for each in wanted if each.startswith(OURS)]
     named = [rival for rival in RIVALS[what] if rival in wanted]
     if device.type != "cpu":
-        return named + ["floor"] * (what == "generate")
+        return variants + named + ["floor"] * (what == "generate")
     kept = [f"{rival}{variant}" for rival in named for variant in ("", ":kept")]
-    return kept + ["floor:kept"] * (what == "generate")
+    return variants + kept + ["floor:kept"] * (what == "generate")
 
 
 def result_table(lines: list[dict]) -> str:
@@ -118,7 +120,9 @@ def main(argv: list[str] | None = None) -> None:
     works = ", ".join(SIZES)
     parser.add_argument("--what", default="train,generate,ppo", help=f"of {works}, growth, profile, memory")
     parser.add_argument("--shapes", default="small,wide", help=f"of {', '.join(SHAPES)}")
-    parser.add_argument("--vs", default="", help="of transformers, trl, nanogpt")
+    parser.add_argument(
+        "--vs", default="", help="of transformers, trl, nanogpt, plainrlhf:plain, plainrlhf:plain-attend …"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--plot", default="", help="an SVG to draw growth into")
@@ -127,7 +131,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--one", default="", help="one measurement, here: contender,what,shape,sizes…; or limits")
     parser.add_argument("--seconds", type=float, default=3.0, help="how long a rate is measured")
     options = parser.parse_args(argv)
-    device = common.pick_device(options.device)
+    device = cli.pick_device(options.device)
     if options.one:
         return print_one(options.one.split(","), device, options.seconds)
     if options.report:

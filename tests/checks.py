@@ -15,9 +15,10 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 
-import common
 import data
+import fast
 import ppo
+from common import cli, nets, runs
 from model import GPT, ScalarModel
 from tests.contenders import make_gpt, random_tokens
 
@@ -46,7 +47,7 @@ def precisions(device: torch.device, **options) -> dict[str, tuple[ppo.Config, t
     found = {}
     for dtype in ("float32", "bfloat16"):
         cfg = ppo.Config(device=str(device), dtype=dtype, response_len=NEW, **options)
-        found[dtype] = cfg, common.setup(cfg)[1]
+        found[dtype] = cfg, cli.setup(cfg)[1]
     return found
 
 
@@ -62,8 +63,7 @@ def decoding(name: str, device: torch.device) -> list[Finding]:
     """
     model, findings = loud_gpt(name, device), []
     for dtype, (_, autocast) in precisions(device).items():
-        for static in (False, True):
-            model.static_decode = static
+        for model.decoder in (None, fast.static_decode):
             with autocast:
                 tokens, prompt_len, length = model.generate(prompts_of(name, 4), NEW, temperature=0)
                 hidden = model.hidden(tokens)
@@ -72,7 +72,7 @@ def decoding(name: str, device: torch.device) -> list[Finding]:
             place = torch.arange(1, tokens.shape[1])
             drawn = (place >= prompt_len[:, None]) & (place < length[:, None])  # (B, T − 1)
             worst = (short[drawn.to(device)].max() / logits.std()).item()
-            kind = "shapes that do not change" if static else "eager"
+            kind = "shapes that do not change" if model.decoder else "eager"
             asked = f"greedy decode with a cache ({kind}, {dtype}) = without, {name}"
             findings.append(
                 (asked, f"logits at most {worst:.1e} σ apart", worst < (1e-3 if dtype == "float32" else 0.1))
@@ -83,7 +83,7 @@ def decoding(name: str, device: torch.device) -> list[Finding]:
 def graph(name: str, device: torch.device) -> list[Finding]:
     """Sampled tokens of the decode that becomes a CUDA graph against those of the eager decode, in float32."""
     model, rows = loud_gpt(name, device), []
-    for model.static_decode in (False, True):
+    for model.decoder in (None, fast.static_decode):
         generator = torch.Generator().manual_seed(0)
         tokens, _, _ = model.generate(prompts_of(name, 8), NEW, generator=generator)
         rows.append(tokens)
@@ -97,18 +97,18 @@ def ratio(name: str, device: torch.device) -> list[Finding]:
     policy, findings = loud_gpt(name, device), []
     value = ScalarModel(loud_gpt(name, device)).to(device)
     for dtype, (cfg, autocast) in precisions(device, batch_size=8, minibatch_size=8, epochs=1).items():
-        ref, reward = (common.freeze(copy.deepcopy(net), autocast) for net in (policy, value))
+        ref, reward = (nets.freeze(copy.deepcopy(net), autocast) for net in (policy, value))
         with autocast:
             batch = ppo.rollout(policy, prompts_of(name, 8), cfg, torch.Generator().manual_seed(0))
-            batch |= ppo.read(batch, policy, ref, value, ppo.scorer(reward, None, -1), cfg)
-            batch |= ppo.estimate(batch, cfg.kl_coef, -1.0, cfg)
+            batch |= ppo.read(batch, policy, ref, value, ppo.scorer(reward, None, -1, cfg), cfg)
+            batch |= ppo.estimate(batch, cfg.kl_coef, cfg)
             off = torch.zeros_like(batch["logp"])
             for rows in torch.tensor([0, 3, 5, 6, 1, 2, 4, 7]).split(4):  # other rows together than `read` has
-                part = data.select(batch, rows)
+                part = ppo.select(batch, rows)
                 logp = policy.logprobs(part["tokens"], part["prompt_len"], part["length"]).detach()
                 off[rows.to(device), : logp.shape[1]] = (logp - part["logp"]).exp() - part["mask"].float()
         still = torch.optim.SGD([*policy.parameters(), *value.parameters()], lr=0.0)
-        first = ppo.update(policy, value, still, still, batch, 0.0, cfg, autocast, 0)["val/ratio"]
+        first = ppo.update(policy, value, still, still, batch, 0.0, 0.0, cfg, autocast, 0)["val/ratio"]
         off = off[batch["mask"]]
         spread, worst = off.std().item(), off.abs().max().item()
         limit = 1e-3 if dtype == "float32" else cfg.cliprange
@@ -132,16 +132,16 @@ def resume(name: str, device: torch.device) -> list[Finding]:
     with tempfile.TemporaryDirectory() as folder:
         for kind, net in (("sft", model), ("reward", ScalarModel(copy.deepcopy(model)))):
             Path(folder, kind).mkdir()
-            common.save_model(net, encoding, Path(folder, kind, "model.pt"))
+            nets.save_model(net, encoding, Path(folder, kind, "model.pt"))
         words = ["yes", "no", "fox", "tale", "me"]
         rows = [{"prompt": f"ask {a} {b} {c}."} for a in words for b in words for c in words]
         data.write_jsonl(Path(folder, "prompts.jsonl"), rows)
 
         def train(out: str, ends_early: bool = False) -> torch.Tensor:
             """All weights at the end of a run in `out`."""
-            save = common.Run.save
+            save = runs.Run.save
 
-            def save_and_stop(run: common.Run, *args, **parts) -> None:
+            def save_and_stop(run: runs.Run, *args, **parts) -> None:
                 save(run, *args, **parts)
                 raise KeyboardInterrupt
 
@@ -151,16 +151,16 @@ def resume(name: str, device: torch.device) -> list[Finding]:
                 eval_prompts=4, value_warmup=1,
             )  # fmt: skip
             if ends_early:
-                with mock.patch.object(common.Run, "save", save_and_stop):
+                with mock.patch.object(runs.Run, "save", save_and_stop):
                     try:
                         ppo.train(cfg)
                     except KeyboardInterrupt:
                         cfg.resume = True
             ppo.train(cfg)
-            ended, _ = common.load_gpt(cfg.out, torch.device("cpu"))
+            ended, _ = nets.load_gpt(cfg.out, torch.device("cpu"))
             return torch.cat([p.detach().flatten() for p in ended.parameters()])
 
-        quiet = mock.patch.dict(sys.modules, {"matplotlib": None}), mock.patch("builtins.print")  # no curves, no words
+        quiet = mock.patch.object(runs, "write_page"), mock.patch("builtins.print")  # no page, no words
         with quiet[0], quiet[1]:
             whole, again, resumed = train("whole"), train("again"), train("resumed", ends_early=True)
     apart, noise = ((x - whole).norm().item() / whole.norm().item() for x in (resumed, again))
@@ -189,7 +189,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--shapes", default=",".join(SHAPES))
     options = parser.parse_args()
-    device, failed = common.pick_device(options.device), False
+    device, failed = cli.pick_device(options.device), False
     for check in options.check:
         for asked, found, right in run(check, options.shapes.split(","), device):
             print(json.dumps({"check": check, "asked": asked, "found": found, "right": right}), flush=True)

@@ -1,15 +1,18 @@
 """The work that is timed, and those who do it: this project, plain PyTorch, transformers, TRL and nanoGPT.
 
-A contender is named `project` or `project:variant`. Variants of this project are `plainrlhf:compile` and
-`plainrlhf:checkpoint_activations`. Of others `:kept` is one whose freed memory stays with the process, as ours does.
+A contender is named `project` or `project:variant`. Variants of this project are `plainrlhf:compile`,
+`plainrlhf:checkpoint_activations`, `plainrlhf:plain` (model.py's plain lines, without fast.py) and, with one plain line
+alone, `plainrlhf:plain-attend` and so on. Of others `:kept` is one whose freed memory stays with the process, as ours.
 All have random weights of the same shapes, and on a GPU the same autocast.
 """
 
+import functools
 import importlib.util
 import os
 import sys
 import tempfile
 import time
+import types
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -19,32 +22,55 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import common
 import data
 import fast
+import model
 import ppo
-from common import dist as processes
+from common import cli, measure, nets, runs
+from data.rng import generator
 from model import GPT, ScalarModel
 from reward import pairwise_loss, score_groups
 from tests.shapes import config_of
 
 OURS = "plainrlhf"
+PLAIN = ("Linear", "attend", "pack", "linear_float32", "token_logprobs", "sum_logprobs", "draw", "decoding")
 RIVALS = {"train": ["transformers", "nanogpt"], "generate": ["floor", "transformers", "nanogpt"], "ppo": ["trl"]}
 
 
 # --- nets -------------------------------------------------------------------------------------------------------------
 
 
+@functools.cache
+def plain_model() -> types.ModuleType:
+    """model.py without the line that imports fast.py."""
+    text = Path(model.__file__).read_text()
+    line = next(line for line in text.splitlines() if line.startswith("from fast import"))
+    module = sys.modules["plain_model"] = types.ModuleType("plain_model")  # dataclasses look it up
+    exec(compile(text.replace(line, ""), "plain_model.py", "exec"), module.__dict__)
+    return module
+
+
+def use_plain_lines(names: tuple[str, ...]) -> None:
+    """From now on model.py computes by these plain lines of its own, not by fast.py's functions."""
+    for name in names:
+        setattr(model, name, getattr(plain_model(), name))
+    if "decoding" in names:
+        GPT.generate = model.decoding(GPT.generate.__wrapped__)
+
+
 def make_gpt(name: str, block_size: int, device: torch.device, variant: str = "") -> GPT:
     """Random weights, and no EOS that could end a response early."""
+    kind, _, part = variant.partition("-")
+    if kind == "plain":
+        use_plain_lines((part,) if part else PLAIN)
     torch.manual_seed(0)
     with device:
-        model = GPT(config_of(name, block_size))
-    model.config.eos = -1
-    model.checkpoint_activations = variant == "checkpoint_activations"
+        net = GPT(config_of(name, block_size))
+    net.config.eos = -1
+    net.checkpoint_activations = variant == "checkpoint_activations"
     if variant == "compile":
-        fast.compile_blocks(model)
-    return model
+        fast.compile_blocks(net)
+    return net
 
 
 def make_theirs(name: str, block_size: int, device: torch.device, **kind):
@@ -89,7 +115,7 @@ def takes_part(who: str, name: str) -> bool:
 
 
 def autocast_of(device: torch.device) -> torch.autocast:
-    """What `common.setup` gives the stages on this device."""
+    """What `cli.setup` gives the stages on this device."""
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False)
 
@@ -140,12 +166,12 @@ def reward_step(who: str, name: str, batch: int, length: int, device: torch.devi
     rows = [data.Row(row, 1) for row in random_tokens(name, 2 * batch, length).tolist()]
     groups = [data.Group(rows[i : i + 2], [(0, 1)], [1.0]) for i in range(0, 2 * batch, 2)]
     autocast = autocast_of(device)
-    optimizer = common.adamw(model, 1e-4, 0.0)
+    optimizer = nets.adamw(model, 1e-4, 0.0)
 
     def step() -> None:
         with autocast:
-            scores, winner, loser = score_groups(model, groups, device)
-        (pairwise_loss(scores[winner] - scores[loser], groups) / batch).backward()
+            _, margin = score_groups(model, groups, device)
+        (pairwise_loss(margin, groups) / batch).backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -169,7 +195,7 @@ def generate(
     model = make_gpt(name, prompt + new, device, variant)
     if project == "floor":
         decode = plain_decoder(model.to(dtype_of(device)))
-        return lambda: decode(prompts, fast.uniform(new, batch, generator=None, device=device)), batch * new
+        return lambda: decode(prompts, torch.rand(new, batch, dtype=torch.float64).to(device)), batch * new
     rows = prompts.tolist()
 
     def work() -> None:
@@ -251,32 +277,32 @@ def ppo_iterations(
     variant = who.partition(":")[2]
     cfg = ppo.Config(batch_size=batch, minibatch_size=batch // minibatches, response_len=response, lr=1e-5)
     cfg.epochs, cfg.device = epochs, str(device)
-    _, autocast = common.setup(cfg)
+    _, autocast = cli.setup(cfg)
     policy, ref, value, reward = (make_gpt(name, prompt + response, device, variant) for _ in range(4))
     value, reward = ScalarModel(value).to(device), ScalarModel(reward).to(device)
-    ref, reward = common.freeze(ref, autocast), common.freeze(reward, autocast)
+    ref, reward = nets.freeze(ref, autocast), nets.freeze(reward, autocast)
     policy.eval(), value.eval()
-    score = ppo.scorer(reward, None, -1)
-    optimizers = [common.adamw(net, cfg.lr, 0.0, eps=1e-5) for net in (policy, value)]
+    score = ppo.scorer(reward, None, -1, cfg)
+    optimizers = [nets.adamw(net, cfg.lr, 0.0, eps=1e-5) for net in (policy, value)]
     prompts = random_tokens(name, 4 * batch, prompt).tolist()
     lines = []
     for step in range(n):
         clock = [time.perf_counter()]
 
         def tick(clock: list[float] = clock) -> None:
-            processes.synchronize()
+            runs.synchronize()
             clock.append(time.perf_counter())
 
         ids = data.shuffled(prompts, batch, 0, None, step)
         with autocast:
-            answers = ppo.rollout(policy, ids, cfg, common.generator(0, 1, step))
+            answers = ppo.rollout(policy, ids, cfg, generator(0, 1, step))
             tick()
             answers |= ppo.read(answers, policy, ref, value, score, cfg)
-            answers |= ppo.estimate(answers, cfg.kl_coef, -1.0, cfg)
+            answers |= ppo.estimate(answers, cfg.kl_coef, cfg)
         tick()
         with watch if watch and step == n - 1 else nullcontext():
-            ppo.update(policy, value, *optimizers, answers, cfg.lr, cfg, autocast, step)
-        ppo.rollout_metrics(answers, [], cfg.kl_coef)
+            ppo.update(policy, value, *optimizers, answers, cfg.lr, cfg.lr, cfg, autocast, step)
+        measure.rollout_metrics(answers, [], cfg.kl_coef)
         tick()
         seconds = dict(zip(("rollout", "score", "update"), np.diff(clock).tolist()))
         lines.append(seconds | {"seconds": clock[-1] - clock[0]})
@@ -308,7 +334,7 @@ def trl_iterations(
 
     class Clock(TrainerCallback):
         def on_train_begin(self, *args, **kwargs):
-            processes.synchronize()
+            runs.synchronize()
             ends.append(time.perf_counter())
 
         on_step_end = on_train_begin
@@ -344,7 +370,7 @@ def matrices(name: str) -> tuple[int, int]:
     with torch.device("meta"):
         blocks = GPT(config_of(name)).h
     config = config_of(name)
-    inside = sum(layer.weight.numel() for layer in blocks.modules() if isinstance(layer, fast.Linear))
+    inside = sum(layer.weight.numel() for layer in blocks.modules() if isinstance(layer, torch.nn.Linear))
     return inside, config.vocab_size * config.n_embd
 
 
@@ -371,5 +397,5 @@ def flops(what: str, name: str, *sizes: int) -> float:
 def bytes_read(name: str, batch: int, prompt: int, new: int, device: torch.device) -> float:
     """Bytes that one step of decoding must read: each weight, and the cache at its mean length."""
     config, size = config_of(name), dtype_of(device).itemsize
-    cache = 2 * config.n_layer * (config.n_kv_head or config.n_head) * config.head_size
+    cache = 2 * config.n_layer * config.n_kv_heads * config.head_size
     return size * (sum(matrices(name)) + batch * cache * (prompt + new / 2))

@@ -20,13 +20,17 @@ from pathlib import Path
 import tiktoken
 import torch
 
-import common
 import data
 import ppo
 import reward
 import sft
-from data import InputError, chat, imdb, label, tldr, weights
+from common import cli, nets
+from data import InputError, chat
+from data.label import read_answers
 from tests.conftest import make_gpt
+from tools import hf, label
+from tools.get import imdb, tldr
+from tools.label.report import report
 
 ODD = [None, True, 0, -1, 7, 10**30, 10**400, 0.5, -0.0, 1e300, float("nan"), float("inf"), "", " ", "x", "\ud800"]
 ODD += ["\x00", "é" * 40, "<|endoftext|>", "a\r\nb", "tie", "nan", "-1"]
@@ -90,7 +94,7 @@ def read_file(path: Path, kind: str, encoding: tiktoken.Encoding) -> None:
         "hh": [lambda: [chat.split_dialogue(row, True) for row in data.iterate_jsonl(path, sources)]],
         "tldr": [lambda: list(tldr.comparisons(path, lambda post: "a", Counter()))],
     }
-    compared = [lambda: data.comparisons(path, encoding, 299), lambda: label.report(label.read_answers(path))]
+    compared = [lambda: data.comparisons(path, encoding, 299), lambda: report(read_answers(path))]
     refusals = []
     for read in readers.get(kind, compared):
         try:
@@ -125,7 +129,7 @@ def bad_run_folder(path: Path, good: dict, rng: random.Random) -> None:
 
 
 def use_run_folder(path: Path) -> None:
-    model, encoding = common.load(path)
+    model, encoding = nets.load(path)
     if hasattr(model, "generate"):
         tokens, _, _ = model.generate([[1, 2]], 3, generator=torch.Generator().manual_seed(0))
         encoding.decode(tokens[0].tolist())
@@ -148,7 +152,7 @@ def bad_hugging_face_folder(folder: Path, good: dict[str, bytes], rng: random.Ra
 
 
 def use_hugging_face_folder(folder: Path) -> None:
-    model, encoding = weights.read_model(folder)
+    model, encoding = hf.read_model(folder)
     encoding.decode(encoding.encode_ordinary("tell me"))
 
 
@@ -159,7 +163,7 @@ def parse_options(rng: random.Random) -> None:
     words = []
     for _ in range(rng.randrange(1, 4)):
         words += [f"--{rng.choice(names)}", rng.choice(values)][: rng.choice([1, 2, 2, 2])]
-    common.parse(config, words)
+    cli.parse(config, words)
 
 
 def states(folder: Path) -> dict[Path, tuple[int, int]]:
@@ -175,9 +179,9 @@ def sweep(seed: int, each: int, say: Callable[[str], None] = lambda text: None) 
         here = Path(name)
         (here / "run").mkdir()
         model = make_gpt(vocab_size=encoding.n_vocab, eos=encoding.eot_token, n_layer=1)
-        common.save_model(model, encoding, here / "run" / "model.pt")
+        nets.save_model(model, encoding, here / "run" / "model.pt")
         saved = torch.load(here / "run" / "model.pt", weights_only=True)
-        weights.convert(str(here / "run"), here / "hf")
+        hf.convert(str(here / "run"), here / "hf")
         good = {path.name: path.read_bytes() for path in (here / "hf").iterdir()}
 
         def one(kind: str) -> Callable[[], None]:

@@ -5,7 +5,7 @@ import math
 
 import torch
 
-import common
+import fast
 from tests.contenders import OURS, make_gpt, ppo_iterations, train
 from tests.measure import alone, limits
 
@@ -86,7 +86,7 @@ def profile(name: str, device: torch.device) -> None:
     """
     batch, minibatches, rows = (8, 2, 8) if "gpt2" in name else (64, 4, 32)
     if device.type == "cpu":
-        common.keep_memory()
+        fast.keep_memory()
         torch.empty(2**31 if "gpt2" in name else 2**29).fill_(0)
     peak = limits(device)["products"] / 1e9
     families = {"attention": ("attention", "bmm", "softmax"), "products": ("mm", "mkldnn")}

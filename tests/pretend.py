@@ -171,12 +171,6 @@ class Device(TorchDispatchMode):
         if is_composite(operator):  # in inference mode such operators arrive whole
             with self:
                 return operator.decompose(*args, **kwargs)
-        if operator is aten.is_pinned.default:
-            return hasattr(args[0], "pinned")
-        if operator is aten._pin_memory.default:
-            copy = args[0].clone()
-            copy.pinned = True
-            return copy
         there = [x for x in tensors((args, *kwargs.values())) if isinstance(x, There)]
         to_cpu = "device" in kwargs and not self.is_here(kwargs["device"])
         if not there and not self.is_here(kwargs.get("device")):
@@ -184,7 +178,6 @@ class Device(TorchDispatchMode):
         self.check(operator, args, kwargs, to_cpu)
 
         options = {name: each(raw, x) for name, x in kwargs.items()}
-        options.pop("non_blocking", None)
         if "device" in options:
             options["device"] = torch.device("cpu")
         call = lambda *args: INSTEAD.get(operator, operator)(*args, **options)  # noqa: E731
@@ -206,9 +199,7 @@ class Device(TorchDispatchMode):
         if operator in WAITS:
             self.wait(operator.name())
         elif operator in COPIES:
-            pinned = elsewhere and hasattr(elsewhere[0], "pinned")
-            asynchronous = pinned and (kwargs.get("non_blocking") or True in args[2:])
-            if to_cpu or elsewhere and not asynchronous:
+            if to_cpu or elsewhere:
                 self.wait("a copy between the devices")
         elif operator in INDEXED:
             for x in tensors(args[1]):

@@ -12,9 +12,9 @@ import threading
 import time
 from pathlib import Path
 
-import common
 import ppo
-from common import dist as processes
+from common import cli, dist, nets
+from data.rng import generator
 from model import GPT, GPTConfig, ScalarModel
 
 
@@ -25,19 +25,19 @@ def resident() -> float:
 
 
 def main() -> None:
-    processes.keep_memory = lambda: None  # freed memory goes back to the system, so that it is not counted
+    cli.keep_memory = lambda: None  # freed memory goes back to the system, so that it is not counted
     size = {"batch_size": 4, "minibatch_size": 4, "response_len": 16}
     cfg = ppo.Config(device="cpu", shard="--shard" in sys.argv, **size)
-    _, autocast = common.setup(cfg)
+    _, autocast = cli.setup(cfg)
     before = resident()
     policy = GPT(GPTConfig()).eval()
     reward = ScalarModel(copy.deepcopy(policy)).eval()
-    ref = common.shard(common.freeze(copy.deepcopy(policy), autocast), cfg)
-    value = common.shard(copy.deepcopy(reward), cfg)
-    reward = common.shard(common.freeze(reward, autocast), cfg)
-    policy = common.shard(policy, cfg)
-    optimizers = [common.adamw(net, 1e-5, 0.0) for net in (policy, value)]
-    prompts = [[i + 1] * 16 for i in range(cfg.batch_size // common.WORLD)]
+    ref = dist.shard(nets.freeze(copy.deepcopy(policy), autocast), cfg)
+    value = dist.shard(copy.deepcopy(reward), cfg)
+    reward = dist.shard(nets.freeze(reward, autocast), cfg)
+    policy = dist.shard(policy, cfg)
+    optimizers = [nets.adamw(net, 1e-5, 0.0) for net in (policy, value)]
+    prompts = [[i + 1] * 16 for i in range(cfg.batch_size // dist.WORLD)]
     highest = {"rollout": 0.0, "score": 0.0, "update": 0.0, "at rest": 0.0}
     phase = "at rest"
 
@@ -51,16 +51,16 @@ def main() -> None:
             highest["at rest"] = resident() - before
             threading.Thread(target=watch, daemon=True).start()
         phase = "rollout"
-        batch = ppo.rollout(common.whole(policy), prompts, cfg, common.generator(step))
+        batch = ppo.rollout(dist.gathered(policy), prompts, cfg, generator(step))
         phase = "score"
-        batch |= ppo.read(batch, policy, ref, value, ppo.scorer(reward, None, 50256), cfg)
-        batch |= ppo.estimate(batch, 0.05, -1.0, cfg)
+        batch |= ppo.read(batch, policy, ref, value, ppo.scorer(reward, None, 50256, cfg), cfg)
+        batch |= ppo.estimate(batch, 0.05, cfg)
         phase = "update"
-        ppo.update(policy, value, *optimizers, batch, 1e-5, cfg, autocast, step)
+        ppo.update(policy, value, *optimizers, batch, 1e-5, 1e-5, cfg, autocast, step)
         phase = "at rest"
     shown = ", ".join(f"{name} {gib:.2f}" for name, gib in highest.items())
-    print(f"process {common.RANK}: {shown} GiB", flush=True)
+    print(f"process {dist.RANK}: {shown} GiB", flush=True)
 
 
 if __name__ == "__main__":
-    common.run_main(main)
+    cli.run_main(main)

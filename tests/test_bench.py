@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import fast
+import model
 from model import GPT, ScalarModel
 from tests import bench, checks, contenders, measure, memory, report
 from tests.conftest import ROOT, run
@@ -147,17 +148,15 @@ def test_a_failed_check_is_a_row_and_an_exit_code(monkeypatch, tmp_path):
 
 
 def test_a_check_sees_a_decode_that_reads_what_it_must_not(monkeypatch):
-    up_to = fast.up_to
+    def without_mask(q, k, v, mask, dropout=0.0):
+        return fast.attend(q, k, v, None if mask is None else mask.clamp(min=0), dropout)
 
-    def without_mask(kv, gap, place):
-        seen, place, mask = up_to(kv, gap, place)
-        return seen, place, mask.clamp(min=0)
-
-    monkeypatch.setattr(fast, "up_to", without_mask)
+    monkeypatch.setattr(fast, "static_decode", lambda *given: 1 / 0)
+    assert checks.run("graph", ["small"], CPU) == [("graph, small", "ZeroDivisionError: division by zero", False)]
+    monkeypatch.undo()
+    monkeypatch.setattr(model, "attend", without_mask)
     findings = checks.run("decoding", ["llama-small"], CPU)
     assert not any(right for _, _, right in findings)
-    monkeypatch.setattr(fast, "up_to", lambda *given: 1 / 0)
-    assert checks.run("graph", ["small"], CPU) == [("graph, small", "ZeroDivisionError: division by zero", False)]
 
 
 def test_ratios_are_of_the_same_round_and_stand_beside_the_shares_of_a_plain_loop_and_of_the_peak(monkeypatch, capsys):

@@ -11,14 +11,25 @@ import time
 import pytest
 import torch
 
-import common
+import data
 import ppo
 import reward
 import sft
-from common import compare as label
+from common import cli, judges, nets, runs
 from data import InputError
 from tests.conftest import ROOT, TORCHRUN, run, write
 from tests.fuzz import sweep
+
+
+@pytest.fixture(autouse=True)
+def signals_and_pages(monkeypatch):
+    """Runs in this process write no page; afterwards signals do what they did."""
+    monkeypatch.setattr(runs, "write_page", lambda folder: None)
+    held = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    for number, handler in held.items():
+        signal.signal(number, handler)
 
 
 def options(folders, script, **more):
@@ -42,7 +53,7 @@ def contents(folder):
             found[path.name] = torch.load(path, weights_only=True)
             found[path.name].get("options", {}).clear()
         elif path.name == "metrics.jsonl":
-            lines = common.read_metrics(folder)
+            lines = runs.read_metrics(folder)
             found[path.name] = [
                 {k: v for k, v in line.items() if "time/" not in k and "tokens" not in k} for line in lines
             ]
@@ -50,7 +61,7 @@ def contents(folder):
             found[path.name] = json.loads(path.read_text())
             for name in ("seconds", "command", "options", "commit", "clean"):  # the checkout may change meanwhile
                 found[path.name].pop(name)
-        elif path.suffix != ".png":
+        else:
             found[path.name] = path.read_bytes()
     return found
 
@@ -82,14 +93,14 @@ def killed_anywhere(folders, script, chosen):
 
 
 def test_a_run_that_is_killed_and_resumed_is_the_run_that_was_not(folders):
-    killed_anywhere(folders, "ppo.py", lambda n: (n // 2, n - 2))
+    killed_anywhere(folders, "ppo.py", lambda n: (n // 2,))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", ["sft.py", "reward.py", "ppo.py"])
 def test_a_run_may_be_killed_before_any_change_of_a_file(folders, script):
-    """Every fifth of them, to save time."""
-    killed_anywhere(folders, script, lambda n: range(2, n + 1, 5))
+    """The first changes, before there is a checkpoint, and every ninth, to save time."""
+    killed_anywhere(folders, script, lambda n: sorted({1, 3, 5, *range(8, n + 1, 9)}))
 
 
 def started(folders, script, *more, processes=1, steps=3):
@@ -101,7 +112,7 @@ def started(folders, script, *more, processes=1, steps=3):
     pipe = subprocess.PIPE
     process = subprocess.Popen(command, cwd=tmp, env=environment, stdout=pipe, stderr=pipe, text=True)
     until = time.time() + 120
-    while len(common.read_metrics(tmp / "out/x")) < steps and time.time() < until:
+    while len(runs.read_metrics(tmp / "out/x")) < steps and time.time() < until:
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.02)
     return process
@@ -110,9 +121,10 @@ def started(folders, script, *more, processes=1, steps=3):
 LONG = {"sft.py": ["--epochs", "90"], "reward.py": ["--batch_size", "1"], "ppo.py": ["--iterations", "400"]}
 
 
-@pytest.mark.parametrize(
-    "script, number", [("sft.py", signal.SIGINT), ("reward.py", signal.SIGTERM), ("ppo.py", signal.SIGINT)]
-)
+@pytest.mark.parametrize("script, number", [
+    pytest.param("sft.py", signal.SIGINT, marks=pytest.mark.slow), ("reward.py", signal.SIGTERM),
+    pytest.param("ppo.py", signal.SIGINT, marks=pytest.mark.slow),
+])  # fmt: skip
 def test_a_signal_lets_the_step_end_saves_it_and_says_how_to_go_on(folders, script, number):
     long = ["--save_every", "1000"] if script == "ppo.py" else []
     process = started(folders, script, *LONG[script], *long)
@@ -121,64 +133,59 @@ def test_a_signal_lets_the_step_end_saves_it_and_says_how_to_go_on(folders, scri
     state = torch.load(folders["tmp"] / "out/x/state.pt", weights_only=True)
     assert process.returncode == 128 + number
     assert re.fullmatch(rf"{script}: stopped after step {state['step']} of .* --resume go on\n", said), said
-    assert state["step"] == len(common.read_metrics(folders["tmp"] / "out/x"))
+    assert state["step"] == len(runs.read_metrics(folders["tmp"] / "out/x"))
 
 
 def test_a_signal_in_the_last_step_ends_the_process_too(folders, monkeypatch):
     monkeypatch.chdir(folders["tmp"])
-    logged = common.Run.log
+    logged = runs.Run.log
 
-    def log(run, step, metrics, **more):
-        logged(run, step, metrics, **more)
+    def log(run, step, *given, **more):
+        logged(run, step, *given, **more)
         if step + 1 == run.steps:
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(0.01)
 
-    monkeypatch.setattr(common.Run, "log", log)
+    monkeypatch.setattr(runs.Run, "log", log)
     monkeypatch.setattr(sys, "argv", ["ppo.py", *options(folders, "ppo.py")])
     with pytest.raises(SystemExit) as end:
-        common.run_main(ppo.main)
+        cli.run_main(ppo.main)
     assert end.value.code == 143 and torch.load("out/ppo/state.pt", weights_only=True)["step"] == 4
 
 
 def test_a_run_is_saved_once_a_minute_but_not_for_more_than_a_twentieth_of_its_time(folders, monkeypatch):
     monkeypatch.chdir(folders["tmp"])
-    run_of = common.Run(common.parse(sft.Config, ["--out", "out/x"]))
+    run_of = runs.Run(cli.parse(sft.Config, ["--out", "out/x"]))
     run_of.steps = 1000
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now)
     for since, took, due in ((59, 0.1, False), (61, 0.1, True), (61, 4.0, False), (81, 4.0, True)):
         run_of.saved_at, run_of.save_took = now - since, took
-        assert run_of.must_save(3, False) == due
-    assert run_of.must_save(3, True) and run_of.must_save(999, False)
+        assert run_of.due(3, 1000) == due
+    assert run_of.due(3, 2) and run_of.due(999, 10**6)
+    run_of.saved_at, run_of.signal = now, signal.SIGINT
+    assert run_of.due(3, 1000)
 
 
-def test_a_second_signal_ends_a_run_at_once(folders, monkeypatch):
-    ends = []
-    monkeypatch.setattr(os, "_exit", ends.append)
-    held = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-
-    def main():
-        common.processes.finish_the_step(True)
-        for _ in range(2):
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(0.01)
-
-    common.run_main(main)
-    assert ends == [143]
-    assert held == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+def test_after_a_first_signal_a_second_one_ends_a_run_at_once(tmp_path):
+    run_of = runs.Run(sft.Config(out=str(tmp_path / "x")))
+    run_of.hear()
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert run_of.signal == signal.SIGTERM and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_a_signal_before_the_first_step_ends_a_run_with_a_sentence(capsys):
     with pytest.raises(SystemExit) as end:
-        common.run_main(lambda: os.kill(os.getpid(), signal.SIGINT) or time.sleep(5))
+        cli.run_main(lambda: os.kill(os.getpid(), signal.SIGINT) or time.sleep(5))
     assert end.value.code == 130 and capsys.readouterr().err.count("\n") == 1
 
 
 @pytest.mark.slow
-def test_a_process_that_dies_ends_the_others_and_the_run_can_go_on(folders):
+def test_a_process_that_dies_ends_the_others_and_the_run_can_go_on(folders, monkeypatch):
+    monkeypatch.chdir(folders["tmp"])
     process = started(folders, "ppo.py", *LONG["ppo.py"], processes=2)
     listing = subprocess.run(["pgrep", "-f", "out/x"], capture_output=True, text=True).stdout.split()
+    listing = [pid for pid in listing if os.path.realpath(f"/proc/{pid}/cwd") == os.getcwd()]
     ranks = {pid: open(f"/proc/{pid}/environ").read() for pid in listing if pid != str(process.pid)}
     (second,) = [pid for pid, environment in ranks.items() if "\0RANK=1\0" in environment]
     began = time.time()
@@ -188,8 +195,7 @@ def test_a_process_that_dies_ends_the_others_and_the_run_can_go_on(folders):
     assert "another process has ended; start all of them again with --resume" in said or "stopped" in said, said
     step = torch.load(folders["tmp"] / "out/x/state.pt", weights_only=True)["step"]
     given = options(folders, "ppo.py", iterations=400)
-    cfg = common.parse(ppo.Config, [*given, "--out", "out/x", "--resume"])
-    os.chdir(folders["tmp"])
+    cfg = cli.parse(ppo.Config, [*given, "--out", "out/x", "--resume"])
     with pytest.raises(InputError, match="made by 2 processes; start as many"):
         ppo.train(cfg)
     process = started(folders, "ppo.py", *LONG["ppo.py"], "--resume", processes=2, steps=step + 5)
@@ -204,44 +210,30 @@ def test_a_process_that_dies_ends_the_others_and_the_run_can_go_on(folders):
 def test_a_second_run_in_a_folder_is_refused_and_a_dead_run_is_no_obstacle(folders, monkeypatch):
     monkeypatch.chdir(folders["tmp"])
     process = started(folders, "sft.py", *LONG["sft.py"])
-    cfg = common.parse(sft.Config, [*options(folders, "sft.py"), "--out", "out/x"])
+    cfg = cli.parse(sft.Config, [*options(folders, "sft.py"), "--out", "out/x"])
     with pytest.raises(InputError, match="--out out/x: another run writes to it"):
         sft.train(cfg)
     process.kill()
     process.communicate()
     sft.train(cfg)
-    assert len(common.read_metrics("out/x")) == len({line["step"] for line in common.read_metrics("out/x")})
+    assert len(runs.read_metrics("out/x")) == len({line["step"] for line in runs.read_metrics("out/x")})
 
 
 def test_a_run_folder_may_be_moved_and_spelled_in_another_way(folders, monkeypatch):
     monkeypatch.chdir(folders["tmp"])
     given = options(folders, "sft.py", data=folders["tmp"] / "pairs.jsonl")
-    sft.train(common.parse(sft.Config, [*given, "--out", "out/x"]))
+    sft.train(cli.parse(sft.Config, [*given, "--out", "out/x"]))
     (folders["tmp"] / "out/x").rename(folders["tmp"] / "moved")
     given = options(folders, "sft.py", data="./pairs.jsonl", init="sft/")
-    sft.train(common.parse(sft.Config, [*given, "--out", "moved/", "--resume"]))
+    sft.train(cli.parse(sft.Config, [*given, "--out", "moved/", "--resume"]))
     with pytest.raises(InputError, match="--resume: .* made with --lr 0.002"):
-        sft.train(common.parse(sft.Config, [*given, "--out", "moved", "--resume", "--lr", "1e-3"]))
-
-
-def test_sampled_comparisons_are_not_sampled_again_by_a_restart(folders, monkeypatch):
-    monkeypatch.chdir(folders["tmp"])
-    cfg = common.parse(reward.Config, [*options(folders, "reward.py"), "--out", "out/x"])
-    save, calls = common.Run.save, []
-    sample_responses = label.sample_responses
-    monkeypatch.setattr(label, "sample_responses", lambda *given: calls.append(1) or sample_responses(*given))
-    monkeypatch.setattr(common.Run, "save", lambda *given, **parts: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        reward.train(cfg)
-    monkeypatch.setattr(common.Run, "save", save)
-    reward.train(cfg)
-    assert len(calls) == 1 and (folders["tmp"] / "out/x/comparisons.jsonl").exists()
+        sft.train(cli.parse(sft.Config, [*given, "--out", "moved", "--resume", "--lr", "1e-3"]))
 
 
 # --- disks ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("script", ["reward.py", "ppo.py"])
+@pytest.mark.parametrize("script", [pytest.param("reward.py", marks=pytest.mark.slow), "ppo.py"])
 def test_a_full_disk_is_one_sentence_and_leaves_the_last_checkpoint_whole(folders, script):
     tmp = folders["tmp"]
     warmup = {"value_warmup": 0} if script == "ppo.py" else {}  # the first checkpoint is as large as the last
@@ -263,10 +255,10 @@ def test_a_full_disk_is_one_sentence_and_leaves_the_last_checkpoint_whole(folder
 def test_an_out_that_cannot_be_written_is_found_before_any_work(folders, monkeypatch):
     monkeypatch.chdir(folders["tmp"])
     (folders["tmp"] / "file").write_text("x")
-    monkeypatch.setattr(common, "load_gpt", lambda *given: pytest.fail("the model was read"))
+    monkeypatch.setattr(nets, "load_gpt", lambda *given: pytest.fail("the model was read"))
     for out in ("file/x", "file", "/proc/x", "x" * 300, ".", ""):
         for script, stage in (("sft.py", sft), ("reward.py", reward), ("ppo.py", ppo)):
-            cfg = common.parse(stage.Config, options(folders, script, out=out))
+            cfg = cli.parse(stage.Config, options(folders, script, out=out))
             with pytest.raises(InputError, match="--out"):
                 stage.train(cfg)
 
@@ -274,10 +266,11 @@ def test_an_out_that_cannot_be_written_is_found_before_any_work(folders, monkeyp
 # --- what comes from outside ------------------------------------------------------------------------------------------
 
 
-def test_thousands_of_bad_inputs_give_one_sentence_each_and_change_no_file():
-    counts, faults = sweep(seed=0, each=800)
+@pytest.mark.parametrize("seed, each", [(0, 60), pytest.param(1, 500, marks=pytest.mark.slow)])
+def test_bad_inputs_give_one_sentence_each_and_change_no_file(seed, each):
+    counts, faults = sweep(seed, each)
     assert not faults, faults
-    assert counts["at fault"] == 0 and counts["read"] > 300 and counts["refused"] > 2000
+    assert counts["at fault"] == 0 and counts["read"] > each / 4 and counts["refused"] > 2 * each
 
 
 FUNCTIONS = {
@@ -297,11 +290,12 @@ FUNCTIONS = {
 def test_a_function_that_gives_no_number_is_named_with_its_prompt(tmp_path, body, capsys):
     file = tmp_path / "mine.py"
     file.write_text(f"def f(prompt, response):\n    {body}\n")
-    function = common.load_function(f"{file}:f")
+    function = judges.load_function(f"{file}:f")
     with pytest.raises(InputError, match=f"mine.py:f: .*{FUNCTIONS[body]}") as error:
-        function("a prompt", "a response")
-    assert "a prompt" in str(error.value)
-    assert ("line 2, in f" in capsys.readouterr().err) == ("raise" in body or "exit" in body or "10**6" in body)
+        function([{"prompt": "a prompt", "response": "a response"}])
+    raises = "raise" in body or "exit" in body or "10**6" in body
+    assert ("line 2, in f" in capsys.readouterr().err) == raises
+    assert raises or "a prompt" in str(error.value)
 
 
 def test_a_function_of_lists_is_asked_once_a_batch_and_gives_what_one_of_pairs_gives(tmp_path):
@@ -313,20 +307,16 @@ def test_a_function_of_lists_is_asked_once_a_batch_and_gives_what_one_of_pairs_g
         "def short(prompts, responses):\n    return [1.0]\n"
         "def nan(prompts, responses):\n    return [float('nan')] * len(prompts)\n"
     )
-    functions = {
-        name: common.load_function(f"{tmp_path}/lists.py:{name}") for name in ("pair", "lists", "short", "nan")
-    }
-    pairs = [("p" * (i % 7), "r" * (i % 5)) for i in range(600)]
-    assert (
-        common.ask(functions["lists"], pairs)
-        == common.ask(functions["pair"], pairs)
-        == [len(r) - len(p) for p, r in pairs]
+    pair, lists, short, nan = (
+        judges.load_function(f"{tmp_path}/lists.py:{name}") for name in ("pair", "lists", "short", "nan")
     )
-    assert sum(sys.modules["lists"].calls) == 600 and len(sys.modules["lists"].calls) == 3
-    with pytest.raises(InputError, match="returned 1 numbers for 256 pairs; return as many"):
-        common.ask(functions["short"], pairs)
+    rows = [{"prompt": "p" * (i % 7), "response": "r" * (i % 5)} for i in range(600)]
+    assert lists(rows) == pair(rows) == [len(row["response"]) - len(row["prompt"]) for row in rows]
+    assert sys.modules["lists"].calls == [600]
+    with pytest.raises(InputError, match="returned 1 numbers for 600 answers; return as many"):
+        short(rows)
     with pytest.raises(InputError, match="returned nan for the prompt"):
-        common.ask(functions["nan"], pairs)
+        nan(rows)
 
 
 def test_the_file_of_a_function_is_a_module_with_neighbours(tmp_path):
@@ -336,27 +326,21 @@ def test_the_file_of_a_function_is_a_module_with_neighbours(tmp_path):
         "from neighbour_of_mine import half\n\n@dataclass\nclass Weight:\n    x: float = 3.0\n\n"
         "def f(prompt, response):\n    return half(pickle.loads(pickle.dumps(Weight())).x)\n"
     )
-    assert common.load_function(f"{tmp_path}/mine.py:f")("", "") == 1.5
+    assert judges.load_function(f"{tmp_path}/mine.py:f")([{"prompt": "", "response": ""}]) == [1.5]
     (tmp_path / "broken.py").write_text("import no_such_module\n")
-    with pytest.raises(InputError, match="broken.py cannot be imported .*no_such_module"):
-        common.load_function(f"{tmp_path}/broken.py:f")
+    with pytest.raises(InputError, match="broken.py: cannot be imported .*no_such_module"):
+        judges.load_function(f"{tmp_path}/broken.py:f")
 
 
 def test_a_column_that_is_null_is_absent(folders, encoding):
     rows = [{"prompt": "a", "chosen": " yes", "rejected": " no", "verdict": None, "ranked": None, "p_chosen": None}] * 9
     path = write(folders["tmp"] / "x.jsonl", rows)
     said = []
-    (group,) = common_comparisons(path, encoding, said)
+    (group,) = data.comparisons(path, encoding, encoding.eot_token, said.append)
     assert len(group.pairs) == 9 and said == [f"{path}: preferences, 9 rows"]
     rows[3] = {"prompt": "a", "verdict": "tie", "responses": ["b", "c"]}
-    (group,) = common_comparisons(write(path, rows), encoding, said)
+    (group,) = data.comparisons(write(path, rows), encoding, encoding.eot_token, said.append)
     assert len(group.pairs) == 8 and "1 ties and skips were left out" in said[-1]
-
-
-def common_comparisons(path, encoding, said):
-    from data import comparisons
-
-    return comparisons(path, encoding, encoding.eot_token, said.append)
 
 
 def test_rows_of_unknown_columns_are_not_taken_for_prompts(folders, monkeypatch):
@@ -368,29 +352,29 @@ def test_rows_of_unknown_columns_are_not_taken_for_prompts(folders, monkeypatch)
 
 def test_a_run_that_left_the_language_is_ended_by_kl_stop(folders, monkeypatch):
     monkeypatch.chdir(folders["tmp"])
-    cfg = common.parse(ppo.Config, options(folders, "ppo.py", kl_stop=1e-6, value_warmup=0, lr=0.01))
+    cfg = cli.parse(ppo.Config, options(folders, "ppo.py", kl_stop=1e-6, value_warmup=0, lr=0.01))
     with pytest.raises(InputError, match="step 2: the KL to the reference is above --kl_stop 1e-06, so the run stops"):
         ppo.train(cfg)
     assert torch.load("out/ppo/state.pt", weights_only=True)["step"] == 1
 
 
 @pytest.mark.slow
-def test_memory_stays_flat_over_two_thousand_iterations(folders):
+def test_memory_stays_flat_over_a_thousand_iterations(folders):
     """Resident memory of a tiny run after its first fifty iterations, within 2%."""
     tmp = folders["tmp"]
     (tmp / "watched.py").write_text(
-        "import json, pathlib, re, common, ppo\n"
-        "begin, seen = common.Run.begin_step, []\n"
-        "def watched(self):\n"
+        "import json, pathlib, re, ppo\nfrom common import cli, runs\n"
+        "log, seen = runs.Run.log, []\n"
+        "def watched(self, *given, **more):\n"
         "    text = pathlib.Path('/proc/self/status').read_text()\n"
         "    seen.append(int(re.search(r'VmRSS:\\s+(\\d+)', text)[1]))\n"
-        "    begin(self)\n"
-        "common.Run.begin_step = watched\n"
-        "common.run_main(ppo.main)\n"
+        "    log(self, *given, **more)\n"
+        "runs.Run.log = watched\n"
+        "cli.run_main(ppo.main)\n"
         "pathlib.Path('seen.json').write_text(json.dumps(seen))\n"
     )
-    given = options(folders, "ppo.py", iterations=2000, save_every=200, lr=1e-5)
+    given = options(folders, "ppo.py", iterations=1000, save_every=100, lr=1e-5)
     done = run(tmp / "watched.py", *given, cwd=tmp)
     assert done.returncode == 0, done.stderr
     seen = json.loads((tmp / "seen.json").read_text())
-    assert len(seen) == 2000 and max(seen[50:]) < 1.02 * seen[50]
+    assert len(seen) == 1000 and max(seen[50:]) < 1.02 * seen[50]

@@ -6,8 +6,8 @@ import re
 import pytest
 import tiktoken
 
-import common
 import data
+from common import nets, runs
 from model import GPT, GPTConfig, ScalarModel
 from tests.conftest import run, write
 
@@ -25,12 +25,12 @@ def test_the_four_models_of_stage_3_at_gpt2s_124m_fit_in_10_gib(tmp_path):
     assert encoding.n_vocab == gpt.config.vocab_size and sum(p.numel() for p in gpt.parameters()) == 124_439_808
     for name, model in (("sft", gpt), ("reward", ScalarModel(gpt))):
         (tmp_path / name).mkdir()
-        common.save_model(model, encoding, tmp_path / name / "model.pt")
+        nets.save_model(model, encoding, tmp_path / name / "model.pt")
     prompts = write(tmp_path / "prompts.jsonl", [{"prompt": chr(97 + i) * 64} for i in range(10)])
     options = ["--iterations", 1, "--epochs", 1, "--batch_size", 8, "--minibatch_size", 8, "--response_len", 48]
     options += ["--init", tmp_path / "sft", "--reward", tmp_path / "reward", "--out", tmp_path / "ppo"]
     done = run("ppo.py", "--data", prompts, *options, "--device", "cpu")
     assert done.returncode == 0, done.stderr
-    (line,) = common.read_metrics(tmp_path / "ppo")
+    (line,) = runs.read_metrics(tmp_path / "ppo")
     assert line["response_len"] > 40  # hardly an answer of random weights ends early
     assert float(re.search(r"peak memory: (\S+) GiB", done.stdout)[1]) < 10

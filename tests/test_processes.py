@@ -7,7 +7,9 @@ import sys
 import pytest
 import torch
 
-import common
+import ppo
+from common import cli, dist, runs
+from data import InputError
 from tests.conftest import run, write
 
 
@@ -15,14 +17,8 @@ def losses(folder):
     return [json.loads(line)["loss/train"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize(
-    "script, kind",
-    [
-        pytest.param("sft.py", "pairs", marks=pytest.mark.slow),
-        pytest.param("sft.py", "text", marks=pytest.mark.slow),
-        pytest.param("reward.py", "comparisons", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("script, kind", [("sft.py", "pairs"), ("reward.py", "comparisons")])
 def test_two_processes_train_as_one_does(folders, script, kind):
     tmp = folders["tmp"]
     options = ["--data", tmp / f"{kind}.jsonl", "--init", folders["sft"], "--batch_size", 6, "--lr", 1e-3]
@@ -49,8 +45,8 @@ needs_fsdp = pytest.mark.skipif(VERSION < (2, 8), reason="--shard needs torch 2.
 PPO = ["--iterations", 2, "--batch_size", 8, "--minibatch_size", 4, "--response_len", 8, "--eval_prompts", 8]
 PPO += ["--value_warmup", 0, "--save_every", 1, "--epochs", 2]
 STEP = {  # one optimizer step of each net, and in stage 3 two iterations
-    "sft.py": ["--batch_size", 6, "--epochs", 0.01, "--warmup", 0],
-    "reward.py": ["--batch_size", 6, "--n_prompts", 10, "--warmup", 0, "--response_len", 8],
+    "sft.py": ["--batch_size", 6, "--epochs", 0.01],
+    "reward.py": ["--batch_size", 6, "--n_prompts", 10, "--response_len", 8],
     "ppo.py": PPO,
 }
 
@@ -76,14 +72,8 @@ def same(one, two, tolerance: float = 1e-5) -> None:
 
 
 @needs_fsdp
-@pytest.mark.parametrize(
-    "script, kind",
-    [
-        pytest.param("sft.py", "pairs", marks=pytest.mark.slow),
-        pytest.param("sft.py", "text", marks=pytest.mark.slow),
-        pytest.param("reward.py", "comparisons", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("script, kind", [("sft.py", "text"), ("reward.py", "comparisons")])
 def test_sharded_processes_take_the_step_of_one(folders, script, kind):
     one, two = folders["tmp"] / "one", folders["tmp"] / "two"
     alone = stage(folders, script, kind, "--out", one, processes=1)
@@ -94,7 +84,7 @@ def test_sharded_processes_take_the_step_of_one(folders, script, kind):
 
 @needs_fsdp
 @pytest.mark.slow
-@pytest.mark.parametrize("more", [[], ["--checkpoint_activations"], ["--micro_batch_size", 1], ["--dtype", "bfloat16"]])
+@pytest.mark.parametrize("more", [["--checkpoint_activations", "--micro_batch_size", 1], ["--dtype", "bfloat16"]])
 def test_sharded_processes_of_ppo_do_what_whole_ones_do(folders, more):
     """Bit for bit the same answers; sums of gradients differ by rounding."""
     one, two = folders["tmp"] / "one", folders["tmp"] / "two"
@@ -102,7 +92,7 @@ def test_sharded_processes_of_ppo_do_what_whole_ones_do(folders, more):
     sharded = stage(folders, "ppo.py", "prompts", *more, "--shard", "--out", two)
     assert plain.returncode == sharded.returncode == 0, sharded.stderr
     same(one, two, 1e-5 if "bfloat16" not in more else 0.02)
-    lines = [common.read_metrics(folder) for folder in (one, two)]
+    lines = [runs.read_metrics(folder) for folder in (one, two)]
     for mine, theirs in zip(*lines, strict=True):
         for name in ("objective/kl", "objective/scores", "val/ratio", "loss/value_avg", "policy/grad_norm"):
             assert theirs[name] == pytest.approx(mine[name], rel=1e-4 if "bfloat16" not in more else 0.1, abs=1e-3)
@@ -136,54 +126,59 @@ def test_a_sharded_run_that_was_stopped_goes_on_to_the_same_weights(folders):
 def test_an_old_torch_is_refused_in_one_sentence(monkeypatch, capsys):
     monkeypatch.setattr(torch, "__version__", "2.5.1+cpu")
     with pytest.raises(SystemExit) as end:
-        common.run_main(lambda: None)
+        cli.run_main(lambda: None)
     assert end.value.code == 2 and "torch 2.5.1+cpu: this project needs 2.6 or newer" in capsys.readouterr().err
     monkeypatch.setattr(torch, "__version__", "2.10.0a0+git1")
-    common.run_main(lambda: None)
+    cli.run_main(lambda: None)
 
 
 @needs_fsdp
-def test_sharding_is_refused_where_it_cannot_be(folders):
-    alone = stage(folders, "ppo.py", "prompts", "--shard", "--out", folders["tmp"] / "x", processes=1)
-    assert alone.returncode == 2 and "start several" in alone.stderr
+def test_sharding_is_refused_where_it_cannot_be(monkeypatch):
+    with pytest.raises(InputError, match="start several"):
+        dist.check_shard(ppo.Config(shard=True))
+    monkeypatch.setattr(dist, "WORLD", 2)
+    with pytest.raises(InputError, match="multiple of the 2 processes"):
+        dist.check_shard(ppo.Config(shard=True, batch_size=5))
+    with pytest.raises(InputError, match="does not go with --compile"):
+        dist.check_shard(ppo.Config(shard=True, compile=True))
+    dist.check_shard(ppo.Config(shard=True, batch_size=6))
 
 
-@needs_fsdp
 @pytest.mark.slow
-def test_sharding_refuses_a_batch_that_is_not_even(folders):
-    uneven = stage(folders, "reward.py", "comparisons", "--shard", "--batch_size", 5, "--out", folders["tmp"] / "x")
-    assert uneven.returncode != 0 and "multiple of the 2 processes" in uneven.stderr
-
-
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the threads' names from /proc")
 @pytest.mark.skipif(VERSION < (2, 13), reason="an older torch does not name its threads")
-def test_no_thread_of_the_process_group_outlives_it(tmp_path):
+def test_every_process_starts_from_the_weights_of_the_first_and_no_thread_outlives_the_group(tmp_path):
     """One that lives on may want Python's lock while the interpreter ends, which aborts the process now and then."""
     script = tmp_path / "ends.py"
     script.write_text(
-        "import pathlib, ppo, common, torch\n"
+        "import pathlib, ppo, torch\nfrom common import cli, dist, runs\n"
         "def names(): return [t.read_text().strip() for t in pathlib.Path('/proc/self/task').glob('*/comm')]\n"
         "def main():\n"
-        "    common.setup(ppo.Config(device='cpu'))\n"
+        "    cfg = ppo.Config(device='cpu', out='x')\n"
+        "    cli.setup(cfg)\n"
+        "    net = torch.nn.Linear(3, 2)\n"
+        "    torch.nn.init.constant_(net.weight, 1.0 + dist.RANK)\n"
+        "    runs.Run(cfg).start(1, model=net)\n"
+        "    assert (net.weight == 1).all(), net.weight\n"
         "    torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))]).step()\n"
-        "    common.total(torch.ones(1))\n"
         "    assert any('gloo' in name for name in names()), names()\n"
-        "common.run_main(main)\n"
+        "cli.run_main(main)\n"
         "assert not any('gloo' in name for name in names()), names()\n"
     )
-    done = run(script, processes=2)
+    done = run(script, cwd=tmp_path, processes=2)
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_a_process_that_fails_says_why_and_ends_the_others(tmp_path):
     script = tmp_path / "fails.py"
     script.write_text(
-        "import ppo, common, torch\n"
+        "import ppo, torch\nfrom common import cli, dist, runs\n"
         "def main():\n"
-        "    common.setup(ppo.Config(device='cpu'))\n"
-        "    if common.RANK == 1: raise ArithmeticError('of one process')\n"
-        "    common.total(torch.ones(1))\n"
-        "common.run_main(main)\n"
+        "    cli.setup(ppo.Config(device='cpu'))\n"
+        "    if dist.RANK == 1: raise ArithmeticError('of one process')\n"
+        "    dist.total(torch.ones(1))\n"
+        "cli.run_main(main)\n"
     )
     done = run(script, processes=2)
     assert done.returncode == 1 and "ArithmeticError: of one process" in done.stderr
@@ -194,26 +189,8 @@ def test_two_processes_share_an_evaluation_and_report_what_one_reports(folders):
     tmp = folders["tmp"]
     rows = [{"prompt": f"ask {a} {b} {c} {d}."} for a in "yn" for b in "yno" for c in "yesno" for d in "tale of a fox"]
     options = ["--data", tmp / "prompts.jsonl", "--eval_data", write(tmp / "eval.jsonl", rows), "--response_len", 8]
-    options += ["--init", folders["sft"], "--reward", folders["reward"], "--out", folders["sft"], "--iterations", 0]
-    options += ["--best_of", "1,2"]
-    one, two = (run("ppo.py", *options, processes=n) for n in (1, 2))
+    options += ["--init", folders["sft"], "--reward", folders["reward"], "--best_of", "1,2"]
+    one, two = (run("tools/evaluate.py", folders["sft"], *options, processes=n) for n in (1, 2))
     assert one.returncode == two.returncode == 0, one.stderr + two.stderr
     said = re.sub(r"\[Gloo\].*\n", "", two.stdout)  # older torch tells of its connections
     assert len(rows) > 256 and "390 held-out prompts" in one.stdout and said == one.stdout
-
-
-def test_every_process_starts_from_the_weights_of_the_first(tmp_path):
-    script = tmp_path / "starts.py"
-    script.write_text(
-        "import ppo, common, torch\n"
-        "def main():\n"
-        "    cfg = ppo.Config(device='cpu', out='x')\n"
-        "    common.setup(cfg)\n"
-        "    net = torch.nn.Linear(3, 2)\n"
-        "    torch.nn.init.constant_(net.weight, 1.0 + common.RANK)\n"
-        "    common.Run(cfg).start(1, model=net)\n"
-        "    assert (net.weight == 1).all(), net.weight\n"
-        "common.run_main(main)\n"
-    )
-    done = run(script, cwd=tmp_path, processes=2)
-    assert done.returncode == 0, done.stderr

@@ -4,10 +4,11 @@ import json
 
 import pytest
 
-import common
 import data
+from common import nets, runs
 from data import InputError
 from tests.conftest import make_gpt, run, write
+from tools import label
 from tools.get import hh
 
 WORDS = ["fox", "tale", "yes", "no", "me"]
@@ -84,7 +85,7 @@ def test_parquet_is_read_as_jsonl_is(folders, encoding):
 def test_a_public_set_in_miniature_goes_through_all_three_stages(folders, encoding, shape, monkeypatch):
     tmp = folders["tmp"]
     policy = make_gpt(vocab_size=encoding.n_vocab, eos=encoding.eot_token, block_size=160)
-    common.save_model(policy, encoding, folders["sft"] / "model.pt")
+    nets.save_model(policy, encoding, folders["sft"] / "model.pt")
     make, name = SHAPES[shape]
     rows = [make(i, question) for i, question in enumerate(QUESTIONS)]
     write(tmp / "pairs.jsonl", rows)
@@ -95,18 +96,18 @@ def test_a_public_set_in_miniature_goes_through_all_three_stages(folders, encodi
     else:
         tuned = write(tmp / "messages.jsonl", [{"messages": row["messages"]} for row in rows])
         prompts = tmp / "messages.jsonl"
-    start = ["--init", folders["sft"], "--epochs", 1, "--evals", 1, "--lr", 1e-3, "--drop_long"]
+    start = ["--init", folders["sft"], "--epochs", 1, "--evals", 1, "--lr", 1e-3]
     for script, options in {
         "sft.py": ["--data", tuned, *start, "--out", "out/sft"],
-        "reward.py": ["--data", "pairs.jsonl", "--response_len", 4, "--drop_long"],
+        "reward.py": ["--data", "pairs.jsonl", "--response_len", 4],
         "ppo.py": ["--data", prompts, "--iterations", 1, "--batch_size", 8, "--minibatch_size", 8, "--response_len", 4]
-        + ["--eval_prompts", 4, "--drop_long"],
+        + ["--eval_prompts", 4],
     }.items():
         done = run(script, *options, cwd=tmp)
         assert done.returncode == 0, done.stderr
         if script == "reward.py":
             assert f"pairs.jsonl: {name}, 125 rows" in done.stdout
-    assert len(common.read_metrics(tmp / "out" / "ppo")) == 1
+    assert len(runs.read_metrics(tmp / "out" / "ppo")) == 1
 
 
 @pytest.mark.parametrize("row, words", [
@@ -123,13 +124,11 @@ def test_a_damaged_conversation_is_named(encoding, tmp_path, row, words):
 def test_people_may_compare_answers_to_conversations_but_none_that_spells_a_special_token(folders):
     tmp = folders["tmp"]
     rows = [{"messages": [said("user", question)]} for question in QUESTIONS[:6]]
-    options = ["--init", folders["sft"], "--prompts", tmp / "m.jsonl", "--response_len", 6, "--out", tmp / "l.jsonl"]
-    (tmp / "judge.py").write_text("def judge(prompt, response):\n    assert 'Human: tell' in prompt\n    return 1.0\n")
+    cfg = label.Config(init=str(folders["sft"]), prompts=str(tmp / "m.jsonl"), response_len=6, device="cpu")
     write(tmp / "m.jsonl", rows)
-    done = run("tools/label/__main__.py", *options, "--judge", f"{tmp}/judge.py:judge")
-    assert done.returncode == 0, done.stderr
+    prompts, make = label.prepare(cfg)
+    assert prompts[0] == f"\n\nHuman: {QUESTIONS[0]}\n\nAssistant:" and make(prompts[0]).prompt == prompts[0]
     rows[2]["messages"][0]["content"] += data.EOS_TEXT
     write(tmp / "m.jsonl", rows)
-    (tmp / "l.jsonl").unlink()
-    done = run("tools/label/__main__.py", *options, "--judge", f"{tmp}/judge.py:judge")
-    assert done.returncode == 2 and "a message spells <|endoftext|>, a special token" in done.stderr
+    with pytest.raises(InputError, match=r"a message spells <\|endoftext\|>, a special token"):
+        label.prepare(cfg)
