@@ -90,7 +90,8 @@ def rounded(x: Tensor) -> Tensor:
 def linear_float32(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear(x.float(), weight.float(), bias.float())`, also under autocast; float64 stays float64."""
     both_bfloat16 = x.dtype == weight.dtype == torch.bfloat16
-    if x.is_cuda and both_bfloat16 and bias is None and sums_in_float32(x.device):
+    learns = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)  # this product has no derivative
+    if x.is_cuda and both_bfloat16 and bias is None and not learns and sums_in_float32(x.device):
         return torch.mm(x, weight.T, out_dtype=torch.float32)
     dtype = torch.promote_types(x.dtype, torch.float32)
     with torch.autocast(x.device.type, enabled=False):
@@ -118,12 +119,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float 
     attended to by two plain products.
     """
     B, H, T, D = q.shape
-    short = q.device.type == "cpu" and k.shape[2] <= SHORT
-    if dropout or not (short or T == 1):
-        grouped = k.shape[1] < H
-        if grouped and q.device.type == "cuda" and q.dtype == torch.float32:  # for which CUDA has no fused kernel
+    few = T == 1 or (q.device.type == "cpu" and k.shape[2] <= SHORT)
+    if dropout or not few:
+        if q.is_cuda and q.dtype == torch.float32:  # CUDA has no fused kernel for grouped heads in float32
             k, v = (x.repeat_interleave(H // x.shape[1], dim=1) for x in (k, v))
-            grouped = False
+        grouped = k.shape[1] < H
         return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None, enable_gqa=grouped)
     q = (q * D**-0.5).reshape(B * k.shape[1], -1, D)  # (B K, H / K · T, D)
     scores = q.bmm(k.flatten(0, 1).transpose(1, 2))  # (B K, H / K · T, S)
@@ -192,23 +192,15 @@ class ChosenLogprobs(torch.autograd.Function):
         d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=grad.dtype)  # (N, C), (V, C)
         for h, y, gi, d in reversed(list(zip(*(x.split(ctx.rows) for x in (hidden, target, g, d_hidden))))):
             exp, total = ctx.kept.pop() if ctx.kept else chunk_softmax(h, weight, y, ctx.temperature)[1:]
-            add_gradients(exp, total, gi / total, h, weight, y, d, d_weight)
-            del exp, total  # before the next chunk takes its memory
+            p = exp.scatter_add_(1, y[:, None], -total).to(h.dtype)  # (n, V): softmax − onehot, times total
+            gi = (gi / total).to(h.dtype)  # (n, 1)
+            d.copy_(-gi * (p @ weight))  # d is a view into d_hidden
+            if h.dtype == d_weight.dtype:
+                d_weight.addmm_(p.T, gi * h, alpha=-1)
+            else:
+                d_weight -= p.T @ (gi * h)
+            del exp, total, p  # before the next chunk takes its memory
         return d_hidden, d_weight.to(weight.dtype), None, None, None
-
-
-def add_gradients(exp, total, g, h, weight, target, d_h, d_weight) -> None:
-    """Write the gradient of h (n, C) into d_h, and add that of W (V, C) to d_weight.
-
-    exp / total is the chunk's softmax (n, V), and g (n, 1) each row's upstream gradient, divided by its total.
-    """
-    p = exp.scatter_add_(1, target[:, None], -total).to(h.dtype)  # (n, V): softmax − onehot, times total
-    g = g.to(h.dtype)  # (n, 1)
-    d_h.copy_(-g * (p @ weight))
-    if h.dtype == d_weight.dtype:
-        d_weight.addmm_(p.T, g * h, alpha=-1)
-    else:
-        d_weight -= p.T @ (g * h)
 
 
 def chunk_softmax(hidden: Tensor, weight: Tensor, target: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -316,7 +308,7 @@ def static_decode(model: nn.Module, prompts: list[list[int]], uniform: Tensor, c
     for layer in (layer for layer in model.h.modules() if isinstance(layer, Linear)):
         layer.packed = in_place(layer.weight), None if layer.bias is None else in_place(layer.bias)
     weight = in_place(model.output_weight)
-    shape = (config.n_layer, 2, B, config.n_kv_heads, P + N, config.head_size)
+    shape = (config.n_layer, 2, B, config.n_kv_head, P + N, config.head_dim)
     place, start = torch.arange(P + N, device=device), prompt_len.to(device)
     in_gap = ((place >= start[:, None]) & (place < P))[:, None, None]  # (B, 1, 1, P + N)
     fresh = {

@@ -38,10 +38,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float 
     return F.dropout(weights, dropout) @ v
 
 
-def pack(weight: Tensor) -> Tensor:
-    """`weight`, under autocast in its dtype: so a frozen copy that is stored in that dtype gives equal numbers."""
-    kind = weight.device.type
-    return weight.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else weight
+def rounded(x: Tensor) -> Tensor:
+    """x, under autocast in the dtype of its products: a frozen copy that is stored in it gives equal numbers."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
 def linear_float32(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -55,7 +55,7 @@ def token_logprobs(
     hidden: Tensor, weight: Tensor, target: Tensor, temperature: float = 1.0, with_entropy: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """log p of each target (N,), if asked its distribution's entropy (N,) too, in nats: hidden (N, C), W (V, C)."""
-    logits = linear_float32(pack(hidden), pack(weight)) / temperature  # (N, V)
+    logits = linear_float32(rounded(hidden), rounded(weight)) / temperature  # (N, V)
     logp = logits.log_softmax(-1)
     entropy = -(logp.exp() * logp).sum(-1) if with_entropy else None
     return logp.gather(1, target[:, None])[:, 0], entropy
@@ -68,8 +68,9 @@ def draw(probs: Tensor, uniform: Tensor) -> Tensor:
     return token.clamp(max=probs.shape[1] - 1)  # where probs are nan
 
 
+pack = rounded  # of a weight that many products read
 decoding = torch.no_grad()  # what `generate` runs in
-# This line replaces the seven above: the same numbers, faster. All works without it.
+# From here on these names mean fast.py's versions: the same numbers, faster. All works without this line.
 from fast import Linear, attend, decoding, draw, linear_float32, pack, token_logprobs  # noqa: E402, F811
 
 # --- the model --------------------------------------------------------------------------------------------------------
@@ -101,13 +102,14 @@ class GPTConfig:
     stops: tuple[int, ...] = ()  # ids beside eos that end a generation too
     bos: tuple[int, ...] = ()  # the id that other software puts before a text; kept for the exporter
 
-    @property
-    def head_size(self) -> int:
-        return self.head_dim or self.n_embd // self.n_head
-
-    @property
-    def n_kv_heads(self) -> int:
-        return self.n_kv_head or self.n_head
+    def __post_init__(self) -> None:
+        if self.n_embd % self.n_head and not self.head_dim:
+            raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
+        self.head_dim = self.head_dim or self.n_embd // self.n_head
+        self.n_kv_head = self.n_kv_head or self.n_head
+        self.n_inner = self.n_inner or 4 * self.n_embd
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}")
 
     @property
     def ends(self) -> tuple[int, ...]:
@@ -127,22 +129,22 @@ class Attention(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        H, K, D = config.n_head, config.n_kv_heads, config.head_size
+        H, K, D = config.n_head, config.n_kv_head, config.head_dim
         self.c_attn = Linear(config.n_embd, (H + 2 * K) * D, bias=config.qkv_bias)
         self.c_proj = Linear(H * D, config.n_embd, bias=config.bias)
         self.q_norm = nn.RMSNorm(D, eps=config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(D, eps=config.norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, cache: Cache | None) -> Tensor:
-        H, K, D = self.config.n_head, self.config.n_kv_heads, self.config.head_size
+        H, K, D = self.config.n_head, self.config.n_kv_head, self.config.head_dim
         heads = self.c_attn(x).unflatten(-1, (-1, D)).transpose(1, 2)  # (B, H + 2 K, T, D)
         q, k, v = heads.split([H, K, K], dim=1)
-        q, k = self.q_norm(q), self.k_norm(k)
+        q, k = self.q_norm(q).type_as(v), self.k_norm(k).type_as(v)
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
         mask = None
         if cache is not None:
-            keys, values = cache.kv  # (B, K, S, D) each
+            keys, values = cache.kv.unbind(0)  # (B, K, S, D) each
             keys[:, :, cache.place] = k
             values[:, :, cache.place] = v
             k, v, mask = keys, values, cache.mask
@@ -155,9 +157,8 @@ class MLP(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        n_inner = config.n_inner or 4 * config.n_embd
-        self.c_fc = Linear(config.n_embd, n_inner * (2 if config.swiglu else 1), bias=config.bias)
-        self.c_proj = Linear(n_inner, config.n_embd, bias=config.bias)
+        self.c_fc = Linear(config.n_embd, config.n_inner * (2 if config.swiglu else 1), bias=config.bias)
+        self.c_proj = Linear(config.n_inner, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.c_fc(x)  # (B, T, n_inner), or gate and value side by side
@@ -188,14 +189,10 @@ def norm(config: GPTConfig) -> nn.Module:
 
 
 def rotary_angles(position: Tensor, config: GPTConfig) -> tuple[Tensor, Tensor]:
-    """cos and sin of position · theta^(−2i / D) in float32: (1, T, D/2) of position (T,), (B, 1, T, D/2) of (B, T).
-
-    Llama 3.1 to 3.3 slow the waves that are longer than the context of their first training (Llama team 2024,
-    section 3.4.2; the numbers and the blend between are those of their code).
-    """
-    D = config.head_size
+    """cos and sin of position · theta^(−2i / D) in float32: (1, T, D/2) of position (T,), (B, 1, T, D/2) of (B, T)."""
+    D = config.head_dim
     frequency = config.rope_theta ** (-torch.arange(0, D, 2, device=position.device) / D)  # (D/2,)
-    if config.rope_llama3:
+    if config.rope_llama3:  # slow the waves longer than the context of the first training (Llama team 2024, 3.4.2)
         factor, low, high, context = config.rope_llama3
         turns = context * frequency / (2 * math.pi)  # within that context
         kept = ((turns - low) / (high - low)).clamp(0, 1)  # 1: a short wave, left as it is
@@ -211,14 +208,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class GPT(nn.Module):
-    Cache = Cache
+    Cache = Cache  # for fast.static_decode
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        if config.head_size * config.n_head != config.n_embd and not config.head_dim:
-            raise ValueError(f"n_embd {config.n_embd} is not a multiple of n_head {config.n_head}")
-        if config.n_head % config.n_kv_heads:
-            raise ValueError(f"n_head {config.n_head} is not a multiple of n_kv_head {config.n_kv_head}")
         self.config = config
         self.checkpoint_activations = False  # compute each block again in the backward, to save memory
         self.decoder: Callable | None = None  # a loop that takes the place of `generate` (see fast.compile_blocks)
@@ -248,10 +241,8 @@ class GPT(nn.Module):
             raise ValueError(f"{T} tokens do not fit the context of {self.config.block_size}")
         position = torch.arange(T, device=tokens.device) if cache is None else cache.position
         x = self.wte(tokens)  # (B, T, C)
-        rotary = None
-        if self.config.rope_theta:
-            rotary = rotary_angles(position, self.config)
-        else:
+        rotary = rotary_angles(position, self.config) if self.config.rope_theta else None
+        if rotary is None:
             x = x + self.wpe(position)
         x = F.dropout(x, self.config.dropout, self.training)
         for i, block in enumerate(self.h):
@@ -269,28 +260,27 @@ class GPT(nn.Module):
 
     def logprobs(self, tokens: Tensor, prompt_len: Tensor, length: Tensor, temperature: float = 1.0) -> Tensor:
         """log softmax(logits / temperature) of each response token, in nats: (B, R) float32, 0 outside the response."""
-        predicting, target, mask = self.predictions(tokens, prompt_len, length)
-        logp, _ = token_logprobs(predicting, self.output_weight, target, temperature)
-        return logp.new_zeros(mask.shape).masked_scatter(mask, logp)
+        return self.read_response(tokens, prompt_len, length, temperature)[0]
 
     def logprobs_and_entropy(
         self, tokens: Tensor, prompt_len: Tensor, length: Tensor, temperature: float = 1.0
     ) -> tuple[Tensor, Tensor]:
         """`logprobs`, and the entropy in nats of the distribution that each response token was drawn from: (B, R)."""
-        predicting, target, mask = self.predictions(tokens, prompt_len, length)
-        found = token_logprobs(predicting, self.output_weight, target, temperature, with_entropy=True)
-        logp, entropy = (x.new_zeros(mask.shape).masked_scatter(mask, x) for x in found)
+        logp, entropy = self.read_response(tokens, prompt_len, length, temperature, with_entropy=True)
         return logp, entropy
 
-    def predictions(self, tokens: Tensor, prompt_len: Tensor, length: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The hidden states (N, C) before all N response tokens, their ids (N,), and their places, a mask (B, R).
-
-        Logits are made of these alone, so (B, R, V) never exists.
-        """
+    def read_response(
+        self, tokens: Tensor, prompt_len: Tensor, length: Tensor, temperature: float, with_entropy: bool = False
+    ) -> list[Tensor]:
+        """Log-probabilities, and if asked entropies, in the response window. (B, R, V) never exists: logits are made of
+        the hidden states before the N real response tokens alone."""
         position, mask = response_window(prompt_len, length)  # (B, R)
         row, real = mask.nonzero()[:, 0], position[mask]  # (N,) each
         hidden = self.hidden(tokens[:, :-1])  # (B, T − 1, C): nothing is predicted from the last position
-        return pick(hidden, row, real - 1), pick(tokens, row, real), mask.to(tokens.device)
+        before, target = pick(hidden, row, real - 1), pick(tokens, row, real)  # (N, C), (N,)
+        found = token_logprobs(before, self.output_weight, target, temperature, with_entropy)
+        mask = mask.to(tokens.device)
+        return [x.new_zeros(mask.shape).masked_scatter(mask, x) for x in found if x is not None]
 
     @decoding
     def generate(
@@ -305,8 +295,8 @@ class GPT(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Sample a response to each of a ragged batch of prompts; stop when every row has produced EOS.
 
-        Returns tokens (B, T) right-padded, and on the CPU prompt_len (B,), length (B,). A response that ended has EOS
-        as its last token; one that `max_new_tokens` cut has not. An empty prompt gets EOS as its first token.
+        Returns tokens (B, T) right-padded, and on the CPU prompt_len (B,), length (B,). A response that ended has EOS,
+        or one of config.stops, as its last token; one that was cut has not. An empty prompt gets EOS as its first token.
         `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 are off. `generator` is a CPU generator on every device: one
         number per row and step, drawn at the start. Raises ValueError if a prompt and `max_new_tokens` are too long.
         """
@@ -322,7 +312,7 @@ class GPT(nn.Module):
         choose = partial(sample, temperature=temperature, top_k=top_k, top_p=top_p)
         if self.decoder is not None:
             return self.decoder(self, prompts, uniform, choose)
-        look = 1 if device.type == "cpu" else 16  # to look whether all rows have ended waits for an accelerator
+        look = 1 if device.type == "cpu" else 16  # asking an accelerator whether all rows have ended makes Python wait
 
         prompt_len = torch.tensor([len(p) for p in prompts])  # (B,)
         tokens = torch.tensor([p + [config.eos] * (P + N - len(p)) for p in prompts], device=device)  # (B, P + N)
@@ -332,7 +322,7 @@ class GPT(nn.Module):
         weight = pack(self.output_weight)
 
         # 1 Prefill. Prompts take places 0…P−1 of the cache, new token t takes P + t. A short prompt leaves a gap.
-        shape = (config.n_layer, 2, B, config.n_kv_heads, P + N, config.head_size)
+        shape = (config.n_layer, 2, B, config.n_kv_head, P + N, config.head_dim)
         kv = torch.zeros(shape, device=device, dtype=weight.dtype)
         place = torch.arange(P + N, device=device)
         in_gap = (place >= start[:, None]) & (place < P)  # (B, P + N)
@@ -367,17 +357,13 @@ class ScalarModel(nn.Module):
 
     def __init__(self, trunk: GPT):
         super().__init__()
-        self.trunk = trunk
-        trunk.lm_head = None  # the trunk's own output layer, if it has one, is not needed
+        self.trunk, self.config = trunk, trunk.config  # it takes the trunk over
+        trunk.lm_head = None  # which needs no output layer of its own
         self.head = nn.Linear(trunk.config.n_embd, 1)
         nn.init.normal_(self.head.weight, std=1 / math.sqrt(trunk.config.n_embd + 1))  # Stiennon et al. 2020, C.1
         nn.init.zeros_(self.head.bias)
         self.register_buffer("gain", torch.ones(()))
         self.register_buffer("bias", torch.zeros(()))  # beside the head's own, which is trained
-
-    @property
-    def config(self) -> GPTConfig:
-        return self.trunk.config
 
     def scalar(self, hidden: Tensor) -> Tensor:
         """(…, C) → (…) in at least float32."""
@@ -424,11 +410,8 @@ def sample(logits: Tensor, uniform: Tensor, temperature: float = 1.0, top_k: int
     """
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits.float()
-    if temperature != 1:
-        logits = logits / temperature
-    probs = F.softmax(logits, -1)  # (B, V)
-    if 0 < top_k < probs.shape[-1] or top_p < 1:
+    probs = F.softmax(logits.float() / temperature, -1).to(uniform.device)  # (B, V)
+    if top_k or top_p < 1:
         ordered, index = probs.sort(dim=-1, descending=True, stable=True)
         if top_k:
             ordered[:, top_k:] = 0
@@ -437,4 +420,4 @@ def sample(logits: Tensor, uniform: Tensor, temperature: float = 1.0, top_k: int
         keep = mass_before < top_p
         keep[:, 0] = True
         probs = torch.zeros_like(probs).scatter(1, index, ordered * keep)
-    return draw(probs.to(uniform.device), uniform).to(logits.device)
+    return draw(probs, uniform).to(logits.device)

@@ -131,9 +131,9 @@ def train(cfg: Config) -> None:
         if cfg.eval_every and ((step + 1) % cfg.eval_every == 0 or step + 1 == cfg.iterations):
             with run.timed("evaluate"):
                 found = measured(policy, held_out, "evaluate", cfg.seed)
-            found, goodness = measure.summary(found, judged_by, cfg.kl_coef)
+                found, goodness = measure.summary(found, judged_by, cfg.kl_coef)
+                run.keep_best(goodness, policy, encoding)
             metrics |= found
-            run.keep_best(goodness, policy, encoding)
         run.log(step, metrics, SHOWN, tokens=int(dist.total(batch["mask"].sum())))
         if 0 < cfg.kl_stop < metrics["objective/kl"]:
             raise run.diverged(step + 1, "the KL to the reference", f"above --kl_stop {cfg.kl_stop:g}")

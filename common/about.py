@@ -55,8 +55,9 @@ def peak_memory(device: torch.device) -> float:
     """Peak memory of this process so far, in GiB: allocated memory of the GPU with CUDA, else resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    if (status := Path("/proc/self/status")).exists():  # Linux: ru_maxrss would count what started this process
-        return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) / 2**20
+    status = Path("/proc/self/status")  # of Linux: ru_maxrss would count what started this process
+    if status.exists() and (found := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):
+        return int(found[1]) / 2**20
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30  # bytes on macOS

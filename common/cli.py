@@ -15,7 +15,6 @@ from types import UnionType
 from typing import Annotated, Any, get_args
 
 import torch
-import torch.distributed
 from torch import nn
 
 from common import dist
@@ -158,9 +157,12 @@ def pick_device(name: str) -> torch.device:
         raise InputError(f"--device {name}: not to be had here; give auto, or one of {there}")
     if kind == "cuda" and dist.WORLD > 1:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
-    if kind == "cuda" and ":" in name:
-        torch.cuda.set_device(name)
-    return torch.device(name)
+    try:
+        if kind == "cuda" and ":" in name:
+            torch.cuda.set_device(name)
+        return torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"--device {name}: {str(error).splitlines()[0]}; give auto, or another") from None
 
 
 def setup(cfg: Any) -> tuple[torch.device, torch.autocast]:
@@ -181,12 +183,13 @@ def setup(cfg: Any) -> tuple[torch.device, torch.autocast]:
 
 def prepare(cfg: Shared, *models: nn.Module) -> None:
     """Apply --checkpoint_activations, --compile and --shard to the nets of a stage."""
-    trunks = [getattr(model, "trunk", model) for model in models]
-    for trunk in trunks:
-        trunk.checkpoint_activations = cfg.checkpoint_activations
-    if cfg.compile and trunks[0].wte.weight.device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
+    on_cpu = next(models[0].parameters()).device.type == "cpu"
+    if cfg.compile and on_cpu and not shutil.which(os.environ.get("CXX", "g++")):
         raise InputError("--compile: on a CPU it needs a C++ compiler; install g++, or leave it out")
-    if cfg.compile:
-        compile_blocks(*trunks)
     for model in models:
-        dist.shard(model, cfg)
+        trunk = getattr(model, "trunk", model)
+        trunk.checkpoint_activations = cfg.checkpoint_activations
+        if cfg.compile:
+            compile_blocks(trunk)
+        if cfg.shard:
+            dist.shard(model)

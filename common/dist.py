@@ -158,10 +158,8 @@ def check_shard(cfg: Any) -> None:
         raise InputError(f"--shard: --batch_size must be a multiple of the {WORLD} processes")
 
 
-def shard(net: GPT | ScalarModel, cfg: Any) -> GPT | ScalarModel:
-    """The net, with --shard divided over the processes, in place. From then on only FORWARDS may be called on it."""
-    if not cfg.shard:
-        return net
+def shard(net: GPT | ScalarModel) -> None:
+    """Divide the net over the processes, in place. From then on only FORWARDS may be called on it."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
@@ -173,7 +171,6 @@ def shard(net: GPT | ScalarModel, cfg: Any) -> GPT | ScalarModel:
     for name in FORWARDS:
         if hasattr(net, name):
             register_fsdp_forward_method(net, name)
-    return net
 
 
 def is_sharded(net: nn.Module) -> bool:

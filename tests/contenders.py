@@ -380,7 +380,7 @@ def flops(what: str, name: str, *sizes: int) -> float:
     For `train` and `generate` a token, for `ppo` an iteration of 4 epochs. What is computed again does not count.
     """
     (inside, head), config = matrices(name), config_of(name)
-    attention = 4 * config.n_layer * config.n_head * config.head_size  # a key
+    attention = 4 * config.n_layer * config.n_head * config.head_dim  # a key
     if what == "train":
         _, length = sizes
         return 3 * (2 * (inside + head) + attention * length)
@@ -397,5 +397,5 @@ def flops(what: str, name: str, *sizes: int) -> float:
 def bytes_read(name: str, batch: int, prompt: int, new: int, device: torch.device) -> float:
     """Bytes that one step of decoding must read: each weight, and the cache at its mean length."""
     config, size = config_of(name), dtype_of(device).itemsize
-    cache = 2 * config.n_layer * config.n_kv_heads * config.head_size
+    cache = 2 * config.n_layer * config.n_kv_head * config.head_dim
     return size * (sum(matrices(name)) + batch * cache * (prompt + new / 2))

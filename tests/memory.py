@@ -50,7 +50,7 @@ def block(config: GPTConfig, tokens: int, bf16: bool) -> int:
     the rounded weights are saved as well.
     """
     size, C = (2 if bf16 else 4), config.n_embd
-    Q, K = config.n_head * config.head_size, config.n_kv_heads * config.head_size
+    Q, K = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
     inner = config.n_inner or 4 * C
     norms = 2 * 4 * (2 * C + 1 if config.rms_norm else C + 2)  # RMSNorm saves its input with scale 1 too
     attention = C + Q + 2 * K + Q  # the input of c_attn; queries, keys and values; what attention found

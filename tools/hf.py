@@ -120,11 +120,8 @@ def our_config(c: dict, path: Path) -> tuple[GPTConfig, bool]:
 
 
 def written_out(config: GPTConfig) -> GPTConfig:
-    """Return the config with its defaults as numbers, and without what is no part of the architecture."""
-    return replace(
-        config, n_kv_head=config.n_kv_head or config.n_head, n_inner=config.n_inner or 4 * config.n_embd,
-        head_dim=config.head_size, dropout=0.0, eos=0, stops=(), bos=(),
-    )  # fmt: skip
+    """Return the config without what is no part of the architecture."""
+    return replace(config, dropout=0.0, eos=0, stops=(), bos=())
 
 
 def config_json(config: GPTConfig, scalar: bool) -> dict:
@@ -252,7 +249,7 @@ def write_model(model: GPT | ScalarModel, encoding: tiktoken.Encoding, folder: P
             print(f"the exported scores are ours minus {c['score_bias']:.4f} (score_bias in config.json)")
         else:
             state["ln_f.bias"] = state["ln_f.bias"] + weight[0] * constant / weight.square().sum()
-    n_q, n_kv = (heads * config.head_size for heads in (config.n_head, config.n_kv_head or config.n_head))
+    n_q, n_kv = (heads * config.head_dim for heads in (config.n_head, config.n_kv_head or config.n_head))
     result = {}
     for ours, x in state.items():
         theirs = their_names(ours, config)
