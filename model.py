@@ -296,7 +296,7 @@ class GPT(nn.Module):
         """Sample a response to each of a ragged batch of prompts; stop when every row has produced EOS.
 
         Returns tokens (B, T) right-padded, and on the CPU prompt_len (B,), length (B,). A response that ended has EOS,
-        or one of config.stops, as its last token; one that was cut has not. An empty prompt gets EOS as its first token.
+        or one of config.stops, as its last token; one that was cut has not. An empty prompt gets EOS at first.
         `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 are off. `generator` is a CPU generator on every device: one
         number per row and step, drawn at the start. Raises ValueError if a prompt and `max_new_tokens` are too long.
         """
