@@ -53,9 +53,7 @@ class Config(cli.Shared):
     data: str = ""  # JSONL "prompt"; empty: the tales' prompts
     eval_data: str = ""  # held-out JSONL "prompt"; empty: a part of --data (the tales have their own)
     init: str = "out/sft"  # run folder of the starting policy
-    ref: str = (
-        ""  # run folder of the frozen copy, the "before" of the table, where --init is a run of PPO; empty: --init
-    )
+    ref: str = ""  # run folder of the frozen copy (the table's "before"), where --init is a run of PPO; empty: --init
     reward: str = "out/reward"  # run folder of the reward model, or FILE.py:function to train on
     judge: str = ""  # FILE.py:function, never trained on; of several (commas) the first is measured in training too
     out: str = "out/ppo"  # run folder to write

@@ -468,8 +468,8 @@ def test_every_process_answers_prompts_of_its_own_with_chance_of_its_own(folders
 @mistake("ppo.py", 'run.state["kl_coef"] if run.state else cfg.kl_coef', "cfg.kl_coef")
 @mistake(
     "ppo.py",
-    "data.shuffled(prompts, cfg.batch_size, cfg.seed, None, step)",
-    "data.shuffled(prompts, cfg.batch_size, cfg.seed, None, step - run.step)",
+    "data.shuffled(prompts, cfg.batch_size, cfg.seed, lengths=None, step=step)",
+    "data.shuffled(prompts, cfg.batch_size, cfg.seed, lengths=None, step=step - run.step)",
 )
 def test_a_run_that_was_stopped_and_resumed_is_the_run_that_was_not(folders, monkeypatch):
     options = {"iterations": 4, "save_every": 2, "kl_target": 0.5, "lr": 0.01}
@@ -522,8 +522,8 @@ def test_the_score_is_read_at_the_last_real_token(nets):
 # 25
 @mistake(
     "sft.py",
-    "return -model.summed_logprobs(*data.pad(rows, device))",
-    "tokens, prompt_len, length = data.pad(rows, device)\n    return -model.summed_logprobs(tokens, torch.ones_like(prompt_len), length)",
+    "return -model.logprobs(*data.pad(rows, device)).sum()",
+    "tokens, prompt_len, length = data.pad(rows, device)\n    return -model.logprobs(tokens, torch.ones_like(prompt_len), length).sum()",
 )
 def test_the_fine_tuning_loss_leaves_the_prompt_out(gpt, encoding):
     rows = [
@@ -669,7 +669,7 @@ def test_no_response_is_compared_with_an_equal_one_and_the_reader_says_how_many_
 
 
 # 33
-@mistake("ppo.py", 'partial(answer, "after", policy)', 'partial(answer, "before", policy)')
+@mistake("ppo.py", 'measured(policy, held_out, "after", cfg.seed)', 'measured(policy, held_out, "before", cfg.seed)')
 @mistake("common/measure.py", 'return f"{mean:8.3f} ± {error:.3f}"', 'return f"{mean:8.3f}"')
 def test_a_policy_wins_half_of_its_games_against_itself_by_draws_of_its_own(folders, capsys):
     tmp = folders["tmp"]
