@@ -1,14 +1,17 @@
 """What several tests share: a tiny model, a tiny tokenizer, and a script run as a user runs it."""
 
+import contextlib
 import functools
 import http.server
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # of every process of the tests, before torch is loaded
@@ -150,6 +153,27 @@ def server(monkeypatch):
 
 TORCHRUN = ["-c", "import sys; from torch.distributed.run import main; sys.exit(main())", "--nproc_per_node=2"]
 TORCHRUN += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]  # a free port
+
+
+@contextlib.contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """A fork of this process holds the lock of a run folder, and is killed at the end of the block."""
+    ready, told = os.pipe()
+    if not (child := os.fork()):
+        try:
+            held = runs.lock(out)
+            os.write(told, b"x" if held else b"")
+            signal.pause()
+        finally:
+            os._exit(1)
+    os.close(told)
+    try:
+        assert os.read(ready, 1)
+        yield
+    finally:
+        os.close(ready)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
 @functools.cache

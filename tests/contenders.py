@@ -26,14 +26,14 @@ import data
 import fast
 import model
 import ppo
-from common import cli, measure, nets, runs
+from common import about, cli, measure, nets
 from data.rng import generator
 from model import GPT, ScalarModel
 from reward import pairwise_loss, score_groups
 from tests.shapes import config_of
 
 OURS = "plainrlhf"
-PLAIN = ("Linear", "attend", "pack", "linear_float32", "token_logprobs", "sum_logprobs", "draw", "decoding")
+PLAIN = ("Linear", "attend", "pack", "linear_float32", "token_logprobs", "draw", "decoding")
 RIVALS = {"train": ["transformers", "nanogpt"], "generate": ["floor", "transformers", "nanogpt"], "ppo": ["trl"]}
 
 
@@ -145,7 +145,7 @@ def train(who: str, name: str, batch: int, length: int, device: torch.device) ->
         loss_of = lambda: model(inputs, targets)[1]  # noqa: E731
     else:
         model = make_gpt(name, length + 1, device, variant)
-        loss_of = lambda: -model.summed_logprobs(tokens, first, first + length) / tokens[:, 1:].numel()  # noqa: E731
+        loss_of = lambda: -model.logprobs(tokens, first, first + length).sum() / tokens[:, 1:].numel()  # noqa: E731
     model.train()
     autocast = autocast_of(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
@@ -290,7 +290,7 @@ def ppo_iterations(
         clock = [time.perf_counter()]
 
         def tick(clock: list[float] = clock) -> None:
-            runs.synchronize()
+            about.synchronize()
             clock.append(time.perf_counter())
 
         ids = data.shuffled(prompts, batch, 0, None, step)
@@ -334,7 +334,7 @@ def trl_iterations(
 
     class Clock(TrainerCallback):
         def on_train_begin(self, *args, **kwargs):
-            runs.synchronize()
+            about.synchronize()
             ends.append(time.perf_counter())
 
         on_step_end = on_train_begin

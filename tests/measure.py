@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 
 import fast
-from common import runs
+from common import about
 from tests import contenders
 from tests.contenders import OURS, dtype_of
 
@@ -22,11 +22,11 @@ def each(work: Callable[[], object], seconds: float) -> tuple[float, float]:
     """Seconds of one `work`, and of processor time, over about `seconds`, after once to warm up."""
     work()
     gc.collect()
-    runs.synchronize()
+    about.synchronize()
     began, busy, n = time.perf_counter(), time.process_time(), 0
     while time.perf_counter() - began < seconds or n < 2:
         work()
-        runs.synchronize()
+        about.synchronize()
         n += 1
     return (time.perf_counter() - began) / n, (time.process_time() - busy) / n
 
@@ -35,10 +35,10 @@ def fastest(work: Callable[[], object], seconds: float) -> float:
     """The least seconds that `work` takes, tried for about `seconds`."""
     found, began = [], time.perf_counter()
     while time.perf_counter() - began < seconds or len(found) < 3:
-        runs.synchronize()
+        about.synchronize()
         start = time.perf_counter()
         work()
-        runs.synchronize()
+        about.synchronize()
         found.append(time.perf_counter() - start)
     return min(found)
 
@@ -58,7 +58,7 @@ def limits(device: torch.device, seconds: float = 3.0) -> dict[str, float]:
 
 def one(who: str, what: str, name: str, *sizes: int, device: torch.device, seconds: float) -> dict:
     """Tokens a second, or medians of a PPO iteration's phases; and peak memory, whole and less what torch takes."""
-    before = runs.peak_memory(device)
+    before = about.peak_memory(device)
     project, _, variant = who.partition(":")
     if device.type == "cpu" and (project == OURS or variant == "kept"):
         fast.keep_memory()
@@ -72,7 +72,7 @@ def one(who: str, what: str, name: str, *sizes: int, device: torch.device, secon
         work, count = prepare(who, name, *sizes, device)
         wall, busy = each(work, seconds)
         found = {"tokens_per_s": count / wall, "step_s": wall, "step_cpu_s": busy}
-    peak = runs.peak_memory(device)
+    peak = about.peak_memory(device)
     return found | {"peak_GiB": peak, "own_GiB": peak - before}
 
 

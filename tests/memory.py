@@ -5,11 +5,12 @@ token. `test_bench.py` holds the second to what autograd saves in a forward of t
 """
 
 import functools
+from dataclasses import replace
 
 import torch
 
 import fast
-from model import GPT, GPTConfig, ScalarModel
+from model import GPT, Block, GPTConfig, ScalarModel
 from tests.shapes import config_of
 
 TRAINED = 16  # bytes a parameter: a weight, its gradient and Adam's two moments, in float32
@@ -21,9 +22,15 @@ GIB = 2**30
 @functools.cache
 def parameters(name: str, scalar: bool = False) -> tuple[int, int]:
     """How many parameters a net has, and how many of them are in linear layers. `scalar`: reward model or value net."""
+    config = config_of(name)
     with torch.device("meta"):
-        net = GPT(config_of(name))
-        net = ScalarModel(net) if scalar else net
+        net = GPT(replace(config, n_layer=1))  # blocks are alike
+        first, block = counted(ScalarModel(net) if scalar else net), counted(Block(config))
+    whole, linear = (x + (config.n_layer - 1) * more for x, more in zip(first, block))
+    return whole, linear
+
+
+def counted(net: torch.nn.Module) -> tuple[int, int]:
     linear = sum(p.numel() for layer in net.modules() if isinstance(layer, fast.Linear) for p in layer.parameters())
     return sum(p.numel() for p in net.parameters()), linear
 
@@ -76,8 +83,8 @@ def saved(config: GPTConfig, batch: int, length: int, bf16: bool, checkpointed: 
 
 def logits(config: GPTConfig, tokens: int, kind: str) -> int:
     """Bytes of the logits that wait for the backward: the last few chunks of them, in float32."""
-    rows = max(1, (fast.CHUNK if kind == "cpu" else fast.GPU_CHUNK) // config.vocab_size)
-    return 4 * config.vocab_size * min(tokens, fast.KEPT * rows)
+    chunk, kept = (fast.CHUNK, fast.KEPT) if kind == "cpu" else (fast.GPU_CHUNK, fast.GPU_KEPT)
+    return 4 * config.vocab_size * min(tokens, kept * max(1, chunk // config.vocab_size))
 
 
 def activations(
@@ -108,7 +115,7 @@ def sharded(name: str, processes: int, batch: int, length: int) -> tuple[float, 
     count, linear = parameters(name)
     config = config_of(name)
     with torch.device("meta"):
-        in_block = sum(p.numel() for p in GPT(config).h[0].parameters())
+        in_block, _ = counted(Block(config))
     outside = count - config.n_layer * in_block
     rollout = rest + 4 * count - 2 * linear
     update = rest + 2 * 4 * (outside + 2 * in_block) + activations(name, batch, length, True, True)

@@ -32,10 +32,9 @@ def main() -> None:
     before = resident()
     policy = GPT(GPTConfig()).eval()
     reward = ScalarModel(copy.deepcopy(policy)).eval()
-    ref = dist.shard(nets.freeze(copy.deepcopy(policy), autocast), cfg)
-    value = dist.shard(copy.deepcopy(reward), cfg)
-    reward = dist.shard(nets.freeze(reward, autocast), cfg)
-    policy = dist.shard(policy, cfg)
+    ref, value = nets.freeze(copy.deepcopy(policy), autocast), copy.deepcopy(reward)
+    reward = nets.freeze(reward, autocast)
+    cli.prepare(cfg, policy, ref, value, reward)
     optimizers = [nets.adamw(net, 1e-5, 0.0) for net in (policy, value)]
     prompts = [[i + 1] * 16 for i in range(cfg.batch_size // dist.WORLD)]
     highest = {"rollout": 0.0, "score": 0.0, "update": 0.0, "at rest": 0.0}

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 import data
+from common import compare
 from data import InputError, Row, tales
+from data.label import Answer, preference
 from data.tokenizer import with_plain_tokens
 from tests.conftest import write
-from tools import label
 from tools.get.download import download
 
 ALPHABETS = [
@@ -89,7 +90,9 @@ def test_a_ranked_list_is_all_its_pairs(tmp_path, encoding):
 
 def test_a_judge_on_any_scale_can_be_the_simulated_person():
     answers = [[("aaa", True), ("a", True)]] * 50
-    rows = label.simulate(["p"] * 50, answers, lambda prompt, text: -1000 * len(text), 0.1, seed=0)
+    rows = compare.simulate(
+        ["p"] * 50, answers, lambda rows: [-1000 * len(row["response"]) for row in rows], 0.1, seed=0
+    )
     assert all(row["chosen"] == "a" and row["p_chosen"] == 1 for row in rows)
 
 
@@ -188,12 +191,12 @@ def test_sampled_ids_are_trained_on_as_they_were_sampled(tmp_path, encoding):
     """Other ids than those of encoding " yes" decode to it as well; PPO scores what was sampled, and so must this."""
     letters = [encoding.encode_single_token(byte) for byte in (b" ", b"y", b"e", b"s")]
     assert encoding.encode_ordinary(" yes") != letters
-    answers = [label.Answer(" yes", True, letters), label.Answer(" no", False, encoding.encode_ordinary(" no"))]
-    rows = label.simulate(["ask"], [answers], lambda prompt, text: len(text), 0.001, seed=0)
+    answers = [Answer(" yes", True, letters), Answer(" no", False, encoding.encode_ordinary(" no"))]
+    rows = compare.simulate(["ask"], [answers], lambda rows: [len(row["response"]) for row in rows], 0.001, seed=0)
     (group,) = data.comparisons(write(tmp_path / "c.jsonl", rows), encoding, 7)
     start = encoding.encode_ordinary("ask")
     assert [row.tokens for row in group.rows] == [start + letters + [7], start + encoding.encode_ordinary(" no")]
-    ranked = {"prompt": "ask"} | label.preference([*answers, label.Answer(" me", True, [5])])  # [5] is not " me"
+    ranked = {"prompt": "ask"} | preference([*answers, Answer(" me", True, [5])])  # [5] is not " me"
     (group,) = data.comparisons(write(tmp_path / "r.jsonl", [ranked]), encoding, 7)
     assert group.rows[0].tokens == start + letters + [7]
     assert group.rows[2].tokens == start + encoding.encode_ordinary(" me") + [7]  # a text that was edited counts

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ import reward
 import sft
 from common import cli, judges, nets, runs
 from data import InputError
-from tests.conftest import ROOT, TORCHRUN, run, write
+from tests.conftest import ROOT, TORCHRUN, locked, run, write
 from tests.fuzz import sweep
 
 
@@ -121,10 +122,10 @@ def started(folders, script, *more, processes=1, steps=3):
 LONG = {"sft.py": ["--epochs", "90"], "reward.py": ["--batch_size", "1"], "ppo.py": ["--iterations", "400"]}
 
 
-@pytest.mark.parametrize("script, number", [
-    pytest.param("sft.py", signal.SIGINT, marks=pytest.mark.slow), ("reward.py", signal.SIGTERM),
-    pytest.param("ppo.py", signal.SIGINT, marks=pytest.mark.slow),
-])  # fmt: skip
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "script, number", [("sft.py", signal.SIGINT), ("reward.py", signal.SIGTERM), ("ppo.py", signal.SIGINT)]
+)
 def test_a_signal_lets_the_step_end_saves_it_and_says_how_to_go_on(folders, script, number):
     long = ["--save_every", "1000"] if script == "ppo.py" else []
     process = started(folders, script, *LONG[script], *long)
@@ -136,21 +137,26 @@ def test_a_signal_lets_the_step_end_saves_it_and_says_how_to_go_on(folders, scri
     assert state["step"] == len(runs.read_metrics(folders["tmp"] / "out/x"))
 
 
-def test_a_signal_in_the_last_step_ends_the_process_too(folders, monkeypatch):
+@pytest.mark.parametrize("number, at", [(signal.SIGINT, 2), (signal.SIGTERM, 4)])
+def test_a_signal_in_any_step_ends_the_process_once_it_is_saved(folders, monkeypatch, capsys, number, at):
+    """Also in the last of four."""
     monkeypatch.chdir(folders["tmp"])
     logged = runs.Run.log
 
     def log(run, step, *given, **more):
         logged(run, step, *given, **more)
-        if step + 1 == run.steps:
-            os.kill(os.getpid(), signal.SIGTERM)
+        if step + 1 == at:
+            os.kill(os.getpid(), number)
             time.sleep(0.01)
 
     monkeypatch.setattr(runs.Run, "log", log)
-    monkeypatch.setattr(sys, "argv", ["ppo.py", *options(folders, "ppo.py")])
+    monkeypatch.setattr(sys, "argv", ["ppo.py", *options(folders, "ppo.py", save_every=1000)])
     with pytest.raises(SystemExit) as end:
         cli.run_main(ppo.main)
-    assert end.value.code == 143 and torch.load("out/ppo/state.pt", weights_only=True)["step"] == 4
+    assert end.value.code == 128 + number and torch.load("out/ppo/state.pt", weights_only=True)["step"] == at
+    assert len(runs.read_metrics("out/ppo")) == at
+    said = f"ppo.py: stopped after step {at} of 4; the same command and --resume go on\n"
+    assert capsys.readouterr().err == said
 
 
 def test_a_run_is_saved_once_a_minute_but_not_for_more_than_a_twentieth_of_its_time(folders, monkeypatch):
@@ -209,13 +215,13 @@ def test_a_process_that_dies_ends_the_others_and_the_run_can_go_on(folders, monk
 
 def test_a_second_run_in_a_folder_is_refused_and_a_dead_run_is_no_obstacle(folders, monkeypatch):
     monkeypatch.chdir(folders["tmp"])
-    process = started(folders, "sft.py", *LONG["sft.py"])
     cfg = cli.parse(sft.Config, [*options(folders, "sft.py"), "--out", "out/x"])
-    with pytest.raises(InputError, match="--out out/x: another run writes to it"):
+    with locked(Path("out/x")), pytest.raises(InputError, match="--out out/x: another run writes to it"):
         sft.train(cfg)
-    process.kill()
-    process.communicate()
+    Path("out/x").mkdir()
+    Path("out/x/metrics.jsonl").write_text('{"step": 0}\n{"ste')  # of the dead run
     sft.train(cfg)
+    assert Path("out/x.1/metrics.jsonl").exists()
     assert len(runs.read_metrics("out/x")) == len({line["step"] for line in runs.read_metrics("out/x")})
 
 

@@ -18,7 +18,7 @@ import pytest
 import data
 from common import cli
 from data import InputError
-from tests.conftest import ROOT, write
+from tests.conftest import ROOT, locked, write
 from tools import label
 from tools.label import sitting as rooms
 
@@ -501,13 +501,8 @@ def test_instructions_that_are_missing_are_named(folders):
 
 def test_two_servers_do_not_write_to_one_file_and_a_broken_file_is_left_alone(folders):
     out = folders["tmp"] / "a.jsonl"
-    code = "import pathlib, sys; from common import runs; held = runs.lock(pathlib.Path(sys.argv[1])); "
-    command = [sys.executable, "-c", code + "print(flush=True); input()", out]
-    other = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    other.stdout.readline()
-    with pytest.raises(InputError, match="--out .*a.jsonl: another run writes to it"):
+    with locked(out), pytest.raises(InputError, match="--out .*a.jsonl: another run writes to it"):
         call(*given(folders, "--terminal"))
-    other.communicate(b"\n")
     write(out, [{"prompt": "a", "chosen": "b", "rejected": "c"}])
     before = out.read_bytes()
     with pytest.raises(InputError, match='a.jsonl:1: no column "annotator"'):
@@ -523,6 +518,7 @@ def test_a_file_of_pairs_does_not_become_one_of_rankings(folders, monkeypatch):
         call(*given(folders, "--terminal", "--samples", 3))
 
 
+@pytest.mark.slow
 def test_the_command_serves_its_address_and_ends_well_when_stopped(folders):
     """Stopped while the model may still be answering: exit code 0, what was answered kept, no abort."""
     command = [sys.executable, "-m", "tools.label", *map(str, given(folders, "--port", 0))]

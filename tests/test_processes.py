@@ -127,7 +127,7 @@ def test_an_old_torch_is_refused_in_one_sentence(monkeypatch, capsys):
     monkeypatch.setattr(torch, "__version__", "2.5.1+cpu")
     with pytest.raises(SystemExit) as end:
         cli.run_main(lambda: None)
-    assert end.value.code == 2 and "torch 2.5.1+cpu: this project needs 2.6 or newer" in capsys.readouterr().err
+    assert end.value.code == 2 and "torch 2.5.1+cpu: needs 2.6 or newer; pip install" in capsys.readouterr().err
     monkeypatch.setattr(torch, "__version__", "2.10.0a0+git1")
     cli.run_main(lambda: None)
 

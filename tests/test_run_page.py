@@ -17,8 +17,8 @@ import torch
 import ppo
 import reward
 import sft
-from common import cli, runs
-from common.measure import by_token
+from common import about, cli, runs
+from common.measure import by_token, report
 from data import InputError
 from model import ScalarModel
 from tests.conftest import CHROMIUM, ROOT, make_gpt, needs_chromium, write
@@ -43,9 +43,9 @@ def learned(epochs, lr=0.05):
     value = ScalarModel(copy.deepcopy(policy)).eval()
     batch = ppo.rollout(policy, [[1], [2, 3], [4], [5, 6, 7], [8], [9]], cfg, torch.Generator().manual_seed(0))
     batch |= ppo.read(batch, policy, before, value, lambda part: torch.ones(len(part["tokens"])), cfg)
-    batch |= ppo.estimate(batch, 0.1, -1.0, cfg)
+    batch |= ppo.estimate(batch, 0.1, cfg)
     optimizers = [torch.optim.SGD(net.parameters(), lr=lr) for net in (policy, value)]
-    ppo.update(policy, value, *optimizers, batch, lr, cfg, OFF, seed=0)
+    ppo.update(policy, value, *optimizers, batch, lr, lr, cfg, OFF, seed=0)
     return batch, policy
 
 
@@ -82,9 +82,10 @@ def test_what_is_kept_of_a_rollout_is_bounded(encoding):
     batch = {"mask": mask, "logp": mask * -0.5, "score": torch.ones(B), "final_score": torch.ones(B)}
     batch |= {"tokens": torch.full((B, R + 1), 65), "prompt_len": torch.ones(B).long()}
     batch |= {"length": torch.full((B,), R + 1), "ended": torch.zeros(B, dtype=torch.bool)}
-    assert len(by_token(batch, [("a", "b")] * B, encoding, 1, 0.1)["answers"]) == 128
+    rows = [{"prompt": "a", "response": "b"}] * B
+    assert len(by_token(batch, rows, encoding, 1, 0.1)["answers"]) == 128
     short = batch | {"mask": mask[:, :3], "length": torch.full((B,), 4)}
-    assert len(by_token(short, [("a", "b")] * B, encoding, 1, 0.1)["answers"]) == 256
+    assert len(by_token(short, rows, encoding, 1, 0.1)["answers"]) == 256
 
 
 def run_ppo(folders, monkeypatch, out, **more):
@@ -109,29 +110,30 @@ def test_a_run_says_what_it_was_and_counts_its_seconds_on(folders, monkeypatch):
         assert found["commit"] == head and isinstance(found["clean"], bool)
     found["seconds"] = 1000.0
     (folders["tmp"] / "out/x/config.json").write_text(json.dumps(found))
-    run_ppo(folders, monkeypatch, "out/x", kl_coef=0.3, iterations=5, resume=True)
+    run_ppo(folders, monkeypatch, "out/x", kl_coef=0.3, save_every=2, resume=True)
     again = json.loads((folders["tmp"] / "out/x/config.json").read_text())
-    assert 1000 < again["seconds"] < 1600 and again["options"]["iterations"] == 5
+    assert 1000 < again["seconds"] < 1600 and again["options"]["save_every"] == 2
 
 
 def test_outside_of_a_checkout_a_run_names_no_commit(monkeypatch, tmp_path):
-    monkeypatch.setattr(runs, "__file__", str(tmp_path / "common/runs.py"))
-    assert runs.git("rev-parse", "HEAD") is None
-    about = runs.origin(ppo.Config(), torch.device("cpu"), None)
-    assert about["commit"] is None and about["clean"] is None
+    monkeypatch.setattr(about, "ROOT", tmp_path)
+    assert about.git("rev-parse", "HEAD") is None
+    found = about.origin(ppo.Config(), torch.device("cpu"), None)
+    assert found["commit"] is None and found["clean"] is None
 
 
 def test_the_report_is_kept_as_it_is_printed_and_with_all_its_numbers(folders, monkeypatch, capsys):
     run_ppo(folders, monkeypatch, "out/x", lr=0.01)
     folder = folders["tmp"] / "out/x"
-    assert (folder / "report.txt").read_text().strip() in capsys.readouterr().out
+    printed = capsys.readouterr().out
     found = json.loads((folder / "report.json").read_text())
+    assert report(found) in printed
     assert len(found["answers"]) == 8 and list(found["table"])[:2] == ["judge.py:judge", "score"]
     for name, row in found["table"].items():
         before, after = (np.array([answer[side][name] for answer in found["answers"]]) for side in ("before", "after"))
         for side, x in (("before", before), ("after", after), ("change", after - before)):
             assert row[side] == pytest.approx([x.mean(), x.std(ddof=1) / 8**0.5])
-        assert f"{row['after'][0]:.3f} ± {row['after'][1]:.3f}" in (folder / "report.txt").read_text()
+        assert f"{row['after'][0]:.3f} ± {row['after'][1]:.3f}" in printed
     won = [(a["after"]["judge.py:judge"] - a["before"]["judge.py:judge"]) for a in found["answers"]]
     assert found["win_rate"][0] == pytest.approx(np.mean(np.sign(won) / 2 + 0.5))
 
@@ -211,12 +213,14 @@ def hostile_run(folders, monkeypatch, out="out/hostile"):
 def test_the_command_writes_a_page_and_what_never_changes_is_not_drawn(monkeypatch, tmp_path, capsys):
     lines = [{"step": i, "loss/train": 2.0 - 0.1 * i, "lr": 0.1, "loss/held_out": 1.0 * i} for i in range(1500)]
     write(tmp_path / "metrics.jsonl", lines)
+    (tmp_path / "report.json").write_text(json.dumps({"answers": [{"prompt": str(i)} for i in range(99)]}))
     monkeypatch.setattr(sys, "argv", ["tools.page", str(tmp_path)])
     page.main()
     whole = (tmp_path / "run.html").read_text()
     assert f"{tmp_path}/run.html: open it in a browser" in capsys.readouterr().out
-    panels = json.loads(whole.split('id="content">')[1].split("</script>")[0])["runs"][0]["panels"]
-    loss, *others = panels
+    found = json.loads(whole.split('id="content">')[1].split("</script>")[0])["runs"][0]
+    assert [answer["prompt"] for answer in found["report"]["answers"]] == [str(i) for i in range(40)]
+    loss, *others = found["panels"]
     assert [(each["label"], each["kind"]) for each in loss["series"]] == [("training", "line"), ("held out", "dots")]
     points = loss["series"][0]["points"]
     assert len(points) == 600 and points[0] == [1, 2.0] and points[-1][0] == 1500

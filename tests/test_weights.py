@@ -7,6 +7,7 @@ import json
 import random
 import re
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -392,7 +393,7 @@ def test_an_older_config_with_rope_theta_beside_the_rest_is_read(tmp_path):
     assert weights.our_config(json.loads(path.read_text()), path)[0].rope_theta == 5e3
 
 
-def test_from_the_command_line_a_folder_in_use_is_refused_and_bad_input_is_one_sentence(tmp_path):
+def test_from_the_command_line_a_folder_in_use_is_refused_and_bad_input_is_one_sentence(tmp_path, monkeypatch, capsys):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("all I have")
     for options, words in (
@@ -400,9 +401,11 @@ def test_from_the_command_line_a_folder_in_use_is_refused_and_bad_input_is_one_s
         ((tmp_path / "x", tmp_path / "y"), "neither"),
         ((tmp_path, "--to", tmp_path / "y"), "FROM and TO"),
     ):
-        done = run("tools/hf.py", *options)
-        assert done.returncode == 2 and done.stderr.startswith("tools.hf: "), done.stderr
-        assert words in done.stderr and done.stderr.count("\n") == 1, done.stderr
+        monkeypatch.setattr(sys, "argv", ["tools.hf", *map(str, options)])
+        with pytest.raises(SystemExit) as end:
+            common.run_main(weights.main)
+        said = capsys.readouterr().err
+        assert end.value.code == 2 and said.startswith("tools.hf: ") and words in said and said.count("\n") == 1, said
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
 
 
@@ -623,9 +626,9 @@ def test_the_classifier_of_data_readme_scores_lists_of_answers(tmp_path):
     about = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<|pad|>", "model_max_length": 64}
     (tmp_path / "tiny" / "tokenizer_config.json").write_text(json.dumps(about))
     (tmp_path / "sentiment.py").write_text(code.replace(name, str(tmp_path / "tiny")))
-    pairs = [("say", f" {'yes ' * i}no") for i in range(1, 40)]
-    numbers = common.ask(common.load_function(f"{tmp_path}/sentiment.py:positive"), pairs)
+    rows = [{"prompt": "say", "response": f" {'yes ' * i}no"} for i in range(1, 40)]
+    numbers = common.load_function(f"{tmp_path}/sentiment.py:positive")(rows)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "tiny")
-    for (prompt, response), number in zip(pairs, numbers):
-        ids = torch.tensor([tokenizer.encode(prompt + response, add_special_tokens=False)[:64]])
+    for row, number in zip(rows, numbers, strict=True):
+        ids = torch.tensor([tokenizer.encode(row["prompt"] + row["response"], add_special_tokens=False)[:64]])
         assert number == pytest.approx(tiny(ids).logits.softmax(-1)[0, 1].item(), abs=1e-4)

@@ -21,7 +21,7 @@ from data.files import InputError, replacing
 from tools import web
 
 FILES = [Path(__file__).with_name(name) for name in ("page.html", "page.js", "curves.js", "tokens.js")]
-MOST_POINTS, MOST_SAMPLES = 600, 40  # of a curve, of samples.txt
+MOST_POINTS, MOST_SAMPLES, MOST_ANSWERS = 600, 40, 40  # of a curve, of samples.txt, of report.json
 
 
 @dataclass
@@ -75,6 +75,7 @@ def read_run(folder: str) -> dict[str, Any]:
     lines = runs.read_metrics(path)
     if not lines:
         raise InputError(f"{folder}: no step in a metrics.jsonl there; name the folder of a run")
+    report = read_object(path / "report.json")
     return {
         "name": folder,
         "unit": "iteration" if "objective/kl" in lines[-1] else "step",
@@ -83,7 +84,7 @@ def read_run(folder: str) -> dict[str, Any]:
         "config": read_object(path / "config.json"),
         "panels": panels(lines),
         "samples": samples(path / "samples.txt"),
-        "report": read_object(path / "report.json"),
+        "report": report and report | {"answers": report.get("answers", [])[:MOST_ANSWERS]},
         "rollout": read_object(path / "rollout.json"),
     }
 
