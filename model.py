@@ -410,7 +410,9 @@ def sample(logits: Tensor, uniform: Tensor, temperature: float = 1.0, top_k: int
     """
     if temperature == 0:
         return logits.argmax(-1)
-    probs = F.softmax(logits.float() / temperature, -1).to(uniform.device)  # (B, V)
+    if temperature != 1:  # to divide would copy the logits
+        logits = logits / temperature
+    probs = F.softmax(logits.float(), -1).to(uniform.device)  # (B, V)
     if top_k or top_p < 1:
         ordered, index = probs.sort(dim=-1, descending=True, stable=True)
         if top_k:

@@ -27,7 +27,7 @@ import copy
 import math
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import tiktoken
@@ -87,8 +87,6 @@ class Config(cli.Shared):
 
 
 def train(cfg: Config) -> None:
-    if cfg.unended_cap is None and judges.is_function(cfg.reward):
-        cfg = replace(cfg, unended_cap=math.inf)
     if cfg.kl_target and not cfg.kl_coef:
         raise InputError("--kl_target: needs a --kl_coef above 0 to start from")
     device, autocast = cli.setup(cfg)
@@ -180,9 +178,7 @@ def split(batch: Batch, cfg: Config) -> list[Tensor]:
 
 
 @torch.no_grad()
-def read(
-    batch: Batch, policy: GPT, ref: GPT, value: ScalarModel, score: Callable[[Batch], Tensor], cfg: Config
-) -> Batch:
+def read(batch: Batch, policy: GPT, ref: GPT, value: ScalarModel, score: Callable, cfg: Config) -> Batch:
     """What every net makes of the answers: logp, ref_logp, values, entropy, mask (B, R), score (B,).
 
     The old log-probabilities come from the forward that training uses, not from the decode, so that the ratio is 1 at
@@ -202,9 +198,7 @@ def read(
     return found
 
 
-def scorer(
-    reward: ScalarModel | judges.Judge, encoding: tiktoken.Encoding, eos: int, cfg: Config
-) -> Callable[[Batch], Tensor]:
+def scorer(reward: ScalarModel | judges.Judge, encoding: tiktoken.Encoding, eos: int, cfg: Config) -> Callable:
     """A function batch → scores (B,), from a reward model or from a function rows → list of numbers.
 
     A reward model reads the very tokens that were sampled; only a function gets text.
@@ -235,7 +229,9 @@ def estimate(batch: Batch, kl_coef: float, cfg: Config) -> Batch:
     score, which is at most --unended_cap where EOS is missing. GAE: Schulman et al. 2016, equation 16.
     """
     mask, values, score = batch["mask"], batch["values"], batch["score"]
-    cap = -1.0 if cfg.unended_cap is None else cfg.unended_cap
+    cap = cfg.unended_cap
+    if cap is None:
+        cap = math.inf if judges.is_function(cfg.reward) else -1.0
     final_score = torch.where(batch["ended"], score, score.clamp(max=cap))  # (B,)
 
     rewards = -kl_coef * (batch["logp"] - batch["ref_logp"])  # (B, R)
