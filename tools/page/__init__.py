@@ -37,9 +37,9 @@ PANELS = [
     ("accuracy", "share", {"accuracy": "training", "eval/accuracy": "held out", "eval/accuracy_ceiling": "ceiling"}),
     ("score", "score", {"objective/scores": "mean", "objective/rlhf_reward": "minus β KL", "eval/score": "held out"}),
     ("judge, never trained on", "judge", {"objective/judge": "rollouts", "eval/judge": "held out"}),
-    ("KL to the frozen copy", "nats a response", {"objective/kl": "mean", "eval/kl": "held out"}),
+    ("KL to the frozen copy", "nats per response", {"objective/kl": "mean", "eval/kl": "held out"}),
     ("largest KL of a response", "nats", {"objective/kl_max": ""}),
-    ("update", "share, or nats", {"policy/clipfrac_avg": "clipped tokens", "policy/approxkl_avg": "KL a token"}),
+    ("update", "share, or nats", {"policy/clipfrac_avg": "clipped tokens", "policy/approxkl_avg": "KL per token"}),
     ("ratio of new to old policy", "mean ratio", {"val/ratio": ""}),
     ("value net", "share of variance explained", {"value/explained_variance": ""}),
     ("gradient norm", "unclipped", {"grad_norm": "", "policy/grad_norm": "policy", "value/grad_norm": "value net"}),
@@ -48,7 +48,7 @@ PANELS = [
     ("ended by EOS", "share of responses", {"val/num_eos_tokens": ""}),
     ("β", "reward a nat", {"kl_coef": ""}),
     ("learning rate", "rate", {"lr": ""}),
-    ("speed", "tokens a second", {"tokens_per_s": ""}),
+    ("speed", "tokens per second", {"tokens_per_s": ""}),
 ]
 DOTS = ("eval/", "loss/held_out")  # these metrics are measured now and then, and drawn as dots
 

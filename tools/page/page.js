@@ -95,7 +95,7 @@ function head_of(run) {
   if (report?.win_rate) tile("wins against the start", number(report.win_rate[0]), `by ${short(report.by)}, ties half`);
   const { "eval/accuracy": accuracy, "eval/accuracy_se": error } = report?.metrics ?? {};
   if (finite(accuracy)) tile("held-out accuracy", number(accuracy), `± ${number(error)}`);
-  if (finite(last["loss/held_out"])) tile("held-out loss", number(last["loss/held_out"]), "nats a token");
+  if (finite(last["loss/held_out"])) tile("held-out loss", number(last["loss/held_out"]), "nats per token");
   tile(`${run.unit}s`, number(run.steps), config ? `${clock(config.seconds)} on ${visible(config.device)}` : "");
   const command = config && h("code", { class: "soft" }, visible(config.command));
   return [h("h1", {}, visible(run.name)), h("p", {}, command), div("grid tiles", tiles)];
