@@ -142,8 +142,8 @@ def load_rows(
     stream = data.token_stream(cfg.data, encoding, eos, tokens)
     tail = min(len(stream) // 20, 64 * width)
     if tail < width or width < 2:
-        what = f"{len(stream):,} tokens do not suit a context of {width}"
-        raise InputError(f"{cfg.data}: {what}; give a --block_size from 2 to a twentieth of the tokens")
+        what = f"{len(stream):,} tokens are too few for a context of {width}"
+        raise InputError(f"{cfg.data}: {what}; give 20 times as many as --block_size, which is at least 2")
     held_out = data.windows(stream[-tail:], width, range(0, tail - width + 1, width))
     batch = partial(data.random_windows, stream[:-tail], width, cfg.batch_size, cfg.seed)
     return held_out, batch, (len(stream) - tail) / width / cfg.batch_size

@@ -83,8 +83,8 @@ class Run:
         if state.get("version") != VERSION:
             raise InputError(f"--resume: {path} is of another version of this project; {ANEW}")
         for name, value in dataclasses.asdict(self.cfg).items():
-            if name not in MAY_DIFFER and state["options"].get(name) != value:
-                before = state["options"].get(name)
+            before = state["options"].get(name, value)
+            if name not in MAY_DIFFER and before != value:
                 raise InputError(f"--resume: {path} was made with --{name} {before}; give the same options")
         if state["processes"] != WORLD:
             raise InputError(f"--resume: {path} was made by {state['processes']} processes; start as many")
