@@ -70,6 +70,7 @@ torch.distributed.is_initialized() and torch.distributed.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_two_processes_take_the_step_of_one_on_the_same_answers(tmp_path):
     """Whitening, losses, clipping and metrics are over the answers of both; parameters agree to 1e-5 in norm."""
     (tmp_path / "two.py").write_text(TWO)
