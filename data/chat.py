@@ -1,92 +1,259 @@
-"""Conversations: a list of messages, {"role": "user", "content": "…"}, becomes token ids through a chat template.
+"""Conversations: a list of messages, {"role": "user", "content": "…"}, becomes text through a chat template.
 
 The template comes with a model (Jinja, as on Hugging Face). Without one a conversation is written as in Anthropic's HH,
 whose dialogues are taken apart here too. A special token's name in a message stays text: no user can forge a turn.
 """
 
+import functools
 import json
 import re
+from collections.abc import Iterable
+from datetime import datetime
+from typing import Any, NamedTuple
 
+import regex  # tiktoken's own dependency
 import tiktoken
 
 from data.files import InputError
 
 TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")  # of the plain form
-ROLES = {"user": "\n\nHuman: ", "assistant": "\n\nAssistant: ", "system": ""}  # of the plain form
+PLAIN_FORM = {"user": "\n\nHuman: ", "assistant": "\n\nAssistant: ", "system": ""}
 SPEAKERS = {"Human": "user", "Assistant": "assistant"}
-Messages = list[dict[str, str]]
+ROLES = ("user", "assistant", "system", "developer", "tool", "function")
+REASONING = ("reasoning_content", "thinking", "reasoning")  # the names under which a message has its thought
+CONTENT = ("content", "tool_calls", "function_call", *REASONING)  # what a message says
+OPEN, CLOSE = "\ue000", "\ue001"  # private characters around a special token that a message spells
+OPENED = re.compile(r"<(\w+)>(\s*)$")  # a tag that the prompt opens for the answer, such as <think>
+Messages = list[dict[str, Any]]
 
 
-def template_of(encoding: tiktoken.Encoding) -> dict[str, str]:
-    """Return {"template": …, "bos_token": …, "eos_token": …} of the model, or {}."""
+# --- what an encoding knows beside tiktoken's own ---------------------------------------------------------------------
+
+
+def template_of(encoding: tiktoken.Encoding) -> dict[str, Any]:
+    """Return {"template": …, "bos_token": …, "date": …, "ends": ids that end a turn} of the model, or {}."""
     return getattr(encoding, "chat", {})
 
 
-def with_template(encoding: tiktoken.Encoding, chat: dict[str, str]) -> tiktoken.Encoding:
+def with_template(encoding: tiktoken.Encoding, chat: dict[str, Any]) -> tiktoken.Encoding:
     encoding.chat = dict(chat)
     return encoding
 
 
+def with_plain_tokens(encoding: tiktoken.Encoding, names: Iterable[str]) -> tiktoken.Encoding:
+    """Mark some of the special tokens as text: `<think>` is one token wherever it occurs, in completions too."""
+    encoding.plain_tokens = frozenset(names)
+    return encoding
+
+
+def plain_tokens(encoding: tiktoken.Encoding) -> frozenset[str]:
+    return getattr(encoding, "plain_tokens", frozenset())
+
+
+@functools.lru_cache(maxsize=64)
+def pattern(names: frozenset[str]) -> regex.Pattern:
+    """Return the pattern that finds the names in a text; of two that begin alike, the longer."""
+    longest_first = sorted(names, key=len, reverse=True)
+    return regex.compile("(" + "|".join(map(regex.escape, longest_first)) + ")" if names else "(?!)")
+
+
+# --- rows → messages --------------------------------------------------------------------------------------------------
+
+
 def check(messages: object, where: str) -> Messages:
-    """Return the messages as roles and contents. Raises InputError if they are none."""
+    """Return the messages without what is null, and with each content as a text. Raises InputError if they are none."""
     if not isinstance(messages, list) or not messages:
         raise InputError(f"{where}: a conversation is a list of messages; fix the row")
+    checked = []
+    for number, each in enumerate(messages, 1):
+        if not isinstance(each, dict) or each.get("role") not in list(ROLES):
+            raise InputError(f'{where}: a message has a "role" ({", ".join(ROLES)}) and a "content"; fix the row')
+        each = {key: value for key, value in each.items() if value is not None}
+        if isinstance(each.get("content"), list):
+            each["content"] = "".join(text_of(part, f"{where}: message {number}") for part in each["content"])
+        if not isinstance(each.get("content", "" if "tool_calls" in each else None), str):
+            raise InputError(f'{where}: message {number}: a message has a "role" and a text "content"; fix the row')
+        checked.append(each)
+    return checked
+
+
+def text_of(part: object, where: str) -> str:
+    """Return the text of a part of a content. Raises InputError if it is no text."""
+    kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+    if kind != "text" or not isinstance(part.get("text"), str):
+        raise InputError(f'{where}: a part of type "{kind}" is not supported, only text is; remove the row')
+    return part["text"]
+
+
+def template_variables(row: dict, where: str) -> dict[str, Any]:
+    """Return what a row has for the template beside its messages: "tools", and what "chat_template_kwargs" names."""
+    tools, more = row.get("tools") or [], row.get("chat_template_kwargs") or {}
+    if isinstance(tools, str):  # tables often hold them as JSON
+        try:
+            tools = json.loads(tools)
+        except ValueError:
+            tools = None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise InputError(f'{where}: "tools" is no list of JSON objects; fix the row')
+    if not isinstance(more, dict):
+        raise InputError(f'{where}: "chat_template_kwargs" is no JSON object; fix the row')
+    more = {name: value for name, value in more.items() if value is not None}
+    return more | ({"tools": tools} if tools else {})
+
+
+# --- messages → text --------------------------------------------------------------------------------------------------
+
+
+class Rendering(NamedTuple):
+    """A conversation as text, and where in it the template has written special tokens: (start, end) of each."""
+
+    text: str
+    tokens: list[tuple[int, int]]
+
+
+def prompt_text(encoding: tiktoken.Encoding, prompt: str | Messages, variables: dict | None = None) -> str:
+    """Return a prompt as the text that people and judges see."""
+    return prompt if isinstance(prompt, str) else render(encoding, prompt, variables)
+
+
+def plain_form(messages: Messages, prompt: bool = True) -> str:
+    """Return a conversation as a dialogue of HH; a prompt goes on to where the assistant is to speak."""
     for each in messages:
-        if not (isinstance(each, dict) and isinstance(each.get("content"), str) and each.get("role") in list(ROLES)):
-            raise InputError(f'{where}: a message has a "role" ({", ".join(ROLES)}) and a text "content"; fix the row')
-    return [{"role": each["role"], "content": each["content"]} for each in messages]
+        if each["role"] not in PLAIN_FORM:
+            raise InputError(f"a model without a chat template knows no role {each['role']}; remove the message")
+    texts = [each.get("content", "") for each in messages]
+    said = [text.strip() if each["role"] == "assistant" else text for each, text in zip(messages, texts)]
+    turns = [PLAIN_FORM[each["role"]] + text for each, text in zip(messages, said)]
+    return "".join(turns) + ("\n\nAssistant:" if prompt else "")
 
 
-def plain_form(messages: Messages) -> str:
-    """Return a conversation as a dialogue of HH, up to where the assistant is to speak."""
-    return "".join(ROLES[each["role"]] + each["content"] for each in messages) + "\n\nAssistant:"
-
-
-def render(encoding: tiktoken.Encoding, messages: Messages) -> str:
-    """Return a conversation as text, up to where the assistant is to speak."""
+def render(encoding: tiktoken.Encoding, messages: Messages, variables: dict | None = None, prompt: bool = True) -> str:
+    """Return a conversation as text; a prompt goes on to where the assistant is to speak."""
     chat = template_of(encoding)
     if not chat:
-        return plain_form(messages)
-    from jinja2.sandbox import ImmutableSandboxedEnvironment  # torch brings it along
-
-    def refuse(message: str) -> None:
-        raise ValueError(message)
-
-    world = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-    world.filters["tojson"] = lambda x, **options: json.dumps(x, ensure_ascii=False, **options)
-    world.globals["raise_exception"] = refuse  # and no clock: a prompt must not change with the date
-    # {% generation %} marks the assistant's text for trainers and writes nothing.
-    template = re.sub(r"(\{%-?\s*)generation(\s*-?%\})", r"\1if true\2", chat["template"])
-    template = re.sub(r"(\{%-?\s*)endgeneration(\s*-?%\})", r"\1endif\2", template)
-    names = {name: token for name, token in chat.items() if name != "template"}
+        return plain_form(messages, prompt)
+    date = datetime.fromisoformat(chat.get("date", "2024-07-26"))  # the day of the import: a prompt must not change
+    names = {"tools": None, "documents": None, "strftime_now": date.strftime}
+    names |= {name: token for name, token in chat.items() if name.endswith("_token")} | (variables or {})
+    messages = [with_reasoning(each) for each in messages]
     try:
-        return world.from_string(template).render(messages=messages, add_generation_prompt=True, **names)
+        template, _ = compiled(chat["template"])
+        return template.render(names, messages=messages, add_generation_prompt=prompt)
     except Exception as error:  # a template may raise anything
         raise InputError(f"the model's chat template refuses a conversation ({error}); change one of them") from None
 
 
-def escaped(encoding: tiktoken.Encoding, messages: Messages) -> tuple[Messages, dict[str, str]]:
-    """Return the messages with a mark, a private character around a number, for each special token; and mark → name."""
-    if any(private in each["content"] for each in messages for private in "\ue000\ue001"):
-        raise InputError("a message holds the private characters U+E000 or U+E001; remove them")
-    marks: dict[str, str] = {}
-    for name in sorted(encoding._special_tokens, key=len, reverse=True):  # the longest first
-        mark = f"\ue000{len(marks)}\ue001"
-        marked = [each | {"content": each["content"].replace(name, mark)} for each in messages]
-        if marked != messages:
-            marks[mark] = name
-            messages = marked
-    return messages, marks
+def with_reasoning(message: dict) -> dict:
+    """Return a message whose thought has the names that templates read, as in transformers."""
+    thought = next((message[name] for name in REASONING if name in message), None)
+    return message if thought is None else {"thinking": thought} | message | {"reasoning_content": thought}
 
 
-def reply(encoding: tiktoken.Encoding, content: str) -> str:
-    """Return the assistant's text as a response: the plain form needs the space after its colon."""
-    return content if template_of(encoding) else f" {content.strip()}"
+@functools.lru_cache(maxsize=16)
+def compiled(source: str) -> tuple[Any, set[str]]:
+    """Return a chat template as a jinja2.Template, and the names of the variables that it reads."""
+    from jinja2 import meta  # torch brings it along
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def refuse(message: str) -> None:
+        raise ValueError(message)
+
+    def tojson(x: Any, ensure_ascii: bool = False, **options: Any) -> str:
+        return json.dumps(x, ensure_ascii=ensure_ascii, **options)
+
+    world = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    world.filters["tojson"] = tojson
+    world.globals["raise_exception"] = refuse
+    # {% generation %} marks the assistant's text for trainers and writes nothing.
+    source = re.sub(r"(\{%-?\s*)generation(\s*-?%\})", r"\1if true\2", source)
+    source = re.sub(r"(\{%-?\s*)endgeneration(\s*-?%\})", r"\1endif\2", source)
+    return world.from_string(source), meta.find_undeclared_variables(world.parse(source))
 
 
-def prompt_text(encoding: tiktoken.Encoding, prompt: str | Messages) -> str:
-    """Return a prompt as the text that people and judges see."""
-    return prompt if isinstance(prompt, str) else render(encoding, prompt)
+def rendering(
+    encoding: tiktoken.Encoding, messages: Messages, variables: dict | None = None, prompt: bool = True
+) -> Rendering:
+    """Return a conversation's text with the places of the template's special tokens."""
+    text = render(encoding, messages, variables, prompt)
+    ends = [encoding.decode([i]) for i in template_of(encoding).get("ends", [])]
+    special = pattern(frozenset(encoding._special_tokens) - plain_tokens(encoding) | frozenset(ends))
+    tokens = [match.span() for match in special.finditer(text)]
+    said = [messages, variables or {}]
+    marked = mark(said, special)
+    if marked == said:
+        return Rendering(text, tokens)
+    # A message spells special tokens. In a text with marks around these, the others are the template's own.
+    found = regex.findall(f"{OPEN}{special.pattern}{CLOSE}|{special.pattern}", render(encoding, *marked, prompt))
+    if [spelled or written for spelled, written in found] != [text[start:end] for start, end in tokens]:
+        raise InputError("a message spells special tokens at a place that the template changes; remove them")
+    return Rendering(text, [token for token, (spelled, _) in zip(tokens, found) if not spelled])
+
+
+def mark(x: Any, special: regex.Pattern) -> Any:
+    """Return x, a JSON value, with marks around each special token that one of its texts spells."""
+    if isinstance(x, str):
+        return special.sub(f"{OPEN}\\1{CLOSE}", x.replace(OPEN, "").replace(CLOSE, ""))
+    if isinstance(x, dict):
+        return {key: mark(value, special) for key, value in x.items()}
+    return [mark(each, special) for each in x] if isinstance(x, list) else x
+
+
+def refuse_what_is_left_out(
+    encoding: tiktoken.Encoding, messages: Messages, variables: dict | None = None, prompt: bool = True
+) -> None:
+    """Raises InputError if a part of a message could be another without a change of the rendered text.
+
+    Templates leave out the thoughts of earlier turns on purpose. Those of an answer, the last message where no `prompt`
+    is rendered, must be there.
+    """
+    text, variables = render(encoding, messages, variables, prompt), variables or {}
+
+    def left_out(messages: Messages, variables: dict) -> bool:
+        try:
+            return render(encoding, messages, variables, prompt) == text
+        except InputError:  # what the template looks at, it does not leave out
+            return False
+
+    for i, message in enumerate(messages):
+        answer = not prompt and i + 1 == len(messages)
+        for key in [key for key in CONTENT if message.get(key) and (answer or key not in REASONING)]:
+            value = message[key]
+            if key == "content" and message["role"] in ("user", "assistant") and value.strip() in text:
+                continue
+            others = [f"{value}x" if isinstance(value, str) else value * 2 if isinstance(value, list) else "x"]
+            if answer and key == "content":
+                others.append(value.replace("</think>", "x</think>"))
+            others = [[*messages[:i], message | {key: other}, *messages[i + 1 :]] for other in others if other != value]
+            if any(left_out(other, variables) for other in others):
+                what = f"the {key} of message {i + 1} ({message['role']})"
+                raise InputError(f"the model's chat template leaves out {what}; remove it, or the row")
+    chat = template_of(encoding)
+    known = compiled(chat["template"])[1] if chat else set()
+    for name, value in variables.items():
+        if value and name not in known or name == "tools" and left_out(messages, {"tools": value * 2}):
+            raise InputError(f'the model\'s chat template does not read "{name}"; remove it, or the row')
+
+
+def continuation(prompt: str, answer: dict) -> str:
+    """Return the answer as the text that goes on where the prompt has opened a thought, which the template cuts out.
+
+    Raises InputError if the answer has no such thought.
+    """
+    opened = OPENED.search(prompt)
+    if not opened or "tool_calls" in answer:
+        raise InputError("the model's chat template writes this answer otherwise than behind its own prompt; remove it")
+    tag, close, blank = f"<{opened[1]}>", f"</{opened[1]}>", opened[2]
+    thought, content = with_reasoning(answer).get("reasoning_content"), answer.get("content", "")
+    if thought is not None:
+        return f"{thought.strip()}\n{close}\n\n{content}"
+    if content.lstrip().startswith(tag):
+        return content.lstrip().removeprefix(tag).removeprefix(blank)
+    if close not in content:
+        raise InputError(f"the prompt opens {tag}, and the answer has no {close}; give the thought, or remove the row")
+    return content
+
+
+# --- dialogues of HH --------------------------------------------------------------------------------------------------
 
 
 def turns(text: str) -> Messages:

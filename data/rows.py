@@ -4,6 +4,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,11 +13,11 @@ import torch
 from tiktoken import Encoding
 from torch import Tensor
 
-from data.chat import Messages, check, reply, split_dialogue
+from data.chat import Messages, check, split_dialogue, template_variables
 from data.files import TEXT, InputError, documents, first_row, has_rows, is_verdict, iterate_jsonl, replacing
 from data.label import Answer, are_texts
 from data.rng import shuffler
-from data.tokenizer import encode_prompt, encode_text
+from data.tokenizer import encode_answer, encode_prompt, encode_text
 
 Prompt = str | Messages
 Prompts = list[list[int]]
@@ -41,41 +42,93 @@ class Group(NamedTuple):
 
 
 def encode_row(
-    encoding: Encoding, eos: int, prompt: Prompt, response: str, ended: bool = True, ids: list | None = None
+    encoding: Encoding,
+    eos: int,
+    prompt: Prompt,
+    response: str,
+    ended: bool = True,
+    ids: list | None = None,
+    variables: dict | None = None,
 ) -> Row:
     """Encode prompt and response apart, as generation does. Sampled `ids` are used if they decode to `response`."""
-    start = encode_prompt(encoding, prompt) or [eos]
+    start = encode_prompt(encoding, prompt, variables) or [eos]
+    end = [eos] * ended
     try:
+        if ended and ids[-1] in encoding._special_tokens.values():
+            *ids, end[0] = ids
         sampled = encoding.decode(ids) == response
-    except (KeyError, OverflowError, TypeError):  # no ids, or those of another vocabulary
+    except (KeyError, OverflowError, TypeError, IndexError):  # no ids, or those of another vocabulary
         sampled = False
     if not sampled:
         ids = encode_text(encoding, response)
-    return Row(start + ids + [eos] * ended, len(start))
+    return Row(start + ids + end, len(start))
 
 
 def completions(path: str | Path, encoding: Encoding, eos: int) -> list[Row]:
-    """A row has "prompt" and "completion", or "messages", of which the last is the assistant's and is learned."""
-    rows = []
-    column = prompt_column(path)
-    columns = {"messages": list} if column == "messages" else {"prompt": TEXT, "completion": TEXT}
+    """A row has "prompt" and "completion", or "messages": then each answer of the assistant is a row to learn.
+
+    An answer is learned behind the prompt that sampling would make for it. One that opens a conversation has none.
+    """
+    rows: list[Row] = []
+    first = first_row(path)
+    conversations = "messages" in first and "completion" not in first
+    if not conversations and not {"prompt", "completion"} <= first.keys():
+        raise no_columns(path, first, '"prompt" and "completion", or "messages"')
+    columns = {"messages": list} if conversations else {"prompt": TEXT, "completion": TEXT}
     for number, row in enumerate(iterate_jsonl(path, columns), 1):
-        where = f"{path}: row {number}"
-        if column == "messages":
-            prompt, answer = split_last(row["messages"], where)
-        else:
-            prompt, answer = read_prompt(row["prompt"], where), row["completion"]
-        if isinstance(answer, list):
-            _, answer = split_last(answer, where)
-        if isinstance(prompt, list):
-            answer = reply(encoding, answer)
-        ended = row.get("completion_ended", True)
-        if not isinstance(ended, bool):
-            raise InputError(f'{where}: "completion_ended" is neither true nor false; fix the row')
-        if not answer and not ended:
-            raise InputError(f'{where}: "completion" is empty and has no end to learn; remove the row')
-        rows.append(encode_row(encoding, eos, prompt, answer, ended))
+        with at(f"{path}: row {number}") as where:
+            ended, variables = row.get("completion_ended", True), template_variables(row, where)
+            if not isinstance(ended, bool):
+                raise InputError('"completion_ended" is neither true nor false; fix the row')
+            prompt = [] if conversations else read_prompt(row["prompt"], where)
+            answer = row["messages" if conversations else "completion"]
+            if not answer and not ended:
+                raise InputError('"completion" is empty and has no end to learn; remove the row')
+            if isinstance(prompt, str) and isinstance(answer, str):
+                rows.append(encode_row(encoding, eos, prompt, answer, ended))
+                continue
+            before, after = conversation(prompt, where), conversation(answer, where, "assistant")
+            messages = before + after
+            if messages[-1]["role"] != "assistant":
+                raise InputError("the last message is not the assistant's; fix the row")
+            behind = range(max(1, len(before)), len(messages))
+            answers = [i for i in behind if messages[i]["role"] == "assistant" and learned(messages[i])]
+            if not answers:
+                raise InputError("no message is an answer of the assistant to learn; remove the row")
+            for i in answers:
+                complete = ended or i + 1 < len(messages)
+                said = read_answer(encoding, eos, messages[:i], messages[i], complete, variables)
+                rows.append(encode_row(encoding, eos, messages[:i], *said, variables))
     return rows
+
+
+@contextmanager
+def at(where: str) -> Iterator[str]:
+    """Name the row in an InputError that does not."""
+    try:
+        yield where
+    except InputError as error:
+        raise error if str(error).startswith(where) else InputError(f"{where}: {error}") from None
+
+
+def no_columns(path: str | Path, row: dict, wanted: str) -> InputError:
+    return InputError(f"{path}: has the columns {', '.join(row)}; rename them: this stage reads {wanted}")
+
+
+def learned(message: dict) -> bool:
+    """Return whether a message is to be learned, by the flags of other trainers. Raises InputError for half of one."""
+    for name in ("weight", "train", "loss", "trainable"):
+        if message.get(name, 1) not in (0, 1):
+            raise InputError(
+                f'a message with "{name}": {message[name]!r} is not supported, only 0 and 1 are; fix the row'
+            )
+    return all(message.get(name, 1) for name in ("weight", "train", "loss", "trainable"))
+
+
+def read_answer(encoding: Encoding, eos: int, before: Messages, message: dict, ended: bool, variables: dict) -> Answer:
+    """Return a message of the assistant as the response to the prompt `before`: its text and ids."""
+    ids, _ = encode_answer(encoding, eos, before, message, variables)
+    return Answer(encoding.decode(ids[:-1]), ended, ids if ended else ids[:-1])
 
 
 def prompt_column(path: str | Path) -> str:
@@ -87,12 +140,11 @@ def read_prompt(value: str | list, where: str) -> Prompt:
     return value if isinstance(value, str) else check(value, where)
 
 
-def split_last(messages: object, where: str) -> tuple[Messages, str]:
-    """Return a conversation before its last message, and what the assistant says there."""
-    *before, last = check(messages, where)
-    if last["role"] != "assistant":
-        raise InputError(f"{where}: the last message is not the assistant's; fix the row")
-    return before, last["content"]
+def conversation(value: str | list, where: str, role: str = "user") -> Messages:
+    """Return the messages of a column; a text is what `role` says."""
+    if isinstance(value, str):
+        return [{"role": role, "content": value}]
+    return check(value, where) if value else []
 
 
 def comparisons(path: str | Path, encoding: Encoding, eos: int, say: Say = lambda text: None) -> list[Group]:
@@ -103,89 +155,114 @@ def comparisons(path: str | Path, encoding: Encoding, eos: int, say: Say = lambd
     groups: list[Group] = []
     previous = None
     kinds, omitted = Counter(), Counter()
-    dropped = Counter({"pairs of equal texts": 0, "ties and skips": 0})
     for number, row in enumerate(iterate_jsonl(path, {}), 1):
         if is_verdict(row):
-            dropped["ties and skips"] += 1
+            omitted["ties and skips"] += 1
             continue
-        where = f"{path}: row {number}"
-        kind, texts = prompt_and_texts(row, encoding, where)
-        kinds[kind] += 1
-        if isinstance(texts, str):
-            omitted[texts] += 1
-            continue
-        row |= texts
-        answers, certainty = answers_of(row, where)
-        key = number if "ranked" in row else row["prompt"]  # a ranked list has a group of its own
-        if key != previous:
-            groups.append(Group([], [], [], str(row.get("subset", row.get("source", "")))))
-            places: dict[tuple[str, bool], int] = {}  # (text, ended) → its row in the group
-        previous, group = key, groups[-1]
-        for answer in answers:
-            if answer[:2] not in places:
-                places[answer[:2]] = len(group.rows)
-                group.rows.append(encode_row(encoding, eos, row["prompt"], *answer))
-        compared = list(itertools.combinations(answers, 2))  # (winner, loser)
-        pairs = [(places[w[:2]], places[l[:2]]) for w, l in compared if w.text != l.text]
-        dropped["pairs of equal texts"] += len(compared) - len(pairs)
-        group.pairs.extend(pairs)
-        group.certainty.extend([certainty] * len(pairs))
-    reasons = "".join(f", {n:,} left out ({reason})" for reason, n in omitted.most_common())
-    say(f"{path}: {' and '.join(kinds)}, {kinds.total():,} rows{reasons}")
-    for what, n in dropped.items():
-        if n:
-            say(f"{path}: {n:,} {what} were left out")
+        with at(f"{path}: row {number}") as where:
+            kind, row = of_one_shape(row, where)
+            kinds[kind] += 1
+            if isinstance(row, str):
+                omitted[row] += 1
+                continue
+            prompt, variables = row["prompt"], template_variables(row, where)
+            answers, pairs, certainty = answers_of(row, encoding, eos, variables)
+            key = number if "ranked" in row else (prompt, variables)  # a ranked list has a group of its own
+            if key != previous:
+                groups.append(Group([], [], [], str(row.get("subset", row.get("source", "")))))
+                places: dict[tuple[str, bool], int] = {}  # (text, ended) → its row in the group
+            previous, group = key, groups[-1]
+            for answer in answers:
+                if answer[:2] not in places:
+                    places[answer[:2]] = len(group.rows)
+                    group.rows.append(encode_row(encoding, eos, prompt, *answer, variables))
+        for winner, loser in pairs:
+            if answers[winner].text == answers[loser].text:
+                omitted["pairs of equal texts"] += 1
+                continue
+            group.pairs.append((places[answers[winner][:2]], places[answers[loser][:2]]))
+            group.certainty.append(certainty)
+    reasons = ", ".join(f"{n:,} left out ({reason})" for reason, n in omitted.most_common())
+    found = ", ".join(filter(None, [f"{' and '.join(kinds)}, {kinds.total():,} rows", reasons]))
+    say(f"{path}: {found}")
     groups = [group for group in groups if group.pairs]
     if not groups:
-        raise InputError(f"{path}: all pairs are of equal texts, or ties; give some preferences")
+        raise InputError(f"{path}: {found}; nothing is left to compare, so give some preferences")
     return groups
 
 
-def prompt_and_texts(row: dict, encoding: Encoding, where: str) -> tuple[str, dict | str]:
-    """Return the kind of a row, and its prompt and its answers as texts, or why it is left out."""
-    if isinstance(row.get("chosen"), list):
-        return "conversational preferences", of_conversations(row, encoding, where)
+def of_one_shape(row: dict, where: str) -> tuple[str, dict | str]:
+    """Return the kind of a row, and the row as `answers_of` reads it or why it is left out."""
+    if is_conversation(row.get("chosen")) or is_conversation(row.get("rejected")):
+        return "conversational preferences", of_conversations(row, where)
     if "prompt" not in row and are_texts([row.get("chosen"), row.get("rejected")]):
-        return "dialogues as in HH", split_dialogue(row, chatml=False)
+        found = split_dialogue(row, chatml=False)
+        return "dialogues as in HH", found if isinstance(found, str) else row | found
     if not isinstance(row.get("prompt"), TEXT):
-        raise InputError(f'{where}: no column "prompt"; {COMPARISON}; fix the row')
-    return "ranked lists" if "ranked" in row else "preferences", {"prompt": read_prompt(row["prompt"], where)}
+        columns = ", ".join(row)
+        raise InputError(f'no column "prompt" among {columns}; {COMPARISON}; rename the columns, or fix the row')
+    return "ranked lists" if "ranked" in row else "preferences", row | {"prompt": read_prompt(row["prompt"], where)}
 
 
-def of_conversations(row: dict, encoding: Encoding, where: str) -> dict | str:
-    """Return the prompt and the last answers of two conversations, which may lack or repeat the row's own prompt."""
-    before, chosen = split_last(row["chosen"], where)
-    same_before, rejected = split_last(row.get("rejected"), where)
+def is_conversation(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
+
+
+def of_conversations(row: dict, where: str) -> dict | str:
+    """Return a row with the prompt and the last messages of two conversations, which may lack or repeat its prompt."""
+    chosen, rejected = (conversation(row.get(name) or "", where, "assistant") for name in ("chosen", "rejected"))
+    if chosen[-1]["role"] != "assistant" or rejected[-1]["role"] != "assistant":
+        raise InputError("the last message is not the assistant's; fix the row")
     prompt = row.get("prompt", [])
     if isinstance(prompt, str):  # beside whole conversations the prompt is only said again
-        prompt = [] if before else [{"role": "user", "content": prompt}]
-    prompt = (check(prompt, where) if prompt else []) + before
+        prompt = [] if len(chosen) > 1 else [{"role": "user", "content": prompt}]
+    prompt = check(prompt, where) if prompt else []
+    before, same_before = ([] if each[:-1][: len(prompt)] == prompt else prompt for each in (chosen, rejected))
+    before, same_before = before + chosen[:-1], same_before + rejected[:-1]
     if before != same_before:
         return "part before the last answer"
-    if not prompt:
-        raise InputError(f'{where}: no "prompt", and the conversations hold none; fix the row')
-    if not chosen.strip() or not rejected.strip():
+    if not before:
+        raise InputError('no "prompt", and the conversations hold none; fix the row')
+    if any(not each[-1].get("content", "").strip() and "tool_calls" not in each[-1] for each in (chosen, rejected)):
         return "empty"
-    return {"prompt": prompt, "chosen": reply(encoding, chosen), "rejected": reply(encoding, rejected)}
+    return row | {"prompt": before, "chosen": chosen[-1], "rejected": rejected[-1]}
 
 
-def answers_of(row: dict, where: str) -> tuple[list[Answer], float]:
-    """Return the answers of a row, best first, and how certain their order is, or nan."""
-    if "ranked" not in row:  # a pair is a ranked list of two
-        for end, absent in (("", None), ("_ended", True), ("_ids", None)):
-            row = row | {f"ranked{end}": [row.get(f"{name}{end}", absent) for name in ("chosen", "rejected")]}
-    texts = row["ranked"]
-    if not are_texts(texts) or len(texts) < 2:
-        raise InputError(f"{where}: {COMPARISON}; fix the row")
-    ended, ids = row.get("ranked_ended", [True] * len(texts)), row.get("ranked_ids")
-    if not isinstance(ended, list) or [type(each) for each in ended] != [bool] * len(texts):
-        raise InputError(f'{where}: a column "…_ended" must be true or false for each text; fix the row')
-    if not isinstance(ids, list) or len(ids) != len(texts):
-        ids = [None] * len(texts)
+def answers_of(
+    row: dict, encoding: Encoding, eos: int, variables: dict
+) -> tuple[list[Answer], list[tuple[int, int]], float]:
+    """Return a row's answers, its pairs of them (winner, loser), and how certain these are, or nan."""
+    columns = ["ranked"] if "ranked" in row else ["chosen", "rejected"]
+    answers, sizes = [], []
+    for column in columns:
+        said, ended, ids = (row.get(f"{column}{end}") for end in ("", "_ended", "_ids"))
+        if not isinstance(said, list):  # one answer
+            said, ended, ids = [said], [True if ended is None else ended], [ids]
+        ended = [True] * len(said) if ended is None else ended
+        if not isinstance(ended, list) or [type(each) for each in ended] != [bool] * len(said):
+            raise InputError('a column "…_ended" must be true or false for each text; fix the row')
+        if not isinstance(ids, list) or len(ids) != len(said):
+            ids = [None] * len(said)
+        sizes.append(len(said))
+        for text, complete, sampled in zip(said, ended, ids):
+            if isinstance(text, dict):
+                answers.append(read_answer(encoding, eos, row["prompt"], text, complete, variables))
+            elif not isinstance(text, str):
+                raise InputError(f"{COMPARISON}; fix the row")
+            elif isinstance(row["prompt"], list) and not isinstance(sampled, list):  # nobody sampled it
+                message = {"role": "assistant", "content": text}
+                answers.append(read_answer(encoding, eos, row["prompt"], message, complete, variables))
+            else:
+                answers.append(Answer(text, complete, sampled))
+    pairs = list(itertools.combinations(range(len(answers)), 2))  # of a ranked list, best first
+    if len(columns) == 2:
+        pairs = [(i, j) for i, j in pairs if i < sizes[0] <= j]
+    if not pairs:
+        raise InputError(f"{COMPARISON}; fix the row")
     p = row.get("p_chosen", math.nan)
     if type(p) not in (int, float) or p < 0 or p > 1:
-        raise InputError(f'{where}: "p_chosen" is not a probability from 0 to 1; fix the row')
-    return [Answer(*answer) for answer in zip(texts, ended, ids)], max(p, 1 - p)
+        raise InputError('"p_chosen" is not a probability from 0 to 1; fix the row')
+    return answers, pairs, max(p, 1 - p)
 
 
 def prompts(path: str | Path, encoding: Encoding) -> Prompts:

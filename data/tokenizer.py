@@ -1,6 +1,5 @@
 """The tokenizer is always a tiktoken.Encoding: GPT-2's, or a byte-level BPE that this file learns."""
 
-import functools
 import heapq
 from collections import Counter, defaultdict
 from collections.abc import Iterable
@@ -8,7 +7,17 @@ from collections.abc import Iterable
 import regex  # tiktoken's own dependency
 import tiktoken
 
-from data.chat import Messages, escaped, render, template_of, with_template
+from data.chat import (
+    Messages,
+    continuation,
+    pattern,
+    plain_tokens,
+    refuse_what_is_left_out,
+    rendering,
+    template_of,
+    with_plain_tokens,
+    with_template,
+)
 from data.files import InputError
 
 SPLIT = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""  # GPT-2's words
@@ -111,48 +120,66 @@ def check_tokens(ranks: dict[bytes, int], special: dict[str, int]) -> None:
         raise ValueError("a token is empty")
 
 
-def with_plain_tokens(encoding: tiktoken.Encoding, names: Iterable[str]) -> tiktoken.Encoding:
-    """Mark some of the special tokens as text: `<think>` is one token wherever it occurs, in completions too."""
-    encoding.plain_tokens = frozenset(names)
-    return encoding
+def encode_prompt(encoding: tiktoken.Encoding, prompt: str | Messages, variables: dict | None = None) -> list[int]:
+    """Encode a prompt: a text with special tokens, or a conversation, where only the template writes these.
+
+    `variables` are the template's, such as "tools". Raises InputError if the template leaves out a part of a message.
+    """
+    if isinstance(prompt, str):
+        spans = [match.span() for match in pattern(frozenset(encoding._special_tokens)).finditer(prompt)]
+        return _encode_parts(encoding, prompt, spans)
+    refuse_what_is_left_out(encoding, prompt, variables)
+    return _encode_parts(encoding, *rendering(encoding, prompt, variables))
 
 
-def plain_tokens(encoding: tiktoken.Encoding) -> frozenset[str]:
-    return getattr(encoding, "plain_tokens", frozenset())
+def encode_answer(
+    encoding: tiktoken.Encoding, eos: int, before: Messages, answer: dict, variables: dict | None = None
+) -> tuple[list[int], list[int]]:
+    """Encode the message `answer` behind the prompt `before`: its ids with the end of the turn, and what follows.
+
+    They are what the rendering of the whole has behind the rendering of the prompt, encoded apart from the prompt as
+    sampling does. Where the template ends the turn with no token that ends a generation, `eos` takes its place.
+    """
+    chat = template_of(encoding)
+    ends = {encoding.decode([i]): i for i in chat.get("ends", [eos])}
+    prompt, whole = rendering(encoding, before, variables), rendering(encoding, [*before, answer], variables, False)
+    if not whole.text.startswith(prompt.text):
+        return encode_text(encoding, continuation(prompt.text, answer)) + [next(iter(ends.values()))], []
+    refuse_what_is_left_out(encoding, [*before, answer], variables, prompt=False)
+    text, start = whole.text, len(prompt.text)
+    written = [span for span in whole.tokens if span[0] >= start]
+    for first, last in written:
+        if text[first:last] in ends:
+            end = ends[text[first:last]]
+            behind = [span for span in written if span[0] >= last]
+            return _encode_parts(encoding, text, written, start, first) + [end], _encode_parts(
+                encoding, text, behind, last
+            )
+    stop = max(start, len(text.rstrip())) if chat else len(text)
+    if written and written[-1][1] == stop:
+        stop = written[-1][0]
+    return _encode_parts(encoding, text, written, start, stop) + [eos], []
 
 
-def encode_prompt(encoding: tiktoken.Encoding, prompt: str | Messages) -> list[int]:
-    """Encode a prompt: a text with special tokens, or a conversation, where only the template writes these."""
-    marks: dict[str, str] = {}
-    if not isinstance(prompt, str):
-        messages, marks = escaped(encoding, prompt)
-        prompt = render(encoding, messages)
-    special = encoding._special_tokens
+def _encode_parts(
+    encoding: tiktoken.Encoding, text: str, spans: list[tuple[int, int]], start: int = 0, stop: int | None = None
+) -> list[int]:
+    """Encode text[start:stop]. The parts at `spans` are special tokens, and all between them is ordinary text."""
     ids: list[int] = []
-    for part in _pattern(frozenset(special)).split(prompt):
-        if part in special:
-            ids.append(special[part])
-            continue
-        for mark, name in marks.items():
-            part = part.replace(mark, name)
-        ids += encode_text(encoding, part)
-    return ids
+    stop = len(text) if stop is None else stop
+    for first, last in [span for span in spans if span[1] <= stop]:
+        ids += encode_text(encoding, text[start:first]) + [encoding._special_tokens[text[first:last]]]
+        start = last
+    return ids + encode_text(encoding, text[start:stop])
 
 
 def encode_text(encoding: tiktoken.Encoding, text: str) -> list[int]:
     """Encode a completion or a document, where a special token's text is ordinary: no quotation teaches that token."""
     plain = plain_tokens(encoding)
     ids: list[int] = []
-    for part in _pattern(plain).split(text) if plain else [text]:
+    for part in pattern(plain).split(text) if plain else [text]:
         ids += [encoding._special_tokens[part]] if part in plain else _ordinary(encoding, part)
     return ids
-
-
-@functools.lru_cache(maxsize=64)
-def _pattern(names: frozenset[str]) -> regex.Pattern:
-    """Return the pattern that splits a text at the names; of two that begin alike, at the longer."""
-    longest_first = sorted(names, key=len, reverse=True)
-    return regex.compile("(" + "|".join(map(regex.escape, longest_first)) + ")")
 
 
 def _ordinary(encoding: tiktoken.Encoding, text: str) -> list[int]:

@@ -23,7 +23,7 @@ from typing import Any
 
 from common import cli, nets, runs
 from common.compare import sample_responses
-from data.chat import escaped, prompt_text
+from data.chat import prompt_text
 from data.files import InputError
 from data.label import Answer, read_answers
 from data.rng import seed_of
@@ -73,8 +73,8 @@ def prepare(cfg: Config) -> tuple[list[str], Callable[[str], Question | None]]:
     _, _, encoding = models[0]
     prompts = prompt_texts(cfg.prompts)
     for prompt in prompts:
-        if isinstance(prompt, list) and (tokens := escaped(encoding, prompt)[1].values()):
-            raise InputError(f"--prompts: a message spells {min(tokens)}, a special token; leave it out")
+        if encode_prompt(encoding, prompt) != encode_prompt(encoding, prompt_text(encoding, prompt)):
+            raise InputError(f"--prompts: a message spells a special token; leave it out: {str(prompt)[:80]}")
     prompts = list(dict.fromkeys(prompt_text(encoding, prompt) for prompt in prompts))[: cfg.n_prompts or None]
     what = f"prompts of {cfg.prompts} (with --response_len {cfg.response_len})"
     for _, model, encoding in models:
