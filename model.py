@@ -101,6 +101,7 @@ class GPTConfig:
     no_rope: tuple[int, ...] = ()  # layers without rotary positions (SmolLM 3)
     stops: tuple[int, ...] = ()  # ids beside eos that end a generation too
     bos: tuple[int, ...] = ()  # the id that other software puts before a text; kept for the exporter
+    suffix: tuple[int, ...] = ()  # what the chat template writes behind the end of a turn; scores are read behind it
 
     def __post_init__(self) -> None:
         if self.n_embd % self.n_head and not self.head_dim:
@@ -371,7 +372,14 @@ class ScalarModel(nn.Module):
         return self.gain * raw + self.bias
 
     def scores(self, tokens: Tensor, length: Tensor) -> Tensor:
-        """The score (B,) of each whole sequence, read at its last real token."""
+        """The score (B,) of each whole sequence, read at its last real token; `suffix` follows an end of a turn."""
+        if self.config.suffix:
+            last = pick(tokens, torch.arange(len(tokens)), length - 1)
+            ended = torch.isin(last, torch.tensor(self.config.ends, device=last.device)).to(length.device)
+            suffix = torch.tensor(self.config.suffix).expand(len(tokens), -1)
+            place = length[:, None] + torch.arange(suffix.shape[1], device=length.device)  # padding until now
+            tokens = F.pad(tokens, (0, suffix.shape[1])).scatter(1, place.to(tokens.device), suffix.to(tokens.device))
+            length = length + suffix.shape[1] * ended
         hidden = self.trunk.hidden(tokens)  # (B, T, C)
         return self.scalar(pick(hidden, torch.arange(len(tokens)), length - 1))
 

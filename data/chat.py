@@ -66,13 +66,12 @@ def check(messages: object, where: str) -> Messages:
         raise InputError(f"{where}: a conversation is a list of messages; fix the row")
     checked = []
     for number, each in enumerate(messages, 1):
-        if not isinstance(each, dict) or each.get("role") not in list(ROLES):
-            raise InputError(f'{where}: a message has a "role" ({", ".join(ROLES)}) and a "content"; fix the row')
-        each = {key: value for key, value in each.items() if value is not None}
+        known = isinstance(each, dict) and each.get("role") in list(ROLES)
+        each = {key: value for key, value in each.items() if value is not None} if known else {}
         if isinstance(each.get("content"), list):
             each["content"] = "".join(text_of(part, f"{where}: message {number}") for part in each["content"])
         if not isinstance(each.get("content", "" if "tool_calls" in each else None), str):
-            raise InputError(f'{where}: message {number}: a message has a "role" and a text "content"; fix the row')
+            raise InputError(f'{where}: a message has a "role" ({", ".join(ROLES)}) and a text "content"; fix the row')
         checked.append(each)
     return checked
 
@@ -175,8 +174,7 @@ def rendering(
 ) -> Rendering:
     """Return a conversation's text with the places of the template's special tokens."""
     text = render(encoding, messages, variables, prompt)
-    ends = [encoding.decode([i]) for i in template_of(encoding).get("ends", [])]
-    special = pattern(frozenset(encoding._special_tokens) - plain_tokens(encoding) | frozenset(ends))
+    special = pattern(frozenset(encoding._special_tokens) - plain_tokens(encoding))
     tokens = [match.span() for match in special.finditer(text)]
     said = [messages, variables or {}]
     marked = mark(said, special)

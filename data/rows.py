@@ -199,9 +199,12 @@ def of_one_shape(row: dict, where: str) -> tuple[str, dict | str]:
         found = split_dialogue(row, chatml=False)
         return "dialogues as in HH", found if isinstance(found, str) else row | found
     if not isinstance(row.get("prompt"), TEXT):
-        columns = ", ".join(row)
-        raise InputError(f'no column "prompt" among {columns}; {COMPARISON}; rename the columns, or fix the row')
+        raise no_comparison(row)
     return "ranked lists" if "ranked" in row else "preferences", row | {"prompt": read_prompt(row["prompt"], where)}
+
+
+def no_comparison(row: dict) -> InputError:
+    return InputError(f"{COMPARISON}, and this row has {', '.join(row)}; rename its columns, or fix it")
 
 
 def is_conversation(value: object) -> bool:
@@ -248,7 +251,7 @@ def answers_of(
             if isinstance(text, dict):
                 answers.append(read_answer(encoding, eos, row["prompt"], text, complete, variables))
             elif not isinstance(text, str):
-                raise InputError(f"{COMPARISON}; fix the row")
+                raise no_comparison(row)
             elif isinstance(row["prompt"], list) and not isinstance(sampled, list):  # nobody sampled it
                 message = {"role": "assistant", "content": text}
                 answers.append(read_answer(encoding, eos, row["prompt"], message, complete, variables))
@@ -258,7 +261,7 @@ def answers_of(
     if len(columns) == 2:
         pairs = [(i, j) for i, j in pairs if i < sizes[0] <= j]
     if not pairs:
-        raise InputError(f"{COMPARISON}; fix the row")
+        raise no_comparison(row)
     p = row.get("p_chosen", math.nan)
     if type(p) not in (int, float) or p < 0 or p > 1:
         raise InputError('"p_chosen" is not a probability from 0 to 1; fix the row')

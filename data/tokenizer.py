@@ -141,24 +141,22 @@ def encode_answer(
     sampling does. Where the template ends the turn with no token that ends a generation, `eos` takes its place.
     """
     chat = template_of(encoding)
-    ends = {encoding.decode([i]): i for i in chat.get("ends", [eos])}
-    prompt, whole = rendering(encoding, before, variables), rendering(encoding, [*before, answer], variables, False)
-    if not whole.text.startswith(prompt.text):
-        return encode_text(encoding, continuation(prompt.text, answer)) + [next(iter(ends.values()))], []
+    ends = {name: i for name, i in encoding._special_tokens.items() if i in chat.get("ends", [eos])}
+    prompt = rendering(encoding, before, variables)
+    text, tokens = rendering(encoding, [*before, answer], variables, prompt=False)
+    if not text.startswith(prompt.text):
+        tokens = [ends[text[first:last]] for first, last in tokens if text[first:last] in ends]
+        return encode_text(encoding, continuation(prompt.text, answer)) + [eos, *tokens][-1:], []
     refuse_what_is_left_out(encoding, [*before, answer], variables, prompt=False)
-    text, start = whole.text, len(prompt.text)
-    written = [span for span in whole.tokens if span[0] >= start]
-    for first, last in written:
-        if text[first:last] in ends:
-            end = ends[text[first:last]]
-            behind = [span for span in written if span[0] >= last]
-            return _encode_parts(encoding, text, written, start, first) + [end], _encode_parts(
-                encoding, text, behind, last
-            )
-    stop = max(start, len(text.rstrip())) if chat else len(text)
-    if written and written[-1][1] == stop:
-        stop = written[-1][0]
-    return _encode_parts(encoding, text, written, start, stop) + [eos], []
+    start = len(prompt.text)
+    end = next((span for span in tokens if span[0] >= start and text[slice(*span)] in ends), None)
+    if end:
+        ids = _encode_parts(encoding, text, tokens, start, end[0]) + [ends[text[slice(*end)]]]
+        return ids, _encode_parts(encoding, text, tokens, end[1])
+    stop = len(text.rstrip()) if chat else len(text)
+    if tokens and tokens[-1][1] == stop:
+        stop = tokens[-1][0]  # what ends the turn here ends no generation
+    return _encode_parts(encoding, text, tokens, start, max(start, stop)) + [eos], []
 
 
 def _encode_parts(
@@ -167,9 +165,10 @@ def _encode_parts(
     """Encode text[start:stop]. The parts at `spans` are special tokens, and all between them is ordinary text."""
     ids: list[int] = []
     stop = len(text) if stop is None else stop
-    for first, last in [span for span in spans if span[1] <= stop]:
-        ids += encode_text(encoding, text[start:first]) + [encoding._special_tokens[text[first:last]]]
-        start = last
+    for first, last in spans:
+        if start <= first and last <= stop:
+            ids += encode_text(encoding, text[start:first]) + [encoding._special_tokens[text[first:last]]]
+            start = last
     return ids + encode_text(encoding, text[start:stop])
 
 

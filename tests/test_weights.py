@@ -566,18 +566,18 @@ def test_a_conversation_has_the_tokens_of_transformers_and_the_template_goes_out
             data.encode_prompt(ours, [{"role": "assistant", "content": "a"}])
 
 
-def test_the_generation_tag_of_a_template_writes_nothing_and_no_template_reads_the_clock(tmp_path):
+def test_the_generation_tag_of_a_template_writes_nothing_and_the_date_is_that_of_the_import(tmp_path):
     template = CHATML.replace(
         "message['content'] + '<|im_end|>'", "'' }}{% generation %}{{ message['content'] + '<|im_end|>'"
     )
     template = template.replace("+ '\n'}}{% endfor %}", "+ '\n'}}{% endgeneration %}{% endfor %}")
     template += "{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }}{% endif %}"
     theirs = chat_folder(tmp_path / "hf", CHATML)
-    chat = {"template": template, "eos_token": "<|im_end|>"}
+    chat = {"template": template, "eos_token": "<|im_end|>", "date": "2026-03-01"}
     ours = with_template(tokenizer_json.read_tokenizer(tmp_path / "hf" / "tokenizer.json"), chat)
     for messages in conversations(5):
         expected = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        assert data.encode_prompt(ours, messages) == expected
+        assert data.encode_prompt(ours, messages) == expected + theirs.encode("01 Mar 2026")
 
 
 def test_a_text_that_spells_a_special_token_stays_text_in_a_conversation(tmp_path):
