@@ -87,8 +87,8 @@ def completions(path: str | Path, encoding: Encoding, eos: int) -> list[Row]:
             if isinstance(prompt, str) and isinstance(answer, str):
                 rows.append(encode_row(encoding, eos, prompt, answer, ended))
                 continue
-            before, after = conversation(prompt, where), conversation(answer, where, "assistant")
-            messages = before + after
+            before = [] if conversations else conversation(prompt, where)
+            messages = before + conversation(answer, where, "assistant")
             if messages[-1]["role"] != "assistant":
                 raise InputError("the last message is not the assistant's; fix the row")
             behind = range(max(1, len(before)), len(messages))
@@ -144,7 +144,7 @@ def conversation(value: str | list, where: str, role: str = "user") -> Messages:
     """Return the messages of a column; a text is what `role` says."""
     if isinstance(value, str):
         return [{"role": role, "content": value}]
-    return check(value, where) if value else []
+    return check(value, where)
 
 
 def comparisons(path: str | Path, encoding: Encoding, eos: int, say: Say = lambda text: None) -> list[Group]:
