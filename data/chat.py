@@ -197,14 +197,14 @@ def mark(x: Any, special: regex.Pattern) -> Any:
 
 
 def refuse_what_is_left_out(
-    encoding: tiktoken.Encoding, messages: Messages, variables: dict | None = None, prompt: bool = True
+    encoding: tiktoken.Encoding, text: str, messages: Messages, variables: dict | None = None, prompt: bool = True
 ) -> None:
-    """Raises InputError if a part of a message could be another without a change of the rendered text.
+    """Raises InputError if a part of a message could be another without a change of `text`, its rendering.
 
     Templates leave out the thoughts of earlier turns on purpose. Those of an answer, the last message where no `prompt`
     is rendered, must be there.
     """
-    text, variables = render(encoding, messages, variables, prompt), variables or {}
+    variables = variables or {}
 
     def left_out(messages: Messages, variables: dict) -> bool:
         try:

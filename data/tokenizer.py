@@ -128,8 +128,9 @@ def encode_prompt(encoding: tiktoken.Encoding, prompt: str | Messages, variables
     if isinstance(prompt, str):
         spans = [match.span() for match in pattern(frozenset(encoding._special_tokens)).finditer(prompt)]
         return _encode_parts(encoding, prompt, spans)
-    refuse_what_is_left_out(encoding, prompt, variables)
-    return _encode_parts(encoding, *rendering(encoding, prompt, variables))
+    text, tokens = rendering(encoding, prompt, variables)
+    refuse_what_is_left_out(encoding, text, prompt, variables)
+    return _encode_parts(encoding, text, tokens)
 
 
 def encode_answer(
@@ -147,7 +148,7 @@ def encode_answer(
     if not text.startswith(prompt.text):
         tokens = [ends[text[first:last]] for first, last in tokens if text[first:last] in ends]
         return encode_text(encoding, continuation(prompt.text, answer)) + [eos, *tokens][-1:], []
-    refuse_what_is_left_out(encoding, [*before, answer], variables, prompt=False)
+    refuse_what_is_left_out(encoding, text, [*before, answer], variables, prompt=False)
     start = len(prompt.text)
     end = next((span for span in tokens if span[0] >= start and text[slice(*span)] in ends), None)
     if end:
