@@ -160,6 +160,20 @@ def encode_answer(
     return _encode_parts(encoding, text, tokens, start, max(start, stop)) + [eos], []
 
 
+def turn_suffix(encoding: tiktoken.Encoding, eos: int) -> tuple[int, ...]:
+    """Return what the chat template writes behind the end of an answer, such as a line break; () without a template.
+
+    A published reward model of conversations is read there.
+    """
+    for said in ("yes", "<think>\nwell\n</think>\n\nyes") if template_of(encoding) else ():
+        try:
+            answer = {"role": "assistant", "content": said}
+            return tuple(encode_answer(encoding, eos, [{"role": "user", "content": "hello"}], answer)[1])
+        except InputError:  # the template wants a thought
+            continue
+    return ()
+
+
 def _encode_parts(
     encoding: tiktoken.Encoding, text: str, spans: list[tuple[int, int]], start: int = 0, stop: int | None = None
 ) -> list[int]:

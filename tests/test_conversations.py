@@ -318,3 +318,69 @@ def test_answers_without_a_prompt_that_are_no_dialogues_are_not_called_equal(tmp
         InputError, match="1 left out .*a dialogue that does not end with the assistant.*nothing is left"
     ):
         data.comparisons(write(tmp_path / "a.jsonl", [{"chosen": "yes", "rejected": "no"}]), encoding, 299)
+
+
+def anything(rng, depth=3):
+    """A random JSON value that looks now and then like a part of a conversation."""
+    texts = [
+        "",
+        " ",
+        "yes",
+        "user",
+        "assistant",
+        "tool",
+        "text",
+        "<think>",
+        "</think>",
+        "<|im_end|>",
+        "\ue000",
+        "{{ x }}",
+    ]
+    kind = rng.randrange(9 if depth else 6)
+    if kind < 3:
+        return rng.choice(texts)
+    if kind < 6:
+        return rng.choice([None, True, 0, -1.5, 10**20, "x" * 300])
+    if kind == 6:
+        return [anything(rng, depth - 1) for _ in range(rng.randrange(4))]
+    keys = ["role", "content", "type", "text", "tool_calls", "function", "name", "reasoning_content", "weight", "x"]
+    return {rng.choice(keys): anything(rng, depth - 1) for _ in range(rng.randrange(5))}
+
+
+def some_messages(rng):
+    found = []
+    for i in range(rng.randrange(1, 5)):
+        message = {
+            "role": "user" if i % 2 == 0 else "assistant",
+            "content": rng.choice(["a", "yes", "<think>b</think>c"]),
+        }
+        if rng.random() < 0.3:
+            message |= {rng.choice(["role", "content", "tool_calls", "reasoning_content", "weight"]): anything(rng)}
+        found.append(message if rng.random() < 0.95 else anything(rng))
+    return found
+
+
+def test_a_conversation_of_any_form_is_read_or_refused_with_its_row(tmp_path):
+    templates = [*TEMPLATES.values(), None]
+    sides = [
+        both_sides(tmp_path / f"hf{i}", template or TEMPLATES["chatml"])[1] for i, template in enumerate(templates)
+    ]
+    with_template(sides[-1], {})  # the plain form
+    rng, counts = random.Random(5), Counter()
+    for _ in range(600):
+        ours = rng.choice(sides)
+        row = {"messages": some_messages(rng)}
+        if rng.random() < 0.5:
+            row = {"prompt": some_messages(rng), "chosen": some_messages(rng), "rejected": some_messages(rng)}
+            row |= {"completion": row["chosen"]}
+        for name in ("tools", "chat_template_kwargs"):
+            row |= {name: anything(rng)} if rng.random() < 0.1 else {}
+        path = write(tmp_path / "a.jsonl", [row])
+        for read in (data.completions, data.comparisons, data.prompts):
+            try:
+                read(path, ours, *[ours._special_tokens[EOS]] * (read is not data.prompts))
+                counts["read"] += 1
+            except InputError as error:
+                counts["refused"] += 1
+                assert str(error).startswith(str(path)), error
+    assert min(counts.values()) > 300, counts

@@ -59,7 +59,8 @@ def test_a_preference_set_is_named_and_what_is_left_out_is_counted(shape, encodi
     heard = []
     groups = data.comparisons(write(tmp_path / "x.jsonl", rows), encoding, encoding.eot_token, heard.append)
     assert len(groups) == 123 and f"{name}, 125 rows" in heard[0]
-    assert "1 " in heard[0] and "empty" in heard[0] and ("same" in heard[0] or "1 left out (pairs of equal texts)" in heard[0])
+    assert "1 left out" in heard[0] and "empty" in heard[0]
+    assert "same" in heard[0] or "1 left out (pairs of equal texts)" in heard[0]
     winner, loser = (encoding.decode(groups[0].rows[i].tokens) for i in groups[0].pairs[0])
     assert winner.endswith(" yes.<|endoftext|>") and loser.endswith(" no.<|endoftext|>")
     assert QUESTIONS[0] in winner and winner.split(" yes.")[0].endswith("\n\nAssistant:")

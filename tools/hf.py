@@ -25,7 +25,7 @@ from torch import Tensor
 from common import cli, nets
 from data.chat import template_of, with_template
 from data.files import InputError, cannot_write, read_json
-from data.tokenizer import gpt2_encoding
+from data.tokenizer import gpt2_encoding, turn_suffix
 from model import GPT, GPTConfig, ScalarModel
 from tools.get.download import download_from_hub
 from tools.hf_tokenizer import eos_ids, fill_gaps, read_about, read_template, read_tokenizer, require, tokenizer_json
@@ -121,7 +121,7 @@ def our_config(c: dict, path: Path) -> tuple[GPTConfig, bool]:
 
 def written_out(config: GPTConfig) -> GPTConfig:
     """Return the config without what is no part of the architecture."""
-    return replace(config, dropout=0.0, eos=0, stops=(), bos=())
+    return replace(config, dropout=0.0, eos=0, stops=(), bos=(), suffix=())
 
 
 def config_json(config: GPTConfig, scalar: bool) -> dict:
@@ -186,10 +186,12 @@ def read_model(folder: Path, encoding: tiktoken.Encoding | None = None) -> tuple
         eos, *stops = eos_ids(folder, about, encoding)
         bos = [i for i in [c.get("bos_token_id")] if isinstance(i, int) and i != eos]
         config = replace(config, eos=eos, stops=tuple(stops), bos=tuple(bos))
-        model = load(config, scalar, read_tensors(folder), str(folder))
+        encoding, chat = fill_gaps(encoding, config.vocab_size, folder), read_template(folder, about)
+        encoding = with_template(encoding, chat | {"ends": [*config.ends]} if chat else {})
+        model = load(replace(config, suffix=turn_suffix(encoding, eos)), scalar, read_tensors(folder), str(folder))
         if scalar:
             model.bias.fill_(c.get("score_bias", 0.0))
-        return model, with_template(fill_gaps(encoding, config.vocab_size, folder), read_template(folder, about))
+        return model, encoding
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError, ZeroDivisionError) as error:
         raise InputError(f"{folder}: not as expected ({type(error).__name__}: {error}); fetch it again") from None
 
@@ -260,9 +262,11 @@ def write_model(model: GPT | ScalarModel, encoding: tiktoken.Encoding, folder: P
     about = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.block_size}
     if config.bos and config.bos[0] in names:
         about["bos_token"] = names[config.bos[0]]
-    about |= {"clean_up_tokenization_spaces": False} | template_of(encoding) | {"eos_token": names[config.eos]}
-    if template := about.pop("template", None):
-        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    chat = template_of(encoding)
+    about |= {name: token for name, token in chat.items() if name.endswith("_token")}
+    about |= {"clean_up_tokenization_spaces": False, "eos_token": names[config.eos]}
+    if chat:
+        (folder / "chat_template.jinja").write_text(chat["template"], encoding="utf-8")
     pad = next((i for i in sorted(names, reverse=True) if i != config.eos), None)
     if scalar and pad is not None:  # a language model needs none; transformers would not train the pad's embedding
         c["pad_token_id"], about["pad_token"] = pad, names[pad]

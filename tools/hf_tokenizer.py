@@ -1,6 +1,7 @@
 """Read and write Hugging Face's tokenizer.json: a byte-level BPE as a tiktoken.Encoding."""
 
 import json
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +151,8 @@ def read_template(folder: Path, about: dict) -> dict[str, str]:
         template = path.read_text(encoding="utf-8")
     names = ("bos_token", "eos_token", "pad_token", "unk_token")
     tokens = {name: about[name] for name in names if isinstance(about.get(name), str)}
-    return {"template": template} | tokens if isinstance(template, str) else {}
+    today = date.today().isoformat()  # for a template that asks for it
+    return {"template": template, "date": today} | tokens if isinstance(template, str) else {}
 
 
 def eos_ids(folder: Path, about: dict, encoding: tiktoken.Encoding) -> list[int]:
