@@ -1,5 +1,6 @@
 """Conversations: prompts and answers have the tokens of transformers, or a sentence says what is not supported."""
 
+import json
 import random
 import re
 from collections import Counter
@@ -8,12 +9,15 @@ from pathlib import Path
 
 import pytest
 import tokenizers
+import torch
 
 import data
+from common import nets
 from data import InputError
 from data.chat import check, template_variables, with_template
 from data.tokenizer import encode_answer, encode_prompt
 from tests.conftest import write
+from tools import hf
 from tools.hf_tokenizer import read_tokenizer
 
 transformers = pytest.importorskip("transformers")
@@ -384,3 +388,47 @@ def test_a_conversation_of_any_form_is_read_or_refused_with_its_row(tmp_path):
                 counts["refused"] += 1
                 assert str(error).startswith(str(path)), error
     assert min(counts.values()) > 300, counts
+
+
+@pytest.mark.parametrize("name", ["chatml", "a second token stands behind the end of the whole"])
+def test_a_conversation_has_the_score_of_transformers_both_ways(tmp_path, name):
+    """A published reward model reads its score at the last token that the template writes, behind the end of a turn."""
+    theirs, _ = both_sides(tmp_path / "hf", TEMPLATES[name])
+    ends = [theirs.convert_tokens_to_ids(token) for token in ("</s>", "<|im_end|>", "<|end|>")]
+    config = transformers.Qwen2Config(
+        vocab_size=len(theirs), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128, num_labels=1, pad_token_id=theirs.convert_tokens_to_ids(BOS),
+        eos_token_id=[i for i in ends if i is not None], bos_token_id=None,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    classifier = transformers.Qwen2ForSequenceClassification(config).eval()
+    for p in classifier.parameters():
+        torch.nn.init.normal_(p, std=0.3) if p.dim() > 1 else None
+    classifier.save_pretrained(tmp_path / "hf")
+    about = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": EOS, "bos_token": BOS}
+    (tmp_path / "hf" / "tokenizer_config.json").write_text(json.dumps(about))
+    (tmp_path / "hf" / "chat_template.jinja").write_text(TEMPLATES[name])
+    hf.convert(str(tmp_path / "hf"), tmp_path / "run")
+    model, ours = nets.load_scalar(tmp_path / "run")
+    prompts = [[user("12 red apples?")], [user("or no?"), assistant("yes!"), user("ask me for 12 red apples")]]
+    rows = [
+        {"prompt": prompt, "chosen": [assistant("yes, by the sea!")], "rejected": [assistant("no")]}
+        for prompt in prompts
+    ]
+    groups = data.comparisons(write(tmp_path / "c.jsonl", rows), ours, model.config.eos)
+    said = [prompt + row[which] for prompt, row in zip(prompts, rows) for which in ("chosen", "rejected")]
+    with torch.no_grad():
+        found = model.scores(*data.pad([row for group in groups for row in group.rows])[::2])
+        ids = [theirs.apply_chat_template(messages, return_dict=False) for messages in said]
+        expected = torch.cat([classifier(torch.tensor([each])).logits[:, 0] for each in ids])
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+        model.gain.fill_(2.0), model.bias.fill_(0.3)
+        nets.save_model(model, ours, tmp_path / "run" / "model.pt")
+        hf.convert(str(tmp_path / "run"), tmp_path / "out")
+        again = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+        tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "out")
+        texts = [tokenizer.apply_chat_template(messages, tokenize=False) for messages in said]
+        batch = tokenizer(texts, add_special_tokens=False, padding=True, padding_side="right", return_tensors="pt")
+        shifted = again(batch["input_ids"], batch["attention_mask"]).logits[:, 0] + again.config.score_bias
+        torch.testing.assert_close(shifted, 2 * expected + 0.3, atol=1e-4, rtol=1e-4)
