@@ -13,7 +13,7 @@ from tiktoken import Encoding
 from torch import Tensor
 
 from data.chat import Messages, check, reply, split_dialogue
-from data.files import TEXT, InputError, documents, first_row, has_rows, is_verdict, iterate_jsonl, replacing
+from data.files import TEXT, InputError, documents, first_row, has_rows, is_verdict, iterate_jsonl, replacing, sources
 from data.label import Answer, are_texts
 from data.rng import shuffler
 from data.tokenizer import encode_prompt, encode_text
@@ -298,9 +298,10 @@ def token_stream(path: str | Path, encoding: Encoding, eos: int, target: str | P
     if not Path(target).exists():
         each, last = ([eos], []) if has_rows(path) else ([], [eos])  # a .txt is one document, in pieces
         with replacing(target, "wb") as file:
-            for text in documents(path):
-                np.array(encode_text(encoding, text) + each, dtype=dtype).tofile(file)
-            np.array(last, dtype=dtype).tofile(file)
+            for source in sources(path):
+                for text in documents(source):
+                    np.array(encode_text(encoding, text) + each, dtype=dtype).tofile(file)
+                np.array(last, dtype=dtype).tofile(file)
     return np.memmap(target, dtype=dtype, mode="r")
 
 
