@@ -25,7 +25,7 @@ def sample_responses(
     temperature: float,
     seed: int,
 ) -> list[list[Answer]]:
-    """`samples` answers of at most `response_len` tokens, EOS included, to each prompt."""
+    """`samples` answers of at most `response_len` tokens, the end token included, to each prompt."""
     repeated = [ids for prompt in prompts for ids in [data.encode_prompt(encoding, prompt)] * samples]
     rng = generator(seed)
     answers = []
@@ -35,8 +35,7 @@ def sample_responses(
         tokens, prompt_len, length = model.generate(part, response_len, temperature=temperature, generator=rng)
         for row, first, end in zip(tokens.tolist(), prompt_len.tolist(), length.tolist()):
             ended = row[end - 1] in model.config.ends
-            ids = row[first : end - ended]
-            answers.append(Answer(encoding.decode(ids), ended, ids))
+            answers.append(Answer(encoding.decode(row[first : end - ended]), ended, row[first:end]))
     return [answers[i : i + samples] for i in range(0, len(answers), samples)]
 
 

@@ -43,15 +43,20 @@ class Group(NamedTuple):
 def encode_row(
     encoding: Encoding, eos: int, prompt: Prompt, response: str, ended: bool = True, ids: list | None = None
 ) -> Row:
-    """Encode prompt and response apart, as generation does. Sampled `ids` are used if they decode to `response`."""
-    start = encode_prompt(encoding, prompt) or [eos]
+    """Encode prompt and response apart, as generation does. Sampled `ids` are used if they decode to `response`.
+
+    An end token behind the response stays: a model may have several. Without one a complete response gets `eos`.
+    """
+    start, end = encode_prompt(encoding, prompt) or [eos], [eos]
     try:
+        if ids[-1:] and ids[-1] in encoding._special_tokens.values() and encoding.decode(ids[:-1]) == response:
+            ids, end = ids[:-1], ids[-1:]
         sampled = encoding.decode(ids) == response
     except (KeyError, OverflowError, TypeError):  # no ids, or those of another vocabulary
         sampled = False
     if not sampled:
         ids = encode_text(encoding, response)
-    return Row(start + ids + [eos] * ended, len(start))
+    return Row(start + ids + end * ended, len(start))
 
 
 def completions(path: str | Path, encoding: Encoding, eos: int) -> list[Row]:

@@ -5,13 +5,14 @@ import json
 
 import numpy as np
 import pytest
+import tiktoken
 
 import data
 from common import compare
 from data import InputError, Row, tales
 from data.label import Answer, preference
 from data.tokenizer import with_plain_tokens
-from tests.conftest import write
+from tests.conftest import make_gpt, write
 from tools.get.download import download
 
 ALPHABETS = [
@@ -203,6 +204,32 @@ def test_sampled_ids_are_trained_on_as_they_were_sampled(tmp_path, encoding):
     rows[0]["chosen_ids"] = [10**6, -1]  # of another vocabulary
     (group,) = data.comparisons(write(tmp_path / "o.jsonl", rows), encoding, 7)
     assert group.rows[0].tokens == start + encoding.encode_ordinary(" yes") + [7]
+
+
+def test_an_answer_keeps_the_end_token_that_was_sampled_where_a_model_has_two(tmp_path, encoding):
+    """What reward.py reads of its own samples are the very tokens, and older files without an end get `eos`."""
+    n, special = encoding.n_vocab - 1, {"<e>": encoding.n_vocab - 1, "<f>": encoding.n_vocab}
+    both = tiktoken.Encoding("2", pat_str=data.SPLIT, mergeable_ranks=encoding._mergeable_ranks, special_tokens=special)
+    model = make_gpt(vocab_size=n + 2, eos=n, stops=(n + 1,))
+    prompts = [f"ask {i % 7}" for i in range(60)]
+    sampled = compare.sample_responses(model, both, prompts, 4, 40, 1.0, seed=0)
+    answers = [answer for four in sampled for answer in four]
+    ends = [answer.ids[-1] for answer in answers if answer.ended]
+    assert min(ends.count(n), ends.count(n + 1)) > 9 and len(ends) < len(answers)
+    assert all(answer.ids[-1] < n for answer in answers if not answer.ended)
+    assert not any("<e>" in answer.text or "<f>" in answer.text for answer in answers)
+    rows = [{"prompt": prompt} | preference(four) for prompt, four in zip(prompts, sampled)]
+    groups = data.comparisons(write(tmp_path / "r.jsonl", rows), both, n)
+    for prompt, four, group in zip(prompts, sampled, groups):
+        start = both.encode_ordinary(prompt)
+        assert {tuple(row.tokens) for row in group.rows} == {(*start, *answer.ids) for answer in four}
+    row = data.encode_row(both, n, "ask", "yes", True, both.encode_ordinary("yes"))
+    assert row.tokens[-1] == n
+    row = data.encode_row(both, n, "ask", "no", True, [*both.encode_ordinary("yes"), n + 1])  # was edited
+    assert row.tokens == both.encode_ordinary("ask") + both.encode_ordinary("no") + [n]
+    row = data.encode_row(both, n, "ask", "", True, [n + 1])
+    assert row.tokens == [*both.encode_ordinary("ask"), n + 1]
+    assert data.encode_row(both, n, "ask", "yes", False, [*both.encode_ordinary("yes"), n + 1]).tokens[-1] < n
 
 
 def test_a_row_without_anything_to_learn_is_refused_with_its_number(tmp_path, encoding):

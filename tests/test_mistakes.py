@@ -115,7 +115,7 @@ def test_the_window_is_every_response_token_from_the_first_to_eos_and_no_pad(net
 
 
 # 4
-@mistake("data/rows.py", "return Row(start + ids + [eos] * ended, len(start))", "return Row(start + ids, len(start))")
+@mistake("data/rows.py", "return Row(start + ids + end * ended, len(start))", "return Row(start + ids, len(start))")
 @mistake(
     "model.py",
     "length += ~done\n            done |= torch.isin(token, ends)",
