@@ -13,18 +13,7 @@ from tiktoken import Encoding
 from torch import Tensor
 
 from data.chat import Messages, check, reply, split_dialogue
-from data.files import (
-    TEXT,
-    InputError,
-    documents,
-    first_row,
-    has_rows,
-    is_verdict,
-    iterate_jsonl,
-    numbered,
-    replacing,
-    sources,
-)
+from data.files import TEXT, InputError, documents, first_row, has_rows, is_verdict, numbered, replacing, sources
 from data.label import Answer, are_texts
 from data.rng import seed_of, shuffler
 from data.tokenizer import encode_prompt, encode_text
@@ -81,8 +70,7 @@ def completions(path: str | Path, encoding: Encoding, eos: int) -> list[Row]:
     rows = []
     column = prompt_column(path)
     columns = {"messages": list} if column == "messages" else {"prompt": TEXT, "completion": TEXT}
-    for number, row in enumerate(iterate_jsonl(path, columns), 1):
-        where = f"{path}: row {number}"
+    for where, row in numbered(path, columns):
         if column == "messages":
             prompt, answer = split_last(row["messages"], where)
         else:
@@ -126,11 +114,10 @@ def comparisons(path: str | Path, encoding: Encoding, eos: int, say: Say = lambd
     previous = None
     kinds, omitted = Counter(), Counter()
     dropped = Counter({"pairs of equal texts": 0, "ties and skips": 0})
-    for number, row in enumerate(iterate_jsonl(path, {}), 1):
+    for where, row in numbered(path, {}):
         if is_verdict(row):
             dropped["ties and skips"] += 1
             continue
-        where = f"{path}: row {number}"
         kind, texts = prompt_and_texts(row, encoding, where)
         kinds[kind] += 1
         if isinstance(texts, str):
@@ -138,7 +125,7 @@ def comparisons(path: str | Path, encoding: Encoding, eos: int, say: Say = lambd
             continue
         row |= texts
         answers, certainty = answers_of(row, where)
-        key = number if "ranked" in row else row["prompt"]  # a ranked list has a group of its own
+        key = where if "ranked" in row else row["prompt"]  # a ranked list has a group of its own
         if key != previous:
             groups.append(Group([], [], [], str(row.get("subset", row.get("source", "")))))
             places: dict[tuple[str, bool], int] = {}  # (text, ended) → its row in the group

@@ -41,6 +41,9 @@ def test_an_error_names_the_very_file_and_its_own_line(shards, encoding):
     write(shards / "b.jsonl", [{"prompt": "three"}, {"prompt": []}])
     with pytest.raises(InputError, match="data/b.jsonl: row 2: a conversation is a list"):
         data.prompts(shards, encoding)
+    write(shards / "b.jsonl", [{"prompt": "a", "completion": " b"}, {"prompt": "a", "completion": [3]}])
+    with pytest.raises(InputError, match="data/b.jsonl: row 2: a message has"):
+        data.completions(f"{shards}/b*", encoding, 7)
     assert [where for where, _ in numbered(shards, {})][1:3] == [f"{shards}/a.jsonl: row 2", f"{shards}/b.jsonl: row 1"]
 
 
