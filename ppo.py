@@ -12,6 +12,7 @@ of contents: one function per step, and a fork changes one of them.
 
     Batch: what each step adds                       shape                made by
       tokens, prompt_len, length, ended              (B, T) (B,) …        1 rollout
+      columns, of the prompts' rows in the file      B dicts              1 train
       logp, ref_logp, values, entropy, mask, score   (B, R) … (B,)        2 read
       rewards, advantages, returns, final_score      (B, R) … (B,)        3 estimate
       ratio, of the last epoch                       (B, R)               4 update
@@ -37,11 +38,11 @@ from torch import Tensor
 import data
 from common import cli, dist, judges, measure, nets, runs
 from common.cli import Count, Number, Positive, Share, Whole
-from data import InputError, tales
+from data import InputError, Prompt, tales
 from data.rng import generator, seed_of
 from model import GPT, ScalarModel, response_window
 
-Batch = dict[str, Tensor]
+Batch = dict[str, Tensor]  # and "columns", a list
 WINDOW = ["logp", "ref_logp", "values", "entropy", "mask", "rewards", "advantages", "returns", "ratio"]  # all (B, R)
 SHOWN = ["objective/scores", "objective/judge", "objective/kl", "val/ratio", "val/num_eos_tokens", "tokens_per_s"]
 SHOWN += ["eval/score", "eval/judge", "eval/kl"]
@@ -107,7 +108,8 @@ def train(cfg: Config) -> None:
         asked = dist.mine(data.shuffled(prompts, cfg.batch_size, cfg.seed, lengths=None, step=step))
         rng = generator("rollout", cfg.seed, step, dist.RANK)
         with run.timed("rollout"), autocast:
-            batch = rollout(dist.gathered(policy, autocast), asked, cfg, rng)
+            batch = rollout(dist.gathered(policy, autocast), [prompt.ids for prompt in asked], cfg, rng)
+        batch["columns"] = [prompt.columns for prompt in asked]
         # 2 Reward model, frozen copy and value net read the answers.
         with run.timed("score"), autocast:
             batch |= read(batch, policy, ref, value, score, cfg)
@@ -160,8 +162,8 @@ def rollout(policy: GPT, prompts: list[list[int]], cfg: Config, rng: torch.Gener
 
 def select(batch: Batch, index: Tensor) -> Batch:
     """The rows `index` of a batch, cut to the longest of them: tokens (B, T) to (b, t), WINDOW (B, R) to (b, r)."""
-    place = {x.device: index.to(x.device) for x in batch.values()}  # one copy of the index to each device
-    part = {name: x[place[x.device]] for name, x in batch.items()}
+    place = {batch[name].device: index.to(batch[name].device) for name in ("tokens", "length")}  # each device once
+    part = {name: x[place[x.device]] for name, x in batch.items() if name != "columns"}
     r = int((part["length"] - part["prompt_len"]).max())
     part["tokens"] = part["tokens"][:, : int(part["length"].max())]
     return part | {name: part[name][:, :r] for name in WINDOW if name in part}
@@ -380,7 +382,7 @@ def build(
     return policy, ref, value, scorer(reward, encoding, policy.config.eos, cfg), encoding
 
 
-def load_prompts(cfg: Config, policy: GPT, encoding: tiktoken.Encoding) -> tuple[list[list[int]], list[list[int]]]:
+def load_prompts(cfg: Config, policy: GPT, encoding: tiktoken.Encoding) -> tuple[list[Prompt], list[Prompt]]:
     """Prompts to train on, and held-out ones. Raises InputError where the options leave too few of them."""
     if cfg.batch_size % dist.WORLD or cfg.minibatch_size % dist.WORLD:
         raise InputError(f"--batch_size and --minibatch_size must be multiples of the {dist.WORLD} processes")
@@ -390,15 +392,17 @@ def load_prompts(cfg: Config, policy: GPT, encoding: tiktoken.Encoding) -> tuple
     prompts, held_out = data.prompts_and_held_out(path, eval_path, encoding, room, cfg.eval_prompts, dist.print0)
     if len(prompts) < cfg.batch_size:
         raise InputError(f"--batch_size {cfg.batch_size}: {path} leaves {len(prompts)} prompts; give less")
+    judges.check_columns(f"{cfg.reward},{cfg.judge}", [prompt.columns for prompt in prompts + held_out])
     return prompts, held_out
 
 
 def answer(
-    cfg: Config, autocast: torch.autocast, readers: tuple, policy: GPT, prompts: list[list[int]], rng: torch.Generator
+    cfg: Config, autocast: torch.autocast, readers: tuple, policy: GPT, prompts: list[Prompt], rng: torch.Generator
 ) -> Batch:
     """`policy` answers some held-out prompts, and reference, value net and scorer (`readers`) read them."""
     with autocast:
-        batch = rollout(dist.gathered(policy, autocast), prompts, cfg, rng)
+        batch = rollout(dist.gathered(policy, autocast), [prompt.ids for prompt in prompts], cfg, rng)
+        batch["columns"] = [prompt.columns for prompt in prompts]
         return batch | read(batch, policy, *readers, cfg)
 
 

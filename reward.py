@@ -126,7 +126,7 @@ def build(
     groups = data.comparisons(comparisons, encoding, policy.config.eos, dist.print0)[: cfg.n_prompts or None]
     lengths = [max(len(row.tokens) for row in group.rows) for group in groups]
     groups = data.keep_short(groups, lengths, nets.context(cfg, policy), f"comparisons of {source}", dist.print0)
-    held_out, groups = data.hold_out(groups, one_in=10)
+    held_out, groups = data.hold_out(groups, encoding)
     return policy, encoding, groups, held_out
 
 

@@ -12,20 +12,20 @@ from common import dist, judges, nets
 from common.judges import Judge
 from data.label import Answer, preference
 from data.rng import generator, seed_of, shuffler
-from data.rows import Prompt
+from data.rows import PromptText
 from model import GPT
 
 
 def sample_responses(
     model: GPT,
     encoding: tiktoken.Encoding,
-    prompts: list[Prompt],
+    prompts: list[PromptText],
     samples: int,
     response_len: int,
     temperature: float,
     seed: int,
 ) -> list[list[Answer]]:
-    """`samples` answers of at most `response_len` tokens, EOS included, to each prompt."""
+    """`samples` answers of at most `response_len` tokens, the end token included, to each prompt."""
     repeated = [ids for prompt in prompts for ids in [data.encode_prompt(encoding, prompt)] * samples]
     rng = generator(seed)
     answers = []
@@ -35,27 +35,26 @@ def sample_responses(
         tokens, prompt_len, length = model.generate(part, response_len, temperature=temperature, generator=rng)
         for row, first, end in zip(tokens.tolist(), prompt_len.tolist(), length.tolist()):
             ended = row[end - 1] in model.config.ends
-            ids = row[first : end - ended]
-            answers.append(Answer(encoding.decode(ids), ended, ids))
+            answers.append(Answer(encoding.decode(row[first : end - ended]), ended, row[first:end]))
     return [answers[i : i + samples] for i in range(0, len(answers), samples)]
 
 
 def simulate(
-    prompts: list[Prompt],
+    prompts: list[PromptText],
     answers: list[list[Answer]],
     judge: Judge,
     temperature: float,
     seed: int,
-    shown: list[str] | None = None,
+    shown: list[dict] | None = None,
 ) -> list[dict]:
     """Decide every pair of answers to a prompt: choose a with probability σ((judge a − judge b) / temperature).
 
     This is the model of Bradley and Terry (1952). "p_chosen" is the probability of the choice; it shows the amount of
-    noise in the labels. Pairs of identical texts are left out. The judge sees `shown` in place of the prompts.
+    noise in the labels. Pairs of identical texts are left out. The judge sees `shown`, rows with the prompts as texts.
     """
     rng = shuffler("choices", seed)
-    pairs = [(prompt, answer[0]) for prompt, compared in zip(shown or prompts, answers) for answer in compared]
-    judged = iter(judge([{"prompt": prompt, "response": response} for prompt, response in pairs]))
+    shown = shown or [{"prompt": prompt} for prompt in prompts]
+    judged = iter(judge([row | {"response": answer[0]} for row, each in zip(shown, answers) for answer in each]))
     rows = []
     for prompt, each in zip(prompts, answers):
         compared = [Answer(*answer) for answer in each]
@@ -77,15 +76,17 @@ def sample_and_compare(
 
     `cfg` has the options of reward.py. Raises InputError if all answers are alike.
     """
-    prompts = data.prompt_texts(source)[: cfg.n_prompts or None]
-    lengths = [len(data.encode_prompt(encoding, prompt)) + cfg.response_len for prompt in prompts]
+    asked = data.prompt_rows(source)[: cfg.n_prompts or None]
+    lengths = [len(data.encode_prompt(encoding, row["prompt"])) + cfg.response_len for row in asked]
     what = f"prompts of {source} (with --response_len {cfg.response_len})"
-    prompts = data.keep_short(prompts, lengths, nets.context(cfg, policy), what, dist.print0)
+    asked = data.keep_short(asked, lengths, nets.context(cfg, policy), what, dist.print0)
+    prompts = [row["prompt"] for row in asked]
+    shown = [row | {"prompt": data.prompt_text(encoding, row["prompt"])} for row in asked]
     compares = judges.load_function(judge)
+    judges.check_columns(judge, shown)
     dist.print0(f"{cfg.init} answers {len(prompts):,} prompts of {source}, {cfg.samples} times each; {judge} compares")
     seeds = seed_of("answers", cfg.seed), seed_of("choices", cfg.seed)
     answers = sample_responses(policy, encoding, prompts, cfg.samples, cfg.response_len, cfg.temperature, seeds[0])
-    shown = [data.prompt_text(encoding, prompt) for prompt in prompts]
     rows = simulate(prompts, answers, compares, cfg.label_temperature, seeds[1], shown)
     if not rows:
         raise data.InputError(f"--init {cfg.init}: its samples are all alike; raise --temperature")

@@ -2,8 +2,9 @@
 
     def judge(prompt, response): return 1.0                                one answer at a time
     def judge(prompts, responses): return [1.0 for _ in prompts]           lists: an API or a classifier is asked once
+    def judge(prompt, response, answer): return float(response == answer)  with a column of the prompt's row
 
-The names of the two parameters tell the two forms apart.
+The names of the first two parameters tell one answer from lists. Each further one is a column, a list of it for lists.
 """
 
 import importlib.util
@@ -13,6 +14,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from types import ModuleType
 
@@ -34,22 +36,20 @@ def load_function(name: str) -> Judge:
     Raises InputError if there is none. The function that it returns raises InputError, after the user's own traceback,
     if the user's function fails or gives anything but a finite number for each row.
     """
-    file, _, function = name.rpartition(":")
-    path = next((path for path in (Path(file), ROOT / file) if path.is_file()), None)
-    if path is None:
-        raise InputError(f"{name}: no such file; a function is named path/to/file.py:function")
-    called = getattr(import_file(path.resolve(), path.stat().st_mtime_ns), function, None)
-    if not callable(called):
-        raise InputError(f"{name}: {file} has no function {function}; a function is named path/to/file.py:function")
-    try:
-        takes_lists = list(inspect.signature(called).parameters)[:2] == ["prompts", "responses"]
-    except (TypeError, ValueError):  # a function in C
-        takes_lists = False
+    called = find(name)
+    first, more, takes_any = parameters(called)
+    own = {"prompt", "response", *first}
 
     def judge(rows: list[dict]) -> list[float]:
+        check(name, more, rows)
+        columns = [{c: x for c, x in row.items() if c in more or takes_any and c not in own} for row in rows]
         prompts, responses = ([row[column] for row in rows] for column in ("prompt", "response"))
         try:
-            given = list(called(prompts, responses) if takes_lists else map(called, prompts, responses))
+            if first == ["prompts", "responses"]:
+                lists = {column: [each.get(column) for each in columns] for column in dict.fromkeys(chain(*columns))}
+                given = list(called(prompts, responses, **lists))
+            else:
+                given = [called(*texts, **each) for *texts, each in zip(prompts, responses, columns)]
         except (Exception, SystemExit) as error:
             traceback.print_exc()
             raise InputError(f"{name}: failed ({type(error).__name__}: {error}); mend the function") from None
@@ -58,6 +58,46 @@ def load_function(name: str) -> Judge:
         return [finite(name, x, row) for x, row in zip(given, rows)]
 
     return judge
+
+
+def find(name: str) -> Callable:
+    """The user's function itself. Raises InputError if there is none."""
+    file, _, function = name.rpartition(":")
+    path = next((path for path in (Path(file), ROOT / file) if path.is_file() and path.suffix == ".py"), None)
+    if path is None:
+        raise InputError(f"{name}: no such Python file; a function is named path/to/file.py:function")
+    called = getattr(import_file(path.resolve(), path.stat().st_mtime_ns), function, None)
+    if not callable(called):
+        raise InputError(f"{name}: {file} has no function {function}; a function is named path/to/file.py:function")
+    return called
+
+
+def parameters(called: Callable) -> tuple[list[str], dict[str, bool], bool]:
+    """The first two parameters; those behind them, with whether they must be given; and whether it takes **columns."""
+    try:
+        found = list(inspect.signature(called).parameters.values())
+    except (TypeError, ValueError):  # a function in C
+        found = []
+    by_name = [each for each in found[2:] if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)]
+    kinds = {each.kind.name for each in found}
+    takes_any = "VAR_KEYWORD" in kinds and "VAR_POSITIONAL" not in kinds  # with *args it is a decorator's
+    return [each.name for each in found[:2]], {each.name: each.default is each.empty for each in by_name}, takes_any
+
+
+def check(name: str, more: dict[str, bool], rows: list[dict]) -> None:
+    """Raises InputError if a row lacks a column that a function must get."""
+    for column in [column for column, needed in more.items() if needed]:
+        for row in rows:
+            if column not in row:
+                known = ", ".join(["prompt", *(each for each in row if each not in ("prompt", "response"))])
+                what = f'its parameter "{column}" is no column of a row, which has {known}'
+                raise InputError(f"{name}: {what}; rename one of them, or give the parameter a default")
+
+
+def check_columns(names: str, rows: list[dict]) -> None:
+    """Raises InputError if a row lacks a column that a function of a comma-separated list must get."""
+    for name in filter(is_function, names.split(",")):
+        check(name, parameters(find(name))[1], rows)
 
 
 def load_functions(names: str) -> dict[str, Judge]:

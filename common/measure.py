@@ -12,7 +12,7 @@ from torch import Tensor
 
 from common import dist
 from common.judges import Judge
-from data import Group
+from data import Group, Prompt
 from data.rng import generator
 from model import GPT
 
@@ -62,13 +62,13 @@ def rollout_metrics(batch: dict[str, Tensor], judged: list[float], kl_coef: floa
 
 
 def as_rows(batch: dict[str, Tensor], encoding: tiktoken.Encoding, eos: int) -> list[dict]:
-    """Every answer as a row of text, "prompt" and "response", without the EOS."""
+    """Every answer as a row: "prompt" and "response" as text, without the EOS, and the prompt's columns."""
     rows = []
-    columns = [batch[name].tolist() for name in ("tokens", "prompt_len", "length", "ended")]
-    for tokens, start, end, ended in zip(*columns):
+    lists = [batch[name].tolist() for name in ("tokens", "prompt_len", "length", "ended")]
+    for columns, tokens, start, end, ended in zip(batch.get("columns", [{}] * len(batch["tokens"])), *lists):
         prompt = [] if tokens[:start] == [eos] else tokens[:start]  # what an empty prompt starts from
         response = tokens[start : end - 1] if ended else tokens[start:end]
-        rows.append({"prompt": encoding.decode(prompt), "response": encoding.decode(response)})
+        rows.append(columns | {"prompt": encoding.decode(prompt), "response": encoding.decode(response)})
     return rows
 
 
@@ -84,7 +84,7 @@ def by_token(
     columns = {name: batch[name][:n].tolist() for name in BY_TOKEN if name in batch}
     heads = [batch[name][:n].tolist() for name in ("tokens", "prompt_len", "length", "ended", "score", "final_score")]
     for i, (row, start, end, ended, score, final_score) in enumerate(zip(*heads)):
-        answer = rows[i] | {"ended": ended, "score": score}
+        answer = {"prompt": rows[i]["prompt"], "response": rows[i]["response"], "ended": ended, "score": score}
         answer |= {"final_score": final_score, "tokens": [token_text(token, encoding) for token in row[start:end]]}
         for name, column in columns.items():
             answer[name] = [float(f"{x:.5g}") for x in column[i][: end - start]]
@@ -118,11 +118,11 @@ def masked_variance(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def held_out(
-    answer: Callable[[GPT, list[list[int]], torch.Generator], dict[str, Tensor]],
+    answer: Callable[[GPT, list[Prompt], torch.Generator], dict[str, Tensor]],
     encoding: tiktoken.Encoding,
     judges: dict[str, Judge],
     policy: GPT,
-    prompts: list[list[int]],
+    prompts: list[Prompt],
     *key: str | int,
 ) -> dict[str, list]:
     """One answer to each prompt: a column for each measure, one number per prompt; and "rows", prompt and response.
@@ -131,7 +131,8 @@ def held_out(
     and the first prompt's number. The processes of torchrun share the work; each returns all of it.
     """
     found: dict[int, dict[str, list]] = {}  # by the number of the first prompt
-    size = max(1, min(128, 2**16 // max(map(len, prompts))))  # limits the memory of long prompts
+    longest = max(len(prompt.ids) for prompt in prompts) or 1
+    size = max(1, min(128, 2**16 // longest))  # limits the memory of long prompts
     starts = list(range(0, len(prompts), size))
     for start in dist.pad_to_equal(dist.mine(starts), starts):
         batch = answer(policy, prompts[start : start + size], generator(*key, start))

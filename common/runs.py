@@ -24,7 +24,7 @@ import torch
 from common import about, dist, nets
 from common.dist import RANK, WORLD
 from common.judges import ROOT
-from data.files import InputError, cannot_write, replacing
+from data.files import InputError, cannot_write, replacing, sources
 from data.tokenizer import encoding_state
 from model import GPT, ScalarModel
 
@@ -318,12 +318,14 @@ def lock(out: Path) -> Any:
 
 
 def fingerprint(names: str) -> str:
-    """The sha256 of a file, of a run folder's model.pt, or of the files of functions; "" where there is none."""
+    """The sha256 of files of data, of a run folder's model.pt, or of the files of functions; "" where there is none."""
     digests = []
-    for name in names.split(",") if ".py:" in names else [names]:
+    for name in filter(None, names.split(",") if ".py:" in names else [names]):
         file = name.rpartition(":")[0] if ".py:" in name else name
-        paths = [Path(file) / "model.pt", Path(file), ROOT / file]
-        for path in [path for path in paths if name and path.is_file()][:1]:
+        paths = [path for path in (Path(file) / "model.pt", Path(file), ROOT / file) if path.is_file()][:1]
+        with suppress(InputError):  # of a folder without data
+            paths = paths or [path for path in sources(file) if path.is_file()]
+        for path in paths:
             with open(path, "rb") as opened:
                 digests.append(hashlib.file_digest(opened, "sha256").hexdigest())
     return " ".join(digests)

@@ -8,8 +8,8 @@ is the file's to write. Every text is complete and gets EOS unless a column "…
 from data.chat import prompt_text
 from data.files import InputError, documents, first_row, has_rows, iterate_jsonl, read_jsonl, write_jsonl
 from data.rows import (
-    Group, Row, comparisons, completions, encode_row, hold_out, hold_out_prompts, keep_short, micro_batches, pad,
-    prompt_texts, prompts, prompts_and_held_out, random_windows, shuffled, token_stream, windows,
+    Group, Prompt, Row, comparisons, completions, encode_row, hold_out, keep_short, micro_batches, pad,
+    prompt_rows, prompt_texts, prompts, prompts_and_held_out, random_windows, shuffled, token_stream, windows,
 )  # fmt: skip
 from data.tokenizer import (
     EOS_TEXT, SPLIT, encode_prompt, encode_text, encoding_from_state, encoding_state, gpt2_encoding, learn_bpe,

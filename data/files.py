@@ -1,7 +1,9 @@
-"""Files: read text and JSONL and check each line; write files whole or not at all."""
+"""Files: read text, JSONL and parquet and check each row; write files whole or not at all."""
 
+import glob
 import gzip
 import json
+import math
 import os
 import zlib
 from collections.abc import Iterable, Iterator
@@ -12,6 +14,8 @@ from typing import IO
 TEXT = (str, list)  # a text, or a conversation: a list of messages
 VERDICTS = ("tie", "bad", "skip")  # of a person, in place of a preference
 Kind = type | tuple[type, ...]  # of a JSON value
+READ = (".txt", ".jsonl", ".json", ".parquet")  # suffixes of what is read
+CSV = {".csv": "csv.DictReader({})", ".tsv": "csv.DictReader({}, delimiter='\\t')"}  # of what is not
 KINDS = {str: "text", TEXT: "text", list: "list", dict: "JSON object", int: "whole number", float: "number"}
 
 
@@ -20,6 +24,22 @@ class InputError(Exception):
 
     def __init__(self, message: str):
         super().__init__(" ".join(message.splitlines()))  # what it quotes may have line breaks
+
+
+def sources(path: str | Path) -> list[Path]:
+    """Return the files that `path` names, by name: one, all of a folder, or those of a pattern (data/*.parquet).
+
+    Raises InputError if a folder or pattern has none that can be read, or files of different kinds.
+    """
+    pattern = f"{glob.escape(str(path))}/*" if Path(path).is_dir() else str(path)
+    if Path(path).is_file() or set("*?[").isdisjoint(pattern):
+        return [Path(path)]
+    found = sorted(each for each in map(Path, glob.glob(pattern, recursive=True)) if suffix(each) in READ)
+    kinds = sorted({suffix(each) for each in found})
+    if len(kinds) != 1:
+        what = " and ".join(kinds) or f"no {', '.join(READ)}"
+        raise InputError(f"{path}: holds {what}; name files of one kind, such as FOLDER/*.parquet")
+    return found
 
 
 def _lines(path: str | Path) -> Iterator[tuple[int, str]]:
@@ -35,27 +55,60 @@ def _lines(path: str | Path) -> Iterator[tuple[int, str]]:
 
 
 def iterate_jsonl(path: str | Path, columns: dict[str, Kind]) -> Iterator[dict]:
-    """Yield the rows of a JSONL or parquet file. Raises InputError if a row lacks a column or has a wrong type."""
-    empty = True
-    for number, row in _parquet_rows(path) if suffix(path) == ".parquet" else _json_rows(path):
-        row = {column: value for column, value in row.items() if value is not None}  # tables write null for absent
-        for column, kind in columns.items():
-            if column not in row:
-                raise InputError(f'{path}:{number}: no column "{column}"; a row needs {", ".join(columns)}')
-            if not _has_kind(row[column], kind):
-                raise InputError(f'{path}:{number}: "{column}" is not a {KINDS[kind]}; fix the line')
-        empty = False
-        yield row
-    if empty:
-        raise InputError(f"{path}: no rows; give a file with at least one")
+    """Yield the rows of JSONL or parquet files. Raises InputError if a row lacks a column or has a wrong type."""
+    return (row for _, row in numbered(path, columns))
 
 
-def _json_rows(path: str | Path) -> Iterator[tuple[int, dict]]:
+def numbered(path: str | Path, columns: dict[str, Kind]) -> Iterator[tuple[str, dict]]:
+    """Yield ("FILE: row N", row) for each row, as `iterate_jsonl` does. N counts the lines or rows of that file."""
+    for file in sources(path):
+        empty = True
+        for number, row in _rows(file):
+            row = {column: value for column, value in row.items() if value is not None}  # tables write null for absent
+            for column, kind in columns.items():
+                if column not in row:
+                    raise InputError(f'{file}:{number}: no column "{column}"; a row needs {", ".join(columns)}')
+                if not _has_kind(row[column], kind):
+                    raise InputError(f'{file}:{number}: "{column}" is not a {KINDS[kind]}; fix the line')
+            empty = False
+            yield f"{file}: row {number}", row
+        if empty:
+            raise InputError(f"{file}: no rows; give a file with at least one")
+
+
+def _rows(file: Path) -> Iterator[tuple[int, dict]]:
+    kind = suffix(file)
+    if kind in CSV:
+        raise InputError(f"{file}: {kind} is not read; make it JSONL: {_as_jsonl(file, CSV[kind])}")
+    return _parquet_rows(file) if kind == ".parquet" else _json_rows(file)
+
+
+def _as_jsonl(file: Path, rows: str) -> str:
+    """Return the command that writes a file as JSONL; `rows` is Python, with {} for the open file."""
+    opened = f"{'gzip.' * (file.suffix == '.gz')}open('{file}', 'rt', newline='', encoding='utf-8-sig')"
+    name = str(file).removesuffix(".gz").removesuffix(suffix(file))
+    rows = rows.format(opened)
+    return f'python -c "import csv, gzip, json; [print(json.dumps(row)) for row in {rows}]" > {name}-rows.jsonl'
+
+
+def _finite(number: str) -> float:
+    """Return a number of JSON. Raises ValueError for NaN, Infinity and 1e400."""
+    if not math.isfinite(x := float(number)):
+        raise ValueError(f"{number} is no number")
+    return x
+
+
+DECODER = json.JSONDecoder(parse_float=_finite, parse_constant=_finite)
+
+
+def _json_rows(path: Path) -> Iterator[tuple[int, dict]]:
     for number, line in _lines(path):
         if not line.strip():
             continue
+        if number == 1 and line.lstrip().startswith("["):
+            raise InputError(f"{path}: one JSON list; write a row a line: {_as_jsonl(path, 'json.load({})')}")
         try:
-            row = json.loads(line)
+            row = DECODER.decode(line)
             if "\\u" in line:
                 json.dumps(row, ensure_ascii=False).encode("utf-8")  # refuses half of a surrogate pair
         except (ValueError, RecursionError) as error:
@@ -143,19 +196,20 @@ def first_row(path: str | Path) -> dict:
 
 
 def suffix(path: str | Path) -> str:
-    """Return the suffix of the path without .gz: .txt, .jsonl, .parquet or another."""
+    """Return the suffix of the path without .gz, one of READ or another."""
     return Path(str(path).removesuffix(".gz")).suffix
 
 
 def has_rows(path: str | Path) -> bool:
-    """Return True for a table, JSONL or parquet, and False for a .txt. Raises InputError for another suffix."""
-    if suffix(path) not in (".txt", ".jsonl", ".parquet"):
-        raise InputError(f"{path}: neither .txt nor .jsonl nor .parquet; give it the right suffix")
-    return suffix(path) != ".txt"
+    """Return True for tables, JSONL or parquet, and False for .txt. Raises InputError for another suffix."""
+    kind = suffix(sources(path)[0])
+    if kind not in READ and kind not in CSV:
+        raise InputError(f"{path}: neither {' nor '.join(READ)}; give it the right suffix")
+    return kind != ".txt"
 
 
 def documents(path: str | Path) -> Iterator[str]:
-    """Yield the texts of a file. A .txt file is one document, which is yielded in pieces of whole lines."""
+    """Yield the texts of files. A .txt file is one document, which is yielded in pieces of whole lines."""
     if has_rows(path):
         first = first_row(path)
         columns = {"messages": TEXT} if "messages" in first else {"prompt": TEXT, "completion": TEXT}
@@ -164,14 +218,15 @@ def documents(path: str | Path) -> Iterator[str]:
         for row in iterate_jsonl(path, columns):
             yield "".join(_contents(row[column]) for column in columns)
         return
-    piece = ""
-    for _, line in _lines(path):
-        piece += line
-        if len(piece) > 2**20:
+    for file in sources(path):
+        piece = ""
+        for _, line in _lines(file):
+            piece += line
+            if len(piece) > 2**20:
+                yield piece
+                piece = ""
+        if piece:
             yield piece
-            piece = ""
-    if piece:
-        yield piece
 
 
 def _contents(text: str | list) -> str:

@@ -9,7 +9,7 @@ from data.files import InputError, is_verdict, read_jsonl
 
 
 class Answer(NamedTuple):
-    """A response to compare. The ids, without EOS, are those that the model sampled: encoding can give others."""
+    """A response to compare. The ids are those that the model sampled, with the end token: encoding can give others."""
 
     text: str
     ended: bool  # with EOS, before the length limit

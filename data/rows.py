@@ -14,13 +14,12 @@ from tiktoken import Encoding
 from torch import Tensor
 
 from data.chat import Messages, check, split_dialogue, template_variables
-from data.files import TEXT, InputError, documents, first_row, has_rows, is_verdict, iterate_jsonl, replacing
+from data.files import TEXT, InputError, documents, first_row, has_rows, is_verdict, numbered, replacing, sources
 from data.label import Answer, are_texts
-from data.rng import shuffler
+from data.rng import seed_of, shuffler
 from data.tokenizer import encode_answer, encode_prompt, encode_text
 
-Prompt = str | Messages
-Prompts = list[list[int]]
+PromptText = str | Messages
 Say = Callable[[str], None]
 COMPARISON = 'a comparison has the texts "prompt", "chosen" and "rejected", or "prompt" and a list "ranked"'
 
@@ -30,6 +29,13 @@ class Row(NamedTuple):
 
     tokens: list[int]
     prompt_len: int
+
+
+class Prompt(NamedTuple):
+    """A prompt as ids, and the other columns of its row as they were read, for a reward or a judge that wants them."""
+
+    ids: list[int]
+    columns: dict
 
 
 class Group(NamedTuple):
@@ -44,7 +50,7 @@ class Group(NamedTuple):
 def encode_row(
     encoding: Encoding,
     eos: int,
-    prompt: Prompt,
+    prompt: PromptText,
     response: str,
     ended: bool = True,
     ids: list | None = None,
@@ -75,8 +81,8 @@ def completions(path: str | Path, encoding: Encoding, eos: int) -> list[Row]:
     if not conversations and not {"prompt", "completion"} <= first.keys():
         raise no_columns(path, first, '"prompt" and "completion", or "messages"')
     columns = {"messages": list} if conversations else {"prompt": TEXT, "completion": TEXT}
-    for number, row in enumerate(iterate_jsonl(path, columns), 1):
-        with at(f"{path}: row {number}") as where:
+    for where, row in numbered(path, columns):
+        with at(where):
             ended, variables = row.get("completion_ended", True), template_variables(row, where)
             if not isinstance(ended, bool):
                 raise InputError('"completion_ended" is neither true nor false; fix the row')
@@ -103,10 +109,10 @@ def completions(path: str | Path, encoding: Encoding, eos: int) -> list[Row]:
 
 
 @contextmanager
-def at(where: str) -> Iterator[str]:
+def at(where: str) -> Iterator[None]:
     """Name the row in an InputError that does not."""
     try:
-        yield where
+        yield
     except InputError as error:
         raise error if str(error).startswith(where) else InputError(f"{where}: {error}") from None
 
@@ -136,7 +142,7 @@ def prompt_column(path: str | Path) -> str:
     return "messages" if "messages" in row and "prompt" not in row else "prompt"
 
 
-def read_prompt(value: str | list, where: str) -> Prompt:
+def read_prompt(value: str | list, where: str) -> PromptText:
     return value if isinstance(value, str) else check(value, where)
 
 
@@ -155,11 +161,11 @@ def comparisons(path: str | Path, encoding: Encoding, eos: int, say: Say = lambd
     groups: list[Group] = []
     previous = None
     kinds, omitted = Counter(), Counter()
-    for number, row in enumerate(iterate_jsonl(path, {}), 1):
+    for where, row in numbered(path, {}):
         if is_verdict(row):
             omitted["ties and skips"] += 1
             continue
-        with at(f"{path}: row {number}") as where:
+        with at(where):
             kind, row = of_one_shape(row, where)
             kinds[kind] += 1
             if isinstance(row, str):
@@ -167,7 +173,7 @@ def comparisons(path: str | Path, encoding: Encoding, eos: int, say: Say = lambd
                 continue
             prompt, variables = row["prompt"], template_variables(row, where)
             answers, pairs, certainty = answers_of(row, encoding, eos, variables)
-            key = number if "ranked" in row else (prompt, variables)  # a ranked list has a group of its own
+            key = where if "ranked" in row else (prompt, variables)  # a ranked list has a group of its own
             if key != previous:
                 groups.append(Group([], [], [], str(row.get("subset", row.get("source", "")))))
                 places: dict[tuple[str, bool], int] = {}  # (text, ended) → its row in the group
@@ -268,23 +274,38 @@ def answers_of(
     return answers, pairs, max(p, 1 - p)
 
 
-def prompts(path: str | Path, encoding: Encoding) -> Prompts:
-    return [encode_prompt(encoding, prompt) for prompt in prompt_texts(path)]
+def prompts(path: str | Path, encoding: Encoding) -> list[list[int]]:
+    return [prompt.ids for prompt in prompts_with_columns(path, encoding)]
 
 
-def prompt_texts(path: str | Path) -> list[Prompt]:
-    """The prompts of a file: texts, or conversations, from which a last answer of the assistant is left out."""
+def prompts_with_columns(path: str | Path, encoding: Encoding) -> list[Prompt]:
     found = []
+    for where, row in _prompt_rows(path):
+        with at(where):
+            ids = encode_prompt(encoding, row.pop("prompt"), template_variables(row, where))
+        found.append(Prompt(ids, row))
+    return found
+
+
+def prompt_texts(path: str | Path) -> list[PromptText]:
+    """The prompts of a file: texts, or conversations, from which a last answer of the assistant is left out."""
+    return [row["prompt"] for row in prompt_rows(path)]
+
+
+def prompt_rows(path: str | Path) -> list[dict]:
+    """The rows of a file: "prompt" as `prompt_texts` gives it, and all other columns as they were read."""
+    return [row for _, row in _prompt_rows(path)]
+
+
+def _prompt_rows(path: str | Path) -> Iterator[tuple[str, dict]]:
     column = prompt_column(path)
-    for number, row in enumerate(iterate_jsonl(path, {column: TEXT}), 1):
-        where = f"{path}: row {number}"
+    for where, row in numbered(path, {column: TEXT}):
         prompt = read_prompt(row[column], where)
         if isinstance(prompt, list) and prompt[-1]["role"] == "assistant":
             prompt = prompt[:-1]
         if prompt == []:
             raise InputError(f"{where}: a conversation without a question; remove the row")
-        found.append(prompt)
-    return found
+        yield where, row | {"prompt": prompt}
 
 
 def keep_short(items: list, lengths: list[int], room: int, what: str, say: Say = print) -> list:
@@ -331,45 +352,50 @@ def micro_batches(rows: list[Row], size: int) -> Iterator[list[Row]]:
         yield rows[start : start + size]
 
 
-def hold_out(items: list[Row] | list[Group], one_in: int = 20) -> tuple[list, list]:
-    """Return (held out, rest). One prompt in `one_in`, at most 512, is held out together with all its items."""
-    rows = [item if isinstance(item, Row) else item.rows[0] for item in items]
-    prompts = [tuple(row.tokens[: row.prompt_len]) for row in rows]
-    known = len(set(prompts))
-    if known < one_in:
-        raise InputError(f"{known} different prompts are too few for a held-out set; give at least {one_in}")
-    return _split(items, prompts, min(512, known // one_in))
+def hold_out(items: list, encoding: Encoding, most: int = 512) -> tuple[list, list]:
+    """Return (evaluated, trained on) of rows, groups or prompts. Those of one prompt stay together.
+
+    A hash of the prompt's text decides, so that no file or option moves a prompt, and all stages agree. A tenth of all
+    texts is held out, and of a file's prompts at least one. The `most` with the lowest hashes are evaluated; the others
+    that are held out are left out. Raises InputError where nothing is left to train on.
+    """
+    hashes = [prompt_hash(item, encoding) for item in items]
+    ordered = sorted(set(hashes))
+    n = max(1, sum(each < 2**63 / 10 for each in ordered))
+    if n == len(ordered):
+        what = f"{n} different prompts are too few to hold some out and train on others"
+        raise InputError(f"--data: {what}; give more")
+    evaluated = [item for item, each in zip(items, hashes) if each <= ordered[min(n, most) - 1]]
+    return evaluated, [item for item, each in zip(items, hashes) if each >= ordered[n]]
 
 
-def hold_out_prompts(prompts: Prompts, most: int) -> tuple[Prompts, Prompts]:
-    """Return (held out, rest): a tenth, at most `most`. A prompt that comes twice is held out once, or stays twice."""
-    known = list(map(tuple, prompts))
-    held_out, rest = _split(prompts, known, min(most, math.ceil(len(set(known)) / 10)))
-    return [list(prompt) for prompt in dict.fromkeys(map(tuple, held_out))], rest
-
-
-def _split(items: list, prompts: list[tuple[int, ...]], n: int) -> tuple[list, list]:
-    """Return the items of n random prompts, and the others. No option changes the key: all runs hold out the same."""
-    known = list(dict.fromkeys(prompts))
-    chosen = {known[i] for i in shuffler("hold out").permutation(len(known))[:n]}
-    held_out = [item for item, prompt in zip(items, prompts) if prompt in chosen]
-    return held_out, [item for item, prompt in zip(items, prompts) if prompt not in chosen]
+def prompt_hash(item: Row | Group | Prompt, encoding: Encoding) -> int:
+    """Return 63 bits that a hash makes of the prompt's text alone."""
+    row = item.rows[0] if isinstance(item, Group) else item
+    ids = row.ids if isinstance(row, Prompt) else row.tokens[: row.prompt_len]
+    empty = len(ids) == 1 and ids[0] in encoding._special_tokens.values()  # what an empty prompt starts from
+    return seed_of("hold out", "" if empty else encoding.decode(ids))
 
 
 def prompts_and_held_out(
     path: str, eval_path: str, encoding: Encoding, room: int, most: int, say: Say = print
-) -> tuple[Prompts, Prompts]:
-    """Prompts of at most `room` ids to train on, and up to `most` to evaluate on: of `eval_path`, or some of `path`."""
+) -> tuple[list[Prompt], list[Prompt]]:
+    """Prompts of at most `room` ids to train on, and up to `most` to evaluate on: of `eval_path`, or some of `path`.
 
-    def load(path: str) -> Prompts:
-        found = prompts(path, encoding)
+    A prompt is evaluated once, even if it comes twice.
+    """
+
+    def load(path: str) -> list[Prompt]:
+        found = prompts_with_columns(path, encoding)
         what = f"prompts of {path} (with --response_len)"
-        return keep_short(found, [max(1, len(p)) for p in found], room, what, say)
+        return keep_short(found, [max(1, len(p.ids)) for p in found], room, what, say)
 
-    if eval_path:
-        return load(path), load(eval_path)[:most]
-    held_out, rest = hold_out_prompts(load(path), most)
-    return rest, held_out
+    held_out, rest = (load(eval_path), load(path)) if eval_path else hold_out(load(path), encoding, most)
+    by_hash = {prompt_hash(prompt, encoding): prompt for prompt in held_out}
+    if n := len(by_hash.keys() & {prompt_hash(prompt, encoding) for prompt in rest}):
+        say(f"{n:,} prompts of {eval_path} are in {path} too: they are trained on and evaluated")
+    last = sorted(by_hash)[:most][-1]
+    return rest, [prompt for each, prompt in by_hash.items() if each <= last]
 
 
 def token_stream(path: str | Path, encoding: Encoding, eos: int, target: str | Path) -> np.memmap:
@@ -378,9 +404,10 @@ def token_stream(path: str | Path, encoding: Encoding, eos: int, target: str | P
     if not Path(target).exists():
         each, last = ([eos], []) if has_rows(path) else ([], [eos])  # a .txt is one document, in pieces
         with replacing(target, "wb") as file:
-            for text in documents(path):
-                np.array(encode_text(encoding, text) + each, dtype=dtype).tofile(file)
-            np.array(last, dtype=dtype).tofile(file)
+            for source in sources(path):
+                for text in documents(source):
+                    np.array(encode_text(encoding, text) + each, dtype=dtype).tofile(file)
+                np.array(last, dtype=dtype).tofile(file)
     return np.memmap(target, dtype=dtype, mode="r")
 
 

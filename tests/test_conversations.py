@@ -397,8 +397,8 @@ def test_a_conversation_has_the_score_of_transformers_both_ways(tmp_path, name):
     ends = [theirs.convert_tokens_to_ids(token) for token in ("</s>", "<|im_end|>", "<|end|>")]
     config = transformers.Qwen2Config(
         vocab_size=len(theirs), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=128, num_labels=1, pad_token_id=theirs.convert_tokens_to_ids(BOS),
-        eos_token_id=[i for i in ends if i is not None], bos_token_id=None,
+        num_key_value_heads=2, max_position_embeddings=128, num_labels=1,
+        eos_token_id=[i for i in ends if i is not None], pad_token_id=theirs.convert_tokens_to_ids(BOS),
     )  # fmt: skip
     torch.manual_seed(0)
     classifier = transformers.Qwen2ForSequenceClassification(config).eval()

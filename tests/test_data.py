@@ -5,13 +5,14 @@ import json
 
 import numpy as np
 import pytest
+import tiktoken
 
 import data
 from common import compare
-from data import InputError, Row, tales
+from data import InputError, tales
 from data.label import Answer, preference
 from data.tokenizer import with_plain_tokens
-from tests.conftest import write
+from tests.conftest import make_gpt, write
 from tools.get.download import download
 
 ALPHABETS = [
@@ -144,14 +145,55 @@ def test_length_batches_pad_less():
     assert padding(lengths) < 0.2 * padding(None)
 
 
-def test_no_prompt_is_both_held_out_and_trained_on():
-    rows = [Row([i % 100, 1, j], 2) for i in range(300) for j in range(2)]
-    held, rest = data.hold_out(rows)
-    assert len(held) + len(rest) == 600 and held
-    assert not {r.tokens[0] for r in held} & {r.tokens[0] for r in rest}
-    assert len({r.tokens[0] for r in data.hold_out(rows, one_in=10)[0]}) == 10
-    with pytest.raises(InputError, match="100 different prompts are too few .*; give at least 101"):
-        data.hold_out(rows, one_in=101)
+def is_held_out(text):
+    digest = hashlib.sha256(repr(("hold out", text)).encode()).digest()
+    return int.from_bytes(digest[:8], "little") // 2 < 2**63 / 10, digest[7::-1]
+
+
+def test_every_stage_holds_out_the_same_prompts_whatever_its_options(tmp_path, encoding):
+    """A tenth by a hash of the text; the lowest are evaluated, and no held-out prompt is trained on."""
+    texts, eos, path = [f"ask {i}" for i in range(600)] + ["", "ask 7"], encoding.eot_token, tmp_path / "x.jsonl"
+    more = {"completion": " a", "chosen": " a", "rejected": " b"}
+
+    def found(texts, most, room=40):
+        """Per stage, the texts that are trained on, and those that are evaluated."""
+        write(path, [{"prompt": text} | more for text in texts])
+        rows, groups = data.completions(path, encoding, eos), data.comparisons(path, encoding, eos)
+        pairs = [data.hold_out(items, encoding, most)[::-1] for items in (rows, groups)]
+        pairs.append(data.prompts_and_held_out(str(path), "", encoding, room, most))
+        for trained, held in pairs:
+            yield [[encoding.decode(ids_of(item)).removeprefix(data.EOS_TEXT) for item in x] for x in (trained, held)]
+
+    def ids_of(item):
+        if isinstance(item, data.Prompt):
+            return item.ids
+        row = item.rows[0] if isinstance(item, data.Group) else item
+        return row.tokens[: row.prompt_len]
+
+    lowest = sorted((text for text in {*texts} if is_held_out(text)[0]), key=lambda text: is_held_out(text)[1])
+    assert 40 < len(lowest) < 80
+    for case, most, room in ((texts, 512, 40), (texts, 5, 40), ([*texts, "one more"], 5, 41)):
+        for trained, held in found(case, most, room):
+            assert sorted({*trained}) == sorted({*case} - {*lowest})
+            assert {*held} == {*lowest[:most]}
+        assert len(held) == len({*held})  # ppo.py: once each
+    few = [text for text in texts if not is_held_out(text)[0]][:3]
+    for trained, held in found(few, 512):
+        assert held == [min(few, key=lambda text: is_held_out(text)[1])] and sorted(trained + held) == sorted(few)
+    with pytest.raises(InputError, match="--data: 1 different prompts are too few to hold some out .*; give more"):
+        list(found(["a", "a"], 512))
+
+
+def test_held_out_prompts_of_a_file_of_their_own_count_once_and_those_trained_on_are_said(tmp_path, encoding):
+    path = write(tmp_path / "x.jsonl", [{"prompt": f"ask {i}"} for i in range(9)])
+    other = write(tmp_path / "y.jsonl", [{"prompt": f"ask {i}"} for i in (20, 3, 20, 21, 4, 4)])
+    said = []
+    rest, held_out = data.prompts_and_held_out(str(path), str(other), encoding, 40, 512, said.append)
+    assert [encoding.decode(prompt.ids) for prompt in held_out] == ["ask 20", "ask 3", "ask 21", "ask 4"]
+    assert len(rest) == 9 and said == [f"2 prompts of {other} are in {path} too: they are trained on and evaluated"]
+    _, two = data.prompts_and_held_out(str(path), str(other), encoding, 40, 2, said.append)
+    order = sorted(held_out, key=lambda prompt: is_held_out(encoding.decode(prompt.ids))[1])
+    assert len(two) == 2 and all(prompt in order[:2] for prompt in two)
 
 
 def test_token_stream_is_the_documents_with_eos_behind_each(tmp_path, encoding):
@@ -205,6 +247,32 @@ def test_sampled_ids_are_trained_on_as_they_were_sampled(tmp_path, encoding):
     assert group.rows[0].tokens == start + encoding.encode_ordinary(" yes") + [7]
 
 
+def test_an_answer_keeps_the_end_token_that_was_sampled_where_a_model_has_two(tmp_path, encoding):
+    """What reward.py reads of its own samples are the very tokens, and older files without an end get `eos`."""
+    n, special = encoding.n_vocab - 1, {"<e>": encoding.n_vocab - 1, "<f>": encoding.n_vocab}
+    both = tiktoken.Encoding("2", pat_str=data.SPLIT, mergeable_ranks=encoding._mergeable_ranks, special_tokens=special)
+    model = make_gpt(vocab_size=n + 2, eos=n, stops=(n + 1,))
+    prompts = [f"ask {i % 7}" for i in range(60)]
+    sampled = compare.sample_responses(model, both, prompts, 4, 40, 1.0, seed=0)
+    answers = [answer for four in sampled for answer in four]
+    ends = [answer.ids[-1] for answer in answers if answer.ended]
+    assert min(ends.count(n), ends.count(n + 1)) > 9 and len(ends) < len(answers)
+    assert all(answer.ids[-1] < n for answer in answers if not answer.ended)
+    assert not any("<e>" in answer.text or "<f>" in answer.text for answer in answers)
+    rows = [{"prompt": prompt} | preference(four) for prompt, four in zip(prompts, sampled)]
+    groups = data.comparisons(write(tmp_path / "r.jsonl", rows), both, n)
+    for prompt, four, group in zip(prompts, sampled, groups):
+        start = both.encode_ordinary(prompt)
+        assert {tuple(row.tokens) for row in group.rows} == {(*start, *answer.ids) for answer in four}
+    row = data.encode_row(both, n, "ask", "yes", True, both.encode_ordinary("yes"))
+    assert row.tokens[-1] == n
+    row = data.encode_row(both, n, "ask", "no", True, [*both.encode_ordinary("yes"), n + 1])  # was edited
+    assert row.tokens == both.encode_ordinary("ask") + both.encode_ordinary("no") + [n]
+    row = data.encode_row(both, n, "ask", "", True, [n + 1])
+    assert row.tokens == [*both.encode_ordinary("ask"), n + 1]
+    assert data.encode_row(both, n, "ask", "yes", False, [*both.encode_ordinary("yes"), n + 1]).tokens[-1] < n
+
+
 def test_a_row_without_anything_to_learn_is_refused_with_its_number(tmp_path, encoding):
     rows = [{"prompt": "a", "completion": ""}, {"prompt": "a", "completion": "", "completion_ended": False}]
     assert len(data.completions(write(tmp_path / "c.jsonl", rows[:1]), encoding, 7)) == 1  # its EOS
@@ -216,11 +284,3 @@ def test_every_window_of_a_stream_is_drawn_the_last_one_too():
     stream = np.arange(10)
     starts = {row.tokens[0] for step in range(50) for row in data.random_windows(stream, 4, 8, 0, step)}
     assert starts == set(range(7))
-
-
-def test_held_out_prompts_are_a_tenth_and_on_one_side_only():
-    prompts = [[i % 40] for i in range(60)]
-    held_out, rest = data.hold_out_prompts(prompts, most=512)
-    assert len(held_out) == 4 and not {*map(tuple, held_out)} & {*map(tuple, rest)}
-    assert {*map(tuple, held_out), *map(tuple, rest)} == {*map(tuple, prompts)}
-    assert len(data.hold_out_prompts(prompts, most=2)[0]) == 2

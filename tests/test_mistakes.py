@@ -115,7 +115,7 @@ def test_the_window_is_every_response_token_from_the_first_to_eos_and_no_pad(net
 
 
 # 4
-@mistake("data/rows.py", "return Row(start + ids + [eos] * ended, len(start))", "return Row(start + ids, len(start))")
+@mistake("data/rows.py", "return Row(start + ids + end * ended, len(start))", "return Row(start + ids, len(start))")
 @mistake(
     "model.py",
     "length += ~done\n            done |= torch.isin(token, ends)",
@@ -432,7 +432,11 @@ def test_the_tokens_that_are_scored_are_those_that_were_sampled(gpt, encoding):
 
 # 20
 @mistake("data/rows.py", "if not kept or n_long > len(items) / 10:", "if False:")
-@mistake("data/rows.py", "found = prompts(path, encoding)", "found = [p[:room] for p in prompts(path, encoding)]")
+@mistake(
+    "data/rows.py",
+    "found = prompts_with_columns(path, encoding)",
+    "found = [p._replace(ids=p.ids[:room]) for p in prompts_with_columns(path, encoding)]",
+)
 def test_prompts_that_do_not_fit_are_counted_and_never_cut(folders):
     long = write(folders["tmp"] / "long.jsonl", [{"prompt": "ask me. " * n} for n in [1, 2] * 10 + [50, 60] * 2])
     with pytest.raises(InputError, match="4 of 24 prompts .* are longer than 40 tokens"):

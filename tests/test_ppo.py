@@ -178,7 +178,7 @@ def test_the_best_policy_on_held_out_prompts_is_kept(folders):
     cfg, value = ppo.Config(response_len=8, minibatch_size=4), ScalarModel(copy.deepcopy(best))
     shorter = lambda rows: [-len(row["response"].encode()) for row in rows]  # noqa: E731
     score = ppo.scorer(shorter, encoding, best.config.eos, cfg)
-    batch = ppo.rollout(best, held_out, cfg, generator("evaluate", 0, 0))
+    batch = ppo.rollout(best, [prompt.ids for prompt in held_out], cfg, generator("evaluate", 0, 0))
     batch |= ppo.read(batch, best, best, value, score, cfg)
     assert batch["score"].mean().item() == pytest.approx(max(found))
 
