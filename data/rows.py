@@ -56,18 +56,20 @@ def encode_row(
     ids: list | None = None,
     variables: dict | None = None,
 ) -> Row:
-    """Encode prompt and response apart, as generation does. Sampled `ids` are used if they decode to `response`."""
-    start = encode_prompt(encoding, prompt, variables) or [eos]
-    end = [eos] * ended
+    """Encode prompt and response apart, as generation does. Sampled `ids` are used if they decode to `response`.
+
+    An end token behind the response stays: a model may have several. Without one a complete response gets `eos`.
+    """
+    start, end = encode_prompt(encoding, prompt, variables) or [eos], [eos]
     try:
-        if ended and ids[-1] in encoding._special_tokens.values():
-            *ids, end[0] = ids
+        if ids[-1:] and ids[-1] in encoding._special_tokens.values() and encoding.decode(ids[:-1]) == response:
+            ids, end = ids[:-1], ids[-1:]
         sampled = encoding.decode(ids) == response
-    except (KeyError, OverflowError, TypeError, IndexError):  # no ids, or those of another vocabulary
+    except (KeyError, OverflowError, TypeError):  # no ids, or those of another vocabulary
         sampled = False
     if not sampled:
         ids = encode_text(encoding, response)
-    return Row(start + ids + end, len(start))
+    return Row(start + ids + end * ended, len(start))
 
 
 def completions(path: str | Path, encoding: Encoding, eos: int) -> list[Row]:
