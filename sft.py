@@ -7,7 +7,6 @@
 What --data holds decides which it is: .txt or JSONL with "text", or JSONL with "prompt" and "completion".
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -49,56 +48,6 @@ class Config(cli.Shared):
     dropout: Annotated[float, (0.0, 0.99)] = 0.0  # in training
 
 
-# --- the loop ---------------------------------------------------------------------------------------------------------
-
-
-def train(cfg: Config) -> None:
-    device, autocast = cli.setup(cfg)
-    run = runs.Run(cfg)
-    model, encoding = build(cfg, run, device)
-    plain = not data.has_rows(cfg.data) or "text" in data.first_row(cfg.data)
-    held_out, batch, batches = load_rows(cfg, run, encoding, model.config.eos, nets.context(cfg, model), plain)
-    cli.prepare(cfg, model)
-    optimizer = nets.adamw(model, cfg.lr, cfg.weight_decay)
-    steps = max(1, round(cfg.epochs * batches))
-    every = math.ceil(steps / cfg.evals)
-    run.start(steps, model=model, optimizer=optimizer)
-    size = f"{sum(p.numel() for p in model.parameters()):,} parameters, {encoding.n_vocab:,} tokens of vocabulary"
-    kind = "plain text" if plain else "prompts and completions"
-    dist.print0(f"{cfg.data} ({kind}) → {cfg.out}: {size}, on {device}")
-
-    for step in range(run.step, steps):
-        # 1 The rows of this step.
-        rows = batch(step)
-        n_targets = count_targets(rows)  # of the whole batch, so that no split of it changes the gradient
-        # 2 Forward and backward, one micro-batch at a time.
-        model.train()
-        torch.manual_seed(seed_of("dropout", cfg.seed, step, dist.RANK))
-        loss = torch.zeros((), device=device)
-        for part in data.micro_batches(dist.mine(rows, cfg.shard), cfg.micro_batch_size or len(rows)):
-            with autocast:
-                part_loss = next_token_loss(model, part, device) / n_targets
-            part_loss.backward()
-            loss += part_loss.detach()
-        # 3 One step of the optimizer.
-        lr = nets.warmup_cosine(step, steps, cfg.lr, WARMUP)
-        norm = nets.step_optimizer(optimizer, model, lr, cfg.max_grad_norm)
-        # 4 Metrics; now and then held-out loss, a sample and a checkpoint.
-        metrics = {"loss/train": dist.total(loss).item(), "grad_norm": norm.item(), "lr": lr}
-        due = (step + 1) % every == 0 or step + 1 == steps
-        if due:
-            with run.timed("evaluate"):
-                metrics["loss/held_out"] = held_out_loss(model, held_out, cfg.batch_size, device, autocast)
-        shown = ("loss/train", "loss/held_out", "tokens_per_s") if due or step % 20 == 0 else ()
-        run.log(step, metrics, shown, tokens=sum(len(row.tokens) for row in rows))
-        if due:
-            run.sample(step + 1, sample(model, encoding, held_out[step % len(held_out)], cfg, step))
-            run.keep_best(-metrics["loss/held_out"], model, encoding)
-        if run.due(step, cfg.save_every or every):
-            run.save(step + 1, model, encoding, {}, optimizer=optimizer)
-    run.finish(device)
-
-
 # --- 1 model and data -------------------------------------------------------------------------------------------------
 
 
@@ -124,37 +73,41 @@ def build(cfg: Config, run: runs.Run, device: torch.device) -> tuple[GPT, tiktok
     return GPT(config).to(device), encoding
 
 
-def load_rows(
-    cfg: Config, run: runs.Run, encoding: tiktoken.Encoding, eos: int, width: int, plain: bool
-) -> tuple[list[data.Row], Callable[[int], list[data.Row]], float]:
-    """Held-out rows, a function step → rows of that batch, and the batches in one epoch.
+Rows = tuple[list[data.Row], Callable[[int], list[data.Row]], float]
 
-    Plain text becomes one stream of tokens, which is kept in the run folder; its end is held out.
-    """
-    if not plain:
-        rows = data.completions(cfg.data, encoding, eos)
-        rows = data.keep_short(rows, [len(row.tokens) for row in rows], width, f"rows of {cfg.data}", dist.print0)
-        held_out, rows = data.hold_out(rows, encoding)
-        lengths = [len(row.tokens) for row in rows]
-        batch = partial(data.shuffled, rows, cfg.batch_size, cfg.seed, lengths)
-        return held_out, batch, len(rows) / cfg.batch_size
+
+def completion_rows(cfg: Config, encoding: tiktoken.Encoding, eos: int, width: int) -> Rows:
+    """Prompt → completion: held-out rows, a function step → rows of that batch, and the batches in one epoch."""
+    rows = data.completions(cfg.data, encoding, eos)
+    rows = data.keep_short(rows, [len(row.tokens) for row in rows], width, f"rows of {cfg.data}", dist.print0)
+    held_out, rows = data.hold_out(rows)
+    lengths = [len(row.tokens) for row in rows]
+    batch = partial(data.shuffled, rows, cfg.batch_size, cfg.seed, lengths)
+    return held_out, batch, len(rows) / cfg.batch_size
+
+
+def text_rows(cfg: Config, run: runs.Run, encoding: tiktoken.Encoding, eos: int, width: int) -> Rows:
+    """Plain text: the same three, from one stream of tokens, which is kept in the run folder. Its end is held out."""
+    if width < 2:
+        raise InputError("--block_size 1: a row of one token leaves nothing to predict; give at least 2")
     tokens = run.made("tokens", partial(data.token_stream, cfg.data, encoding, eos))
     stream = data.token_stream(cfg.data, encoding, eos, tokens)
     tail = min(len(stream) // 20, 64 * width)
-    if tail < width or width < 2:
+    if tail < width:
         what = f"{len(stream):,} tokens are too few for a context of {width}"
-        raise InputError(f"{cfg.data}: {what}; give 20 times as many as --block_size, which is at least 2")
+        raise InputError(f"{cfg.data}: {what}; give 20 times as many")
     held_out = data.windows(stream[-tail:], width, range(0, tail - width + 1, width))
-    batch = partial(data.random_windows, stream[:-tail], width, cfg.batch_size, cfg.seed)
-    return held_out, batch, (len(stream) - tail) / width / cfg.batch_size
+    stream = stream[:-tail]
+    batch = partial(data.random_windows, stream, width, cfg.batch_size, cfg.seed)
+    return held_out, batch, len(stream) / width / cfg.batch_size
 
 
 # --- 2 loss -----------------------------------------------------------------------------------------------------------
 
 
 def next_token_loss(model: GPT, rows: list[data.Row], device: torch.device) -> torch.Tensor:
-    """−Σ log p(token | all before it) over the responses of `rows`, in nats. The first token of plain text is given."""
-    return -model.logprobs(*data.pad(rows, device)).sum()
+    """−Σ log p(token | all before it) over the responses of `rows`, in nats. Plain text answers its first token."""
+    return -model.summed_logprobs(*data.pad(rows, device))
 
 
 def count_targets(rows: list[data.Row]) -> int:
@@ -179,11 +132,61 @@ def held_out_loss(model: GPT, rows: list[data.Row], size: int, device: torch.dev
 
 def sample(model: GPT, encoding: tiktoken.Encoding, row: data.Row, cfg: Config, step: int) -> str:
     """The prompt of a held-out row, or the first tokens of plain text, and how the model goes on."""
-    longest = nets.context(cfg, model)
-    prompt = row.tokens[: row.prompt_len if row.prompt_len > 1 else 8][: longest - 1]
+    prompt = row.tokens[: row.prompt_len if row.prompt_len > 1 else 8]
+    room = nets.context(cfg, model) - len(prompt)
     rng = generator("sample", cfg.seed, step)
-    tokens, _, _ = dist.gathered(model).generate([prompt], min(longest - len(prompt), 96), generator=rng)
+    tokens, _, _ = dist.gathered(model).generate([prompt], min(room, 96), generator=rng)
     return encoding.decode(tokens[0].tolist())
+
+
+# --- the loop ---------------------------------------------------------------------------------------------------------
+
+
+def train(cfg: Config) -> None:
+    device, autocast = cli.setup(cfg)
+    run = runs.Run(cfg)
+    model, encoding = build(cfg, run, device)
+    shape = encoding, model.config.eos, nets.context(cfg, model)
+    plain = not data.has_rows(cfg.data) or "text" in data.first_row(cfg.data)
+    held_out, batch, batches = text_rows(cfg, run, *shape) if plain else completion_rows(cfg, *shape)
+    cli.prepare(cfg, model)
+    optimizer = nets.adamw(model, cfg.lr, cfg.weight_decay)
+    steps = max(1, round(cfg.epochs * batches))
+    every = max(1, steps // cfg.evals)
+    run.start(steps, model=model, optimizer=optimizer)
+    size = f"{sum(p.numel() for p in model.parameters()):,} parameters, {encoding.n_vocab:,} tokens of vocabulary"
+    kind = "plain text" if plain else "prompts and completions"
+    dist.print0(f"{cfg.data} ({kind}) → {cfg.out}: {size}, on {device}")
+
+    for step in range(run.step, steps):
+        # 1 The rows of this step.
+        rows = batch(step)
+        n_targets = count_targets(rows)  # of the whole batch, so that no split of it changes the gradient
+        # 2 Forward and backward, one micro-batch at a time.
+        model.train()
+        torch.manual_seed(seed_of("dropout", cfg.seed, step, dist.RANK))
+        loss = torch.zeros((), device=device)
+        for part in data.micro_batches(dist.mine(rows, cfg.shard), cfg.micro_batch_size or len(rows)):
+            with autocast:
+                part_loss = next_token_loss(model, part, device) / n_targets
+            part_loss.backward()
+            loss += part_loss.detach()
+        # 3 One step of the optimizer.
+        lr = nets.warmup_cosine(step, steps, cfg.lr, WARMUP)
+        norm = nets.step_optimizer(optimizer, model, lr, cfg.max_grad_norm)
+        # 4 Metrics; now and then held-out loss, a sample and a checkpoint.
+        metrics = {"loss/train": dist.total(loss).item(), "grad_norm": norm.item(), "lr": lr}
+        due = (step + 1) % every == 0 or step + 1 == steps
+        if due:
+            metrics["loss/held_out"] = held_out_loss(model, held_out, cfg.batch_size, device, autocast)
+        shown = ("loss/train", "loss/held_out", "tokens_per_s") if due or step % 20 == 0 else ()
+        run.log(step, metrics, shown, tokens=sum(len(row.tokens) for row in rows))
+        if due:
+            run.sample(step + 1, sample(model, encoding, held_out[step % len(held_out)], cfg, step))
+            run.keep_best(-metrics["loss/held_out"], model, encoding)
+        if run.due(step, cfg.save_every or every):
+            run.save(step + 1, model, encoding, {}, optimizer=optimizer)
+    run.finish(device)
 
 
 def main() -> None:

@@ -5,11 +5,13 @@ is the file's to write. Every text is complete and gets EOS unless a column "…
 """
 
 # ruff: noqa: I001 (several names on a line)
+from data.batches import (
+    Group, Prompt, Row, hold_out, keep_short, micro_batches, pad, random_windows, shuffled, token_stream, windows,
+)  # fmt: skip
 from data.chat import prompt_text
 from data.files import InputError, documents, first_row, has_rows, iterate_jsonl, read_jsonl, write_jsonl
 from data.rows import (
-    Group, Prompt, Row, comparisons, completions, encode_row, hold_out, keep_short, micro_batches, pad,
-    prompt_rows, prompt_texts, prompts, prompts_and_held_out, random_windows, shuffled, token_stream, windows,
+    comparisons, completions, encode_row, prompt_rows, prompt_texts, prompts, prompts_and_held_out,
 )  # fmt: skip
 from data.tokenizer import (
     EOS_TEXT, SPLIT, encode_prompt, encode_text, encoding_from_state, encoding_state, gpt2_encoding, learn_bpe,

@@ -431,9 +431,9 @@ def test_the_tokens_that_are_scored_are_those_that_were_sampled(gpt, encoding):
 
 
 # 20
-@mistake("data/rows.py", "if not kept or n_long > len(items) / 10:", "if False:")
+@mistake("data/batches.py", "if not kept or n_long > len(items) / 10:", "if False:")
 @mistake(
-    "data/rows.py",
+    "data/batches.py",
     "found = prompts_with_columns(path, encoding)",
     "found = [p._replace(ids=p.ids[:room]) for p in prompts_with_columns(path, encoding)]",
 )

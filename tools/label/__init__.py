@@ -23,11 +23,12 @@ from typing import Any
 
 from common import cli, nets, runs
 from common.compare import sample_responses
+from data.batches import keep_short
 from data.chat import prompt_text
 from data.files import InputError
 from data.label import Answer, read_answers
 from data.rng import seed_of
-from data.rows import keep_short, prompt_texts
+from data.rows import prompt_texts
 from data.tokenizer import encode_prompt
 from tools import web
 from tools.label.report import agreement, alpha, report
