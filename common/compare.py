@@ -24,19 +24,18 @@ def sample_responses(
     response_len: int,
     temperature: float,
     seed: int,
+    size: int = 0,
 ) -> list[list[Answer]]:
-    """`samples` answers of at most `response_len` tokens, EOS included, to each prompt."""
+    """`samples` answers of at most `response_len` tokens, EOS included, to each prompt, to `size` prompts at a time."""
     repeated = [ids for prompt in prompts for ids in [data.encode_prompt(encoding, prompt)] * samples]
-    rng = generator(seed)
+    most = min(512, max(1, 2**16 // (max(map(len, repeated)) + response_len)))  # limits the cache size
+    rows = min(most, size * samples or most)
+    found = nets.generate(model, repeated, response_len, temperature, generator(seed), rows)
     answers = []
-    rows = min(512, max(1, 2**16 // (max(map(len, repeated)) + response_len)))  # limits the cache size
-    for start in range(0, len(repeated), rows):
-        part = repeated[start : start + rows]
-        tokens, prompt_len, length = model.generate(part, response_len, temperature=temperature, generator=rng)
-        for row, first, end in zip(tokens.tolist(), prompt_len.tolist(), length.tolist()):
-            ended = row[end - 1] in model.config.ends
-            ids = row[first : end - ended]
-            answers.append(Answer(encoding.decode(ids), ended, ids))
+    for row, first, end in zip(*(x.tolist() for x in found)):
+        ended = row[end - 1] in model.config.ends
+        ids = row[first : end - ended]
+        answers.append(Answer(encoding.decode(ids), ended, ids))
     return [answers[i : i + samples] for i in range(0, len(answers), samples)]
 
 
@@ -78,13 +77,14 @@ def sample_and_compare(
     `cfg` has the options of reward.py. Raises InputError if all answers are alike.
     """
     prompts = data.prompt_texts(source)[: cfg.n_prompts or None]
-    lengths = [len(data.encode_prompt(encoding, prompt)) + cfg.response_len for prompt in prompts]
+    lengths = [max(1, len(data.encode_prompt(encoding, prompt))) + cfg.response_len for prompt in prompts]
     what = f"prompts of {source} (with --response_len {cfg.response_len})"
     prompts = data.keep_short(prompts, lengths, nets.context(cfg, policy), what, dist.print0)
     compares = judges.load_function(judge)
     dist.print0(f"{cfg.init} answers {len(prompts):,} prompts of {source}, {cfg.samples} times each; {judge} compares")
     seeds = seed_of("answers", cfg.seed), seed_of("choices", cfg.seed)
-    answers = sample_responses(policy, encoding, prompts, cfg.samples, cfg.response_len, cfg.temperature, seeds[0])
+    how = cfg.samples, cfg.response_len, cfg.temperature, seeds[0], cfg.micro_batch_size
+    answers = sample_responses(policy, encoding, prompts, *how)
     shown = [data.prompt_text(encoding, prompt) for prompt in prompts]
     rows = simulate(prompts, answers, compares, cfg.label_temperature, seeds[1], shown)
     if not rows:
