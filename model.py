@@ -12,6 +12,7 @@ Letters in shapes: B batch, T positions, R response positions, V vocabulary, C c
 D channels of a head, S places of a cache, L layers.
 """
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -299,7 +300,8 @@ class GPT(nn.Module):
         Returns tokens (B, T) right-padded, and on the CPU prompt_len (B,), length (B,). A response that ended has EOS,
         or one of config.stops, as its last token; one that was cut has not. An empty prompt gets EOS at first.
         `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 are off. `generator` is a CPU generator on every device: one
-        number per row and step, drawn at the start. Raises ValueError if a prompt and `max_new_tokens` are too long.
+        number per step, row after row, so no split of the rows changes them. Raises ValueError if a prompt and
+        `max_new_tokens` are too long.
         """
         config, device = self.config, self.wte.weight.device
         prompts = [prompt or [config.eos] for prompt in prompts]
@@ -307,7 +309,7 @@ class GPT(nn.Module):
         if N < 1 or P + N > config.block_size:
             what = f"a prompt of {P} and {N} new tokens (at least 1)"
             raise ValueError(f"{what} do not fit the context of {config.block_size}")
-        uniform = torch.rand(N, B, dtype=torch.float64, generator=generator)
+        uniform = torch.rand(B, N, dtype=torch.float64, generator=generator).T  # a row's numbers follow each other
         if device.type != "mps":  # which has no float64
             uniform = uniform.to(device)
         choose = partial(sample, temperature=temperature, top_k=top_k, top_p=top_p)
@@ -358,8 +360,8 @@ class ScalarModel(nn.Module):
 
     def __init__(self, trunk: GPT):
         super().__init__()
-        self.trunk, self.config = trunk, trunk.config  # it takes the trunk over
-        trunk.lm_head = None  # which needs no output layer of its own
+        self.trunk, self.config = copy.copy(trunk), trunk.config  # the weights are shared
+        self.trunk._modules = trunk._modules | {"lm_head": None}  # it needs no output layer; `trunk` keeps its own
         self.head = nn.Linear(trunk.config.n_embd, 1)
         nn.init.normal_(self.head.weight, std=1 / math.sqrt(trunk.config.n_embd + 1))  # Stiennon et al. 2020, C.1
         nn.init.zeros_(self.head.bias)

@@ -44,8 +44,8 @@ from model import GPT, ScalarModel, response_window
 
 Batch = dict[str, Tensor]  # and "columns", a list
 WINDOW = ["logp", "ref_logp", "values", "entropy", "mask", "rewards", "advantages", "returns", "ratio"]  # all (B, R)
-SHOWN = ["objective/scores", "objective/judge", "objective/kl", "val/ratio", "val/num_eos_tokens", "tokens_per_s"]
-SHOWN += ["eval/score", "eval/judge", "eval/kl"]
+SHOWN = ["objective/scores", "objective/judge", "objective/kl", "policy/ratio", "ended", "tokens_per_s"]
+SHOWN += ["eval/score", "eval/final_score", "eval/judge", "eval/kl"]
 
 
 @dataclass
@@ -128,8 +128,7 @@ def train(cfg: Config) -> None:
         next_kl_coef = adapt(kl_coef, metrics["objective/kl"], cfg) if lr else kl_coef
         if cfg.eval_every and ((step + 1) % cfg.eval_every == 0 or step + 1 == cfg.iterations):
             with run.timed("evaluate"):
-                found = measured(policy, held_out, "evaluate", cfg.seed)
-                found, goodness = measure.summary(found, judged_by, cfg.kl_coef)
+                found, goodness = measure.summary(measured(policy, held_out, "evaluate", cfg.seed), judged_by, kl_coef)
                 run.keep_best(goodness, policy, encoding)
             metrics |= found
         run.log(step, metrics, SHOWN, tokens=int(dist.total(batch["mask"].sum())))
@@ -154,7 +153,8 @@ def train(cfg: Config) -> None:
 
 def rollout(policy: GPT, prompts: list[list[int]], cfg: Config, rng: torch.Generator) -> Batch:
     """The policy answers: tokens (B, T), prompt_len (B,), length (B,), ended (B,): whether an end token is the last."""
-    tokens, prompt_len, length = policy.generate(prompts, cfg.response_len, temperature=cfg.temperature, generator=rng)
+    how = cfg.response_len, cfg.temperature, rng, cfg.micro_batch_size
+    tokens, prompt_len, length = nets.generate(policy, prompts, *how)
     last = tokens[torch.arange(len(tokens)), length - 1]  # (B,)
     ended = torch.isin(last, torch.tensor(policy.config.ends, device=last.device))
     return {"tokens": tokens, "prompt_len": prompt_len, "length": length, "ended": ended}
@@ -228,20 +228,15 @@ def estimate(batch: Batch, kl_coef: float, cfg: Config) -> Batch:
     """Per-token rewards → GAE → whitening: rewards, advantages, returns (B, R), final_score (B,).
 
     Every token costs β (log π(y_t) − log π₀(y_t)) (Ziegler et al. 2019, equation 2). The last token earns the final
-    score, which is at most --unended_cap where EOS is missing. GAE: Schulman et al. 2016, equation 16.
+    score. GAE: Schulman et al. 2016, equation 16.
     """
-    mask, values, score = batch["mask"], batch["values"], batch["score"]
-    cap = cfg.unended_cap
-    if cap is None:
-        cap = math.inf if judges.is_function(cfg.reward) else -1.0
-    final_score = torch.where(batch["ended"], score, score.clamp(max=cap))  # (B,)
-
+    mask, final_score = batch["mask"], final_scores(batch, cfg)
     rewards = -kl_coef * (batch["logp"] - batch["ref_logp"])  # (B, R)
     last = mask.sum(1, keepdim=True) - 1  # (B, 1) column of each row's last token
     rewards = rewards.scatter_add(1, last, final_score[:, None].to(rewards.dtype)) * mask
 
-    advantages = torch.zeros_like(rewards)
-    next_value = next_advantage = torch.zeros_like(score)  # 0 after the last token, of a cut answer too
+    values, advantages = batch["values"], torch.zeros_like(rewards)
+    next_value = next_advantage = torch.zeros_like(final_score)  # 0 after the last token, of a cut answer too
     for r in reversed(range(mask.shape[1])):
         delta = rewards[:, r] + cfg.gamma * next_value - values[:, r]
         next_advantage = (delta + cfg.gamma * cfg.lam * next_advantage) * mask[:, r]
@@ -249,6 +244,12 @@ def estimate(batch: Batch, kl_coef: float, cfg: Config) -> Batch:
         next_value = values[:, r]
     returns = (advantages + values) * mask  # from the advantages as they are, before whitening
     return {"rewards": rewards, "advantages": whiten(advantages, mask), "returns": returns, "final_score": final_score}
+
+
+def final_scores(batch: Batch, cfg: Config) -> Tensor:
+    """The scores (B,), at most --unended_cap where EOS is missing: what PPO raises, and what answers compete by."""
+    cap = (math.inf if judges.is_function(cfg.reward) else -1.0) if cfg.unended_cap is None else cfg.unended_cap
+    return torch.where(batch["ended"], batch["score"], batch["score"].clamp(max=cap))
 
 
 def whiten(x: Tensor, mask: Tensor) -> Tensor:
@@ -312,9 +313,9 @@ def update(
                 batch["ratio"][index.to(mask.device), : mask.shape[1]] = ratio.detach() * mask
                 by_token = {
                     "loss/policy_avg": pg_losses,
-                    "policy/approxkl_avg": 0.5 * (logp - part["logp"]).square(),
+                    "policy/approxkl": 0.5 * (logp - part["logp"]).square(),
                     "policy/clipfrac_avg": pg_losses > -advantages * ratio,
-                    "val/ratio": ratio,
+                    "policy/ratio": ratio,
                     "loss/value_avg": vf_losses,
                     "val/clipfrac_avg": vf_losses > 0.5 * (values - returns).square(),
                 }
@@ -384,8 +385,11 @@ def build(
 
 def load_prompts(cfg: Config, policy: GPT, encoding: tiktoken.Encoding) -> tuple[list[Prompt], list[Prompt]]:
     """Prompts to train on, and held-out ones. Raises InputError where the options leave too few of them."""
-    if cfg.batch_size % dist.WORLD or cfg.minibatch_size % dist.WORLD:
-        raise InputError(f"--batch_size and --minibatch_size must be multiples of the {dist.WORLD} processes")
+    size = min(cfg.batch_size, cfg.minibatch_size)
+    if cfg.batch_size % size or size % dist.WORLD:
+        raise InputError(f"--batch_size has to be a multiple of --minibatch_size, and that of {dist.WORLD} processes")
+    if size < cfg.minibatch_size:
+        dist.print0(f"--minibatch_size {cfg.minibatch_size}: a batch of {size} answers is one minibatch")
     path = cfg.data or tales.path("ppo")
     eval_path = cfg.eval_data or ("" if cfg.data else tales.path("eval"))
     room = nets.context(cfg, policy) - cfg.response_len
@@ -393,17 +397,20 @@ def load_prompts(cfg: Config, policy: GPT, encoding: tiktoken.Encoding) -> tuple
     if len(prompts) < cfg.batch_size:
         raise InputError(f"--batch_size {cfg.batch_size}: {path} leaves {len(prompts)} prompts; give less")
     judges.check_columns(f"{cfg.reward},{cfg.judge}", [prompt.columns for prompt in prompts + held_out])
+    if cfg.shard and len(held_out) < dist.WORLD:
+        raise InputError(f"--shard: {len(held_out)} held-out prompts are fewer than the processes; give more")
     return prompts, held_out
 
 
 def answer(
     cfg: Config, autocast: torch.autocast, readers: tuple, policy: GPT, prompts: list[Prompt], rng: torch.Generator
 ) -> Batch:
-    """`policy` answers some held-out prompts, and reference, value net and scorer (`readers`) read them."""
+    """`policy` answers some held-out prompts; reference, value net and scorer (`readers`) read them; final_score."""
     with autocast:
         batch = rollout(dist.gathered(policy, autocast), [prompt.ids for prompt in prompts], cfg, rng)
         batch["columns"] = [prompt.columns for prompt in prompts]
-        return batch | read(batch, policy, *readers, cfg)
+        batch |= read(batch, policy, *readers, cfg)
+    return batch | {"final_score": final_scores(batch, cfg)}
 
 
 def main() -> None:

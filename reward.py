@@ -71,7 +71,7 @@ def train(cfg: Config) -> None:
         # 1 The prompts of this step, each with all its responses.
         batch = data.shuffled(groups, cfg.batch_size, cfg.seed, None, step)
         mine = dist.mine(batch, cfg.shard)
-        size = cfg.micro_batch_size or len(batch)
+        size = cfg.micro_batch_size or cfg.batch_size
         # 2 Forward and backward, one micro-batch at a time.
         loss, correct = torch.zeros((), device=device), torch.zeros((), device=device)
         for start in range(0, len(mine), size):
@@ -90,11 +90,11 @@ def train(cfg: Config) -> None:
         last = step + 1 == steps
         if last:
             with run.timed("evaluate"):
-                margin = measure.margins(held_out, read_scores(model, held_out, cfg.batch_size, device, autocast))
+                margin = measure.margins(held_out, read_scores(model, held_out, size, device, autocast))
                 found, table = measure.agreement(held_out, margin)
                 metrics |= {"eval/loss": pairwise_loss(margin, held_out).item() / len(held_out)} | found
                 run.report(measure.agreement_report(found, table), {"metrics": found, "calibration": table})
-                normalize(model, samples, device, autocast)
+                normalize(model, samples, cfg.micro_batch_size or 64, device, autocast)
             how = f"(gain {model.gain:.3f}, bias {model.bias:.3f})"
             dist.print0(f"\nscores of {cfg.init}'s samples now have mean 0, variance 1 {how}")
         tokens = sum(len(row.tokens) for group in batch for row in group.rows)
@@ -166,10 +166,13 @@ def read_scores(
 
 
 @torch.no_grad()
-def normalize(model: ScalarModel, rows: list[data.Row], device: torch.device, autocast: torch.autocast) -> None:
-    """Set gain and bias so that the scores of `rows` have mean 0 and variance 1 (Ziegler et al. 2019, section 2.2)."""
+def normalize(
+    model: ScalarModel, rows: list[data.Row], size: int, device: torch.device, autocast: torch.autocast
+) -> None:
+    """Set gain and bias so that the scores of `rows`, `size` of them at a time, have mean 0 and variance 1 (Ziegler et
+    al. 2019, section 2.2)."""
     scores = []
-    for part in data.micro_batches(rows, 64):
+    for part in data.micro_batches(rows, size):
         tokens, _, length = data.pad(part, device)
         with autocast:
             scores.append(model.scores(tokens, length))
@@ -191,14 +194,10 @@ def sample_policy(policy: GPT, groups: list[data.Group], cfg: Config, autocast: 
     prompts = [prompt for prompt in prompts if len(prompt) <= room][:N_NORMALIZE]
     if not prompts:
         raise InputError(f"--response_len {cfg.response_len}: no prompt leaves room for it in the context; give less")
-    prompts, rows = list(islice(cycle(prompts), N_NORMALIZE)), []
-    for start in range(0, N_NORMALIZE, 128):
-        rng, part = generator("normalize", cfg.seed, start), prompts[start : start + 128]
-        with autocast:
-            sampled = policy.generate(part, cfg.response_len, temperature=cfg.temperature, generator=rng)
-        for tokens, prompt_len, length in zip(*(x.tolist() for x in sampled)):
-            rows.append(data.Row(tokens[:length], prompt_len))
-    return rows
+    prompts, rng = list(islice(cycle(prompts), N_NORMALIZE)), generator("normalize", cfg.seed)
+    with autocast:
+        sampled = nets.generate(policy, prompts, cfg.response_len, cfg.temperature, rng, cfg.micro_batch_size or 128)
+    return [data.Row(tokens[:length], prompt_len) for tokens, prompt_len, length in zip(*(x.tolist() for x in sampled))]
 
 
 def main() -> None:

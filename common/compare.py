@@ -24,18 +24,17 @@ def sample_responses(
     response_len: int,
     temperature: float,
     seed: int,
+    size: int = 0,
 ) -> list[list[Answer]]:
-    """`samples` answers of at most `response_len` tokens, the end token included, to each prompt."""
+    """`samples` answers, the end token included, of at most `response_len` tokens to each prompt, of `size` at a time."""
     repeated = [ids for prompt in prompts for ids in [data.encode_prompt(encoding, prompt)] * samples]
-    rng = generator(seed)
+    most = min(512, max(1, 2**16 // (max(map(len, repeated)) + response_len)))  # limits the cache size
+    rows = min(most, size * samples or most)
+    found = nets.generate(model, repeated, response_len, temperature, generator(seed), rows)
     answers = []
-    rows = min(512, max(1, 2**16 // (max(map(len, repeated)) + response_len)))  # limits the cache size
-    for start in range(0, len(repeated), rows):
-        part = repeated[start : start + rows]
-        tokens, prompt_len, length = model.generate(part, response_len, temperature=temperature, generator=rng)
-        for row, first, end in zip(tokens.tolist(), prompt_len.tolist(), length.tolist()):
-            ended = row[end - 1] in model.config.ends
-            answers.append(Answer(encoding.decode(row[first : end - ended]), ended, row[first:end]))
+    for row, first, end in zip(*(x.tolist() for x in found)):
+        ended = row[end - 1] in model.config.ends
+        answers.append(Answer(encoding.decode(row[first : end - ended]), ended, row[first:end]))
     return [answers[i : i + samples] for i in range(0, len(answers), samples)]
 
 
@@ -77,7 +76,7 @@ def sample_and_compare(
     `cfg` has the options of reward.py. Raises InputError if all answers are alike.
     """
     asked = data.prompt_rows(source)[: cfg.n_prompts or None]
-    lengths = [len(data.encode_prompt(encoding, row["prompt"])) + cfg.response_len for row in asked]
+    lengths = [max(1, len(data.encode_prompt(encoding, row["prompt"]))) + cfg.response_len for row in asked]
     what = f"prompts of {source} (with --response_len {cfg.response_len})"
     asked = data.keep_short(asked, lengths, nets.context(cfg, policy), what, dist.print0)
     prompts = [row["prompt"] for row in asked]
@@ -86,7 +85,8 @@ def sample_and_compare(
     judges.check_columns(judge, shown)
     dist.print0(f"{cfg.init} answers {len(prompts):,} prompts of {source}, {cfg.samples} times each; {judge} compares")
     seeds = seed_of("answers", cfg.seed), seed_of("choices", cfg.seed)
-    answers = sample_responses(policy, encoding, prompts, cfg.samples, cfg.response_len, cfg.temperature, seeds[0])
+    how = cfg.samples, cfg.response_len, cfg.temperature, seeds[0], cfg.micro_batch_size
+    answers = sample_responses(policy, encoding, prompts, *how)
     rows = simulate(prompts, answers, compares, cfg.label_temperature, seeds[1], shown)
     if not rows:
         raise data.InputError(f"--init {cfg.init}: its samples are all alike; raise --temperature")

@@ -1,6 +1,7 @@
 """What is measured: an iteration, answers to held-out prompts, the table before → after, a reward model.
 
-Nothing here changes a net. Every mean is printed with its standard error (±).
+Nothing here changes a net. In the reports ± is one standard error, and brackets are an interval of 95% for a share.
+Where fewer than FEWEST prompts leave the error unknown, their number stands in its place.
 """
 
 import math
@@ -16,21 +17,27 @@ from data import Group, Prompt
 from data.rng import generator
 from model import GPT
 
-KL = "KL to the start (nats)"  # a row of the table
+KL, ENDED = "KL to the reference (nats)", "ended by EOS"  # rows of the table
+FEWEST = 10  # with fewer values or clusters, ± 1.96 standard errors hold the truth in clearly less than 95%
 BY_TOKEN = ("logp", "ref_logp", "entropy", "rewards", "values", "advantages", "returns", "ratio")
 
 # --- one iteration ----------------------------------------------------------------------------------------------------
 
 
 def rollout_metrics(batch: dict[str, Tensor], judged: list[float], kl_coef: float) -> dict[str, float]:
-    """TRL's names: sums over a response, then means over the responses of all processes.
+    """The metrics of an iteration: sums over a response, then means over the responses of all processes.
 
-    objective/scores         the score as it came; rlhf_reward has the final one
+    Names that TRL has mean what they mean there. Its val/num_eos_tokens, policy/approxkl_avg and val/ratio count all
+    EOS of a batch, or pads too, so ours are `ended`, policy/approxkl and policy/ratio.
+
+    objective/scores         the score as it came, without a cap or TRL's penalty; rlhf_reward has the final one
     objective/entropy        −Σ log π of the sampled tokens, as in TRL; its expected value is the entropy of a response
     objective/kl_max         the largest KL of a response
+    ended                    the share of responses that ended by EOS
     token_entropy            the mean entropy of the next-token distributions
     score_length_correlation near 1: the reward model likes length
-    value/explained_variance 1 − var(return − value) / var(return) over tokens: 1 is perfect, 0 is no better than a mean
+    value/explained_variance 1 − var(return − value) / var(return) over tokens: 1 if the two differ by a constant, 0 if
+                             the values say no more than a mean does, or if the returns do not vary
     """
     mask = batch["mask"]
     kl = ((batch["logp"] - batch["ref_logp"]) * mask).sum(1)  # (B,) nats
@@ -40,7 +47,7 @@ def rollout_metrics(batch: dict[str, Tensor], judged: list[float], kl_coef: floa
         "objective/scores": batch["score"],
         "objective/non_score_reward": -kl_coef * kl,
         "objective/rlhf_reward": batch["final_score"] - kl_coef * kl,
-        "val/num_eos_tokens": batch["ended"],
+        "ended": batch["ended"],
         "response_len": mask.sum(1),
     }
     if judged:
@@ -54,9 +61,9 @@ def rollout_metrics(batch: dict[str, Tensor], judged: list[float], kl_coef: floa
         "token_entropy": dist.masked_mean(batch["entropy"], mask),
     }
     if "returns" in batch:
-        spread = masked_variance(batch["returns"], mask).clamp(min=1e-8)
+        spread = masked_variance(batch["returns"], mask)
         error = masked_variance(batch["returns"] - batch["values"], mask)
-        found["value/explained_variance"] = 1 - error / spread
+        found["value/explained_variance"] = torch.where(spread > 1e-8, 1 - error / spread, 0.0)
     numbers = torch.stack([x.float() for x in found.values()]).tolist()  # one wait for the device
     return dict(zip(found, numbers)) | {"kl_coef": kl_coef}
 
@@ -128,20 +135,25 @@ def held_out(
     """One answer to each prompt: a column for each measure, one number per prompt; and "rows", prompt and response.
 
     `answer(policy, prompts, rng)` gives a batch that has been read (see ppo.py). Its random numbers depend on the key
-    and the first prompt's number. The processes of torchrun share the work; each returns all of it.
+    and the first prompt's number. Each process of torchrun answers and judges parts of its own, and returns all of
+    them. With --shard all processes gather together, so each has as many parts, and one prompt at least.
     """
     found: dict[int, dict[str, list]] = {}  # by the number of the first prompt
     longest = max(len(prompt.ids) for prompt in prompts) or 1
     size = max(1, min(128, 2**16 // longest))  # limits the memory of long prompts
     starts = list(range(0, len(prompts), size))
-    for start in dist.pad_to_equal(dist.mine(starts), starts):
-        batch = answer(policy, prompts[start : start + size], generator(*key, start))
+    if dist.is_sharded(policy):
+        n = -(-len(starts) // dist.WORLD) * dist.WORLD
+        starts = [len(prompts) * i // n for i in range(n)]
+    ends = dict(zip(starts, [*starts[1:], len(prompts)]))
+    for start in dist.mine(starts):
+        batch = answer(policy, prompts[start : ends[start]], generator(*key, start))
         rows = as_rows(batch, encoding, policy.config.eos)
         new = {name: judge(rows) for name, judge in judges.items()}
-        new["score"] = batch["score"].tolist()
+        new |= {"score": batch["score"].tolist(), "final score": batch["final_score"].tolist()}
         new[KL] = ((batch["logp"] - batch["ref_logp"]) * batch["mask"]).sum(1).tolist()
         new["length (tokens)"] = batch["mask"].sum(1).tolist()
-        new["ended by EOS"] = batch["ended"].float().tolist()
+        new[ENDED] = batch["ended"].float().tolist()
         new["rows"] = rows
         found[start] = new
     parts = {start: part for each in dist.gather_objects(found) for start, part in each.items()}
@@ -150,30 +162,43 @@ def held_out(
 
 
 def summary(columns: dict[str, list], judges: dict[str, Judge], kl_coef: float) -> tuple[dict[str, float], float]:
-    """Measures of held-out prompts as metrics, and their goodness: the first judge's mean, else score − β KL."""
-    names = {"eval/score": "score", "eval/kl": KL} | ({"eval/judge": next(iter(judges))} if judges else {})
+    """Means over held-out prompts as metrics, and their goodness: the first judge's, else final score − β KL."""
+    names = {"eval/score": "score", "eval/final_score": "final score", "eval/kl": KL}
+    names |= {"eval/judge": next(iter(judges))} if judges else {}
     metrics = {metric: mean_and_error(columns[name])[0] for metric, name in names.items()}
-    return metrics, metrics.get("eval/judge", metrics["eval/score"] - kl_coef * metrics["eval/kl"])
+    return metrics, metrics.get("eval/judge", metrics["eval/final_score"] - kl_coef * metrics["eval/kl"])
 
 
-def mean_and_error(column: list[float]) -> tuple[float, float]:
-    """The mean, and its standard error."""
+def mean_and_error(column: list[float]) -> tuple[float, float | None]:
+    """The mean, and its standard error; None of fewer than FEWEST values."""
     x = torch.tensor(column, dtype=torch.float64)
-    return x.mean().item(), x.std().item() / len(x) ** 0.5 if len(x) > 1 else 0.0
+    return x.mean().item(), x.std().item() / len(x) ** 0.5 if len(x) >= FEWEST else None
+
+
+def share(p: float, n: float) -> tuple[float, float, float]:
+    """p, and the ends of Wilson's interval of 95% for a share p of n independent values (Wilson 1927).
+
+    It has a width at 0 and 1 too. Values between 0 and 1, such as a tie of 0.5, vary less, so it is wide enough.
+    """
+    z2 = 1.96**2 / n
+    middle, half = (p + z2 / 2) / (1 + z2), math.sqrt(z2 * (p * (1 - p) + z2 / 4)) / (1 + z2)
+    return p, max(0.0, middle - half), min(1.0, middle + half)
 
 
 def paired(before: dict[str, list], after: dict[str, list], judges: dict[str, Judge]) -> dict:
-    """The table before → after with every answer, for report.json. A pair of numbers is a mean and its ±.
+    """The table before → after with every answer, for report.json.
 
-    Both columns answer the same prompts, each with its own random numbers. So the ± of the change comes from the
-    differences per prompt, and shared random numbers cannot decide a win.
+    A cell is a mean and its standard error or None, or where it is a share the share and the ends of its interval. Both
+    columns answer the same prompts, each with its own random numbers. So the ± of the change comes from the differences
+    per prompt, and shared random numbers cannot decide a win. A win goes by the first judge, else by the final score.
     """
-    names, measure = [name for name in before if name != "rows"], next(iter(judges), "score")
-    table = {}
+    names, measure = [name for name in before if name != "rows"], next(iter(judges), "final score")
+    table, n = {}, len(before["rows"])
     for name in names:
         change = [b - a for a, b in zip(before[name], after[name])]
         columns = {"before": before[name], "after": after[name], "change": change}
         table[name] = {side: mean_and_error(column) for side, column in columns.items()}
+    table[ENDED] |= {side: share(table[ENDED][side][0], n) for side in ("before", "after")}
     wins = [(b > a) + 0.5 * (b == a) for a, b in zip(before[measure], after[measure])]
     answers = []
     for i, row in enumerate(before["rows"]):
@@ -181,15 +206,16 @@ def paired(before: dict[str, list], after: dict[str, list], judges: dict[str, Ju
         for side, columns in (("before", before), ("after", after)):
             answer[side] = {"text": columns["rows"][i]["response"]} | {name: columns[name][i] for name in names}
         answers.append(answer)
-    return {"table": table, "win_rate": mean_and_error(wins), "by": measure, "answers": answers}
+    return {"table": table, "win_rate": share(sum(wins) / n, n), "by": measure, "answers": answers}
 
 
 def report(found: dict) -> str:
     """`paired` as text: the table, the win rate, and four answers side by side."""
-    lines = [f"\n{len(found['answers'])} held-out prompts".ljust(29) + f"{'before':>18}  {'after':>18}  {'change':>18}"]
+    sides, n = ("before", "after", "change"), len(found["answers"])
+    lines = [f"\n{n} held-out prompts".ljust(31) + "  ".join(f"{side:>20}" for side in sides)]
     for name, row in found["table"].items():
-        lines.append(f"{name:<28}" + "  ".join(f"{cell(row[side]):>18}" for side in ("before", "after", "change")))
-    won = f"{'win rate against the start':<28}{'':>18}  {cell(found['win_rate']):>18}"
+        lines.append(f"{name:<30}" + "  ".join(f"{cell(row[side], n):>20}" for side in sides))
+    won = f"{'win rate against the reference':<30}{'':>20}  {cell(found['win_rate'], n):>20}"
     lines.append(f"{won}  (by {found['by']}, ties half)\n")
     for each in found["answers"][:4]:
         lines.append(f"  {each['prompt'].strip()}")
@@ -197,9 +223,12 @@ def report(found: dict) -> str:
     return "\n".join(lines)
 
 
-def cell(pair: tuple[float, float]) -> str:
-    mean, error = pair
-    return f"{mean:8.3f} ± {error:.3f}"
+def cell(found: tuple, n: int) -> str:
+    """A cell of `paired` as text; n is the number of prompts."""
+    mean, error, *high = found
+    if high:
+        return f"{mean:.3f} [{error:.3f}, {high[0]:.3f}]"
+    return f"{mean:.3f} (n {n})" if error is None else f"{mean:.3f} ± {error:.3f}"
 
 
 # --- a reward model -------------------------------------------------------------------------------------------------
@@ -216,45 +245,57 @@ def margins(groups: list[Group], scores: Tensor) -> Tensor:
 
 
 def agreement(groups: list[Group], margin: Tensor) -> tuple[dict[str, float], list[tuple]]:
-    """Metrics of the groups' margins (P,), and ten rows (from, to, pairs, mean predicted, observed win rate) of a
-    calibration table."""
+    """Metrics of the groups' margins (P,), and the rows (from, to, pairs, mean predicted, observed) of a calibration
+    table: how often the better-scored response should win by its margin, in five tenths, and how often it does.
+
+    The ends of the accuracy's interval of 95% are there from FEWEST prompts on. It is Wilson's, with as many values as
+    give an independent share the variance of this one (Korn and Graubard 1998; Dean and Pagano 2015).
+    """
     certain = [p for group in groups for p in group.certainty]
     right = (margin > 0).double() + 0.5 * (margin == 0).double()
-    metrics = {"eval/accuracy": right.mean().item()}
-    metrics["eval/accuracy_se"] = clustered_error(right, [len(group.pairs) for group in groups])
+    prompts = [tuple(group.rows[0].tokens[: group.rows[0].prompt_len]) for group in groups]
+    number = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+    cluster = torch.tensor([number[prompt] for prompt, group in zip(prompts, groups) for _ in group.pairs])
+    accuracy, n_prompts = right.mean().item(), len(number)
+    metrics = {"eval/accuracy": accuracy, "eval/prompts": n_prompts}
+    if n_prompts >= FEWEST:
+        error = clustered_error(right, cluster)
+        n = min(accuracy * (1 - accuracy) / error**2, len(right)) if error else n_prompts
+        _, metrics["eval/accuracy_low"], metrics["eval/accuracy_high"] = share(accuracy, n)
     if not any(map(math.isnan, certain)):
         metrics["eval/accuracy_ceiling"] = sum(certain) / len(certain)
 
-    # A file lists the winner first. Half of the pairs are turned round, or every observed win rate would be 1.
-    turned = torch.arange(len(margin)) % 2 == 1
-    predicted = torch.where(turned, -margin, margin).sigmoid()
+    predicted, table = margin.abs().sigmoid(), []
     tenth = (predicted * 10).long().clamp(max=9)
-    table = []
-    for i in range(10):
+    for i in range(5, 10):
         inside = tenth == i
         n = int(inside.sum())
         if n:
-            observed = (~turned[inside]).float().mean().item()
-            table.append((i / 10, i / 10 + 0.1, n, predicted[inside].mean().item(), observed))
+            table.append((i / 10, (i + 1) / 10, n, predicted[inside].mean().item(), right[inside].mean().item()))
     metrics["eval/calibration_error"] = sum(n * abs(p - seen) for _, _, n, p, seen in table) / len(margin)
     return metrics, table
 
 
-def clustered_error(x: Tensor, sizes: list[int]) -> float:
-    """The standard error of the mean of x (P,). Values of one group depend on each other; groups are independent.
+def clustered_error(x: Tensor, cluster: Tensor) -> float:
+    """The standard error of the mean of x (P,), whose clusters are numbered from 0 (P,) and are independent.
 
-    The pairs of one prompt share responses. Liang and Zeger 1986: the deviations of a group are summed, then squared.
+    Pairs of one prompt are a cluster, wherever they stand: they share responses. Liang and Zeger 1986: the deviations
+    of a cluster are summed, then squared.
     """
-    if len(sizes) < 2:
-        return 0.0
-    deviations = torch.stack([part.sum() for part in (x - x.mean()).split(sizes)])
-    n = len(sizes)
+    n = int(cluster.max()) + 1
+    deviations = torch.zeros(n, dtype=x.dtype).index_add(0, cluster, x - x.mean())
     return math.sqrt(deviations.square().sum().item() * n / (n - 1)) / len(x)
 
 
+def accuracy_text(metrics: dict[str, float]) -> str:
+    """The accuracy of `agreement` with its interval, or with the number of prompts if they are few."""
+    ends = [metrics[name] for name in ("eval/accuracy_low", "eval/accuracy_high") if name in metrics] or [None]
+    return cell((metrics["eval/accuracy"], *ends), metrics["eval/prompts"])
+
+
 def agreement_report(metrics: dict[str, float], table: list[tuple]) -> str:
-    """Held-out accuracy, its ± by prompt, beside what the noise allows; and the calibration table."""
-    first = f"\nheld-out accuracy {metrics['eval/accuracy']:.3f} ± {metrics['eval/accuracy_se']:.3f}"
+    """Held-out accuracy with its interval, beside what the noise allows; and the calibration table."""
+    first = f"\nheld-out accuracy {accuracy_text(metrics)}"
     if "eval/accuracy_ceiling" in metrics:
         first += f" (the noise in these labels allows {metrics['eval/accuracy_ceiling']:.3f})"
     lines = [first, "\nwin rate        pairs   predicted   observed"]

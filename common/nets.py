@@ -1,4 +1,4 @@
-"""Nets: a model.pt with weights, shape and tokenizer, checked when it is read; frozen copies; optimizer steps."""
+"""Nets: a model.pt with weights, shape and tokenizer, checked when read; answers; frozen copies; optimizer steps."""
 
 import dataclasses
 import math
@@ -109,6 +109,22 @@ def context(cfg: Any, model: GPT | ScalarModel) -> int:
     if cfg.block_size > longest:
         raise InputError(f"--block_size {cfg.block_size}: a model of this run has a context of {longest}; give less")
     return cfg.block_size or longest
+
+
+def generate(
+    model: GPT, prompts: list[list[int]], new_tokens: int, temperature: float, rng: torch.Generator, size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`model.generate` of `size` prompts at a time (0: all at once): tokens (B, T), prompt_len (B,), length (B,).
+
+    It bounds the memory and changes no answer, since a row has its own random numbers.
+    """
+    starts = range(0, len(prompts), size or len(prompts))
+    how = {"temperature": temperature, "generator": rng}
+    parts = [model.generate(prompts[i : i + starts.step], new_tokens, **how) for i in starts]
+    tokens, prompt_len, length = zip(*parts)
+    rows = [row for part in tokens for row in part]
+    tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=model.config.eos)
+    return tokens, torch.cat(prompt_len), torch.cat(length)
 
 
 # --- training ---------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDER = Path("out/experiments")
 EVAL = "tools/evaluate.py"  # a stage that measures a run folder and writes none
 DIVERGED = "so the run stops"  # what `runs.Run.diverged` says
-JUDGE, GRAMMAR, KL = "data/tales.py:judge", "data/tales.py:grammar", "KL to the start (nats)"  # rows of the tables
+JUDGE, GRAMMAR, KL = "data/tales.py:judge", "data/tales.py:grammar", "KL to the reference (nats)"  # rows of the tables
 
 
 # --- running ----------------------------------------------------------------------------------------------------------
@@ -53,7 +53,7 @@ def stage(folder: Path, name: str, *command: object, may_diverge: bool = False) 
         if not (may_diverge and DIVERGED in failure):
             sys.exit(f"{folder}: {words[0]}: {failure}")
         text += f"failed: {failure}\n"
-    text = f"{first}{text}took {run_seconds(folder / run_folder(words), began):.0f} s\n"
+    text = f"{first}{text}took {run_seconds((folder / run_folder(words)).parent, began):.0f} s\n"
     temporary = log.with_suffix(".tmp")
     temporary.write_text(text)
     temporary.replace(log)
@@ -65,11 +65,12 @@ def run_folder(words: list[str]) -> str:
 
 
 def run_seconds(folder: Path, began: float) -> float:
-    """Seconds since `began`, or with those before a stop, if the run's config.json has just been written."""
-    config = folder / "config.json"
-    if config.exists() and config.stat().st_mtime > began:
-        return json.loads(config.read_text()).get("seconds", time.time() - began)
-    return time.time() - began
+    """Seconds of all runs in `folder` that were written since `began`, with those before a stop, or else since `began`.
+
+    sft.py writes two of them.
+    """
+    configs = [path for path in folder.glob("*/config.json") if path.stat().st_mtime > began]
+    return sum(json.loads(path.read_text())["seconds"] for path in configs) or time.time() - began
 
 
 def start(seed: int) -> Path:
@@ -82,16 +83,22 @@ def start(seed: int) -> Path:
 
 # --- reading what was printed -----------------------------------------------------------------------------------------
 
+CELL = r"-?\d+\.\d+ (?:± \S+|\[\S+ \S+\]|\(n \d+\))"  # what `measure.cell` writes
+
 
 def seconds(text: str) -> float:
     return float(re.search(r"^took (\d+) s$", text, re.MULTILINE)[1])
 
 
 def closing_table(text: str) -> dict[str, tuple[str, str]]:
-    """The rows of the table that ppo.py and EVAL print: name → (before, after), each as "mean ± standard error"."""
-    cell = r"\s+(-?\d+\.\d+ ± \S+)"
-    rows = re.findall(rf"^(\S.*?)\s{cell}{cell}{cell}$", text, re.MULTILINE)
-    return {name: (before, after) for name, before, after, _ in rows}
+    """The rows of the table that ppo.py and EVAL print: name → (before, after), each as a `measure.cell`."""
+    rows = re.findall(rf"^(\S.*?)\s\s+({CELL})\s+({CELL})\s+{CELL}$", text, re.MULTILINE)
+    return {name: (before, after) for name, before, after in rows}
+
+
+def cell_after(text: str, words: str) -> str:
+    """The cell that stands behind some words."""
+    return re.search(rf"{words}\s+({CELL})", text)[1]
 
 
 class BestOfN(NamedTuple):
@@ -104,8 +111,8 @@ class BestOfN(NamedTuple):
 
 
 def best_of_n(text: str) -> list[BestOfN]:
-    """The rows of EVAL's table "best of n by the score"."""
-    row = r"^(\d+)\s+\d+\.\d+" + 2 * r"\s+(-?\d+\.\d+) ± (\d+\.\d+)" + "$"
+    """The rows of EVAL's table "best of n by the final score", made with one judge."""
+    row = r"^(\d+)\s+\d+\.\d+" + 2 * r"\s+(-?\d+\.\d+) ± (\d+\.\d+)" + rf"\s+{CELL}$"
     found = []
     for n, *numbers in re.findall(row, text, re.MULTILINE):
         kl = math.log(int(n)) - (int(n) - 1) / int(n)
@@ -114,15 +121,15 @@ def best_of_n(text: str) -> list[BestOfN]:
 
 
 def number(cell: str) -> float:
-    """The mean of "mean ± standard error"."""
+    """The mean in a cell."""
     return float(cell.split()[0])
 
 
 def course(lines: list[dict]) -> list[str]:
     """How a run of PPO went: its highest and last KL, lowest and first judge, range of ratios, highest approxkl."""
     column = lambda name: [line[name] for line in lines]  # noqa: E731
-    kl, judge, ratio = (column(name) for name in ("objective/kl", "objective/judge", "val/ratio"))
-    approxkl = max(column("policy/approxkl_avg"))
+    kl, judge, ratio = (column(name) for name in ("objective/kl", "objective/judge", "policy/ratio"))
+    approxkl = max(column("policy/approxkl"))
     ratios = f"{min(ratio):.3f}–{max(ratio):.3f}"
     return [f"{max(kl):.1f}", f"{kl[-1]:.1f}", f"{min(judge):.2f}", f"{judge[0]:.2f}", ratios, f"{approxkl:.3f}"]
 
@@ -136,7 +143,7 @@ def markdown(header: list[str], rows: list[list]) -> str:
 
 
 def interval(mean: float, error: float) -> str:
-    """A mean with its 95% interval."""
+    """A mean with its 95% interval, from its standard error."""
     return f"{mean:.3f} [{mean - 1.96 * error:.3f}, {mean + 1.96 * error:.3f}]"
 
 

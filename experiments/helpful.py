@@ -18,7 +18,6 @@ a stopped run goes on.
 import argparse
 import functools
 import json
-import re
 import zlib
 from pathlib import Path
 
@@ -26,7 +25,7 @@ import torch
 
 import data
 from common import nets
-from experiments.harness import EVAL, FOLDER, KL, first_answers, interval, markdown, seconds, stage
+from experiments.harness import EVAL, FOLDER, KL, cell_after, first_answers, interval, markdown, seconds, stage
 from tools.get import hh
 
 HERE = FOLDER / "helpful"
@@ -113,7 +112,7 @@ def main() -> None:
         folders[seed], printed = run(options.model.resolve(), seed)
         table = json.loads((folders[seed] / "report.json").read_text())["table"]
         names = ("reward on unseen", "measure on unseen")
-        accuracy = [re.search(r"held-out accuracy (\S+ ± \S+)", printed[name])[1] for name in names]
+        accuracy = [cell_after(printed[name], "held-out accuracy") for name in names]
         cells = [interval(*table[name][side]) for name in (JUDGE, "score") for side in ("before", "after")]
         took = f"{sum(map(seconds, printed.values())):.0f}"
         rows.append([seed, *accuracy, *cells, interval(*table[KL]["after"]), took])

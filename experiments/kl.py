@@ -13,7 +13,20 @@ import re
 from pathlib import Path
 
 from common.runs import read_metrics
-from experiments.harness import GRAMMAR, JUDGE, KL, closing_table, course, markdown, pyplot, save, seconds, stage, start
+from experiments.harness import (
+    GRAMMAR,
+    JUDGE,
+    KL,
+    cell_after,
+    closing_table,
+    course,
+    markdown,
+    pyplot,
+    save,
+    seconds,
+    stage,
+    start,
+)
 
 RUNS = {"with the KL term": ("ppo", "C0"), "without it (β = 0)": ("hacked", "C3")}
 PANELS = {
@@ -57,7 +70,7 @@ def main() -> None:
         folder, printed = run(seed)
         folders.append(folder)
         rows, hacked = closing_table(printed["ppo"]), closing_table(printed["hacked"])
-        wins = re.search(r"win rate against the start\s+(\S+ ± \S+)", printed["ppo"])[1]
+        wins = cell_after(printed["ppo"], "win rate against the reference")
         took = " + ".join(f"{seconds(printed[name]):.0f}" for name in ("sft", "reward", "ppo"))
         judge, grammar = rows[JUDGE], rows[GRAMMAR]
         change = f"{grammar[0]} → {grammar[1]}"
@@ -65,8 +78,8 @@ def main() -> None:
         roads.append([seed, *course(read_metrics(folder / "ppo"))])
         names = ("score", KL, JUDGE, GRAMMAR)
         both.append([seed, *(each[name][1] for name in names for each in (rows, hacked))])
-        pattern = r"held-out accuracy (\S+ ± \S+) \(the noise in these labels allows (\S+)\)"
-        models.append([seed, *re.search(pattern, printed["reward"]).groups()])
+        allowed = re.search(r"the noise in these labels allows (\S+)\)", printed["reward"])[1]
+        models.append([seed, cell_after(printed["reward"], "held-out accuracy"), allowed])
     header = [
         "seed",
         "judge before",

@@ -9,14 +9,26 @@ least squares for every seed; ± is the standard deviation over the seeds. It dr
 """
 
 import argparse
-import re
 import statistics
 from pathlib import Path
 
 import torch
 
 from common.runs import read_metrics
-from experiments.harness import EVAL, JUDGE, KL, best_of_n, closing_table, markdown, number, pyplot, save, stage, start
+from experiments.harness import (
+    EVAL,
+    JUDGE,
+    KL,
+    best_of_n,
+    cell_after,
+    closing_table,
+    markdown,
+    number,
+    pyplot,
+    save,
+    stage,
+    start,
+)
 from experiments.price import SIZES
 
 PROMPTS = {20: 1, 80: 1, 320: 4, 1000: 4}  # and how many of them a step: few steps of many teach less (seed 4)
@@ -27,7 +39,7 @@ def run(n_prompts: int, seed: int) -> tuple[str, Curve, Curve, dict[str, tuple[s
     """Held-out accuracy, the curves of best of n and of PPO, and PPO's closing table."""
     folder, name = start(seed), f"reward-{n_prompts}"
     options = ["--seed", seed, "--n_prompts", n_prompts, "--batch_size", PROMPTS[n_prompts], "--out", f"out/{name}"]
-    accuracy = re.search(r"held-out accuracy (\S+ ± \S+)", stage(folder, name, "reward.py", *options))[1]
+    accuracy = cell_after(stage(folder, name, "reward.py", *options), "held-out accuracy")
     free = f"free-{n_prompts}"
     options = ["--seed", seed, "--reward", f"out/{name}", "--judge", JUDGE, "--kl_coef", 0, "--iterations", 160]
     table = closing_table(stage(folder, free, "ppo.py", *options, "--out", f"out/{free}"))

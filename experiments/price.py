@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python -m experiments.price       seeds 1 to 3, from the first two stages of `experiments.kl`
 
 PPO runs with β = 0.01, 0.03, 0.1, 0.3 and 1, and is measured on 512 held-out prompts. Best of n takes the answer with
-the highest score among n answers, to the first 128 of these prompts; n goes from 1 to 256, and its numbers are means
+the highest final score among n, to the first 128 of these prompts; n goes from 1 to 256, and its numbers are means
 over all choices of n among 256 answers. Its KL is at most log n − (n − 1) / n, which is what is shown. It prints two
 tables and draws experiments/price.svg.
 """

@@ -108,12 +108,12 @@ def ratio(name: str, device: torch.device) -> list[Finding]:
                 logp = policy.logprobs(part["tokens"], part["prompt_len"], part["length"]).detach()
                 off[rows.to(device), : logp.shape[1]] = (logp - part["logp"]).exp() - part["mask"].float()
         still = torch.optim.SGD([*policy.parameters(), *value.parameters()], lr=0.0)
-        first = ppo.update(policy, value, still, still, batch, 0.0, 0.0, cfg, autocast, 0)["val/ratio"]
+        first = ppo.update(policy, value, still, still, batch, 0.0, 0.0, cfg, autocast, 0)["policy/ratio"]
         off = off[batch["mask"]]
         spread, worst = off.std().item(), off.abs().max().item()
         limit = 1e-3 if dtype == "float32" else cfg.cliprange
         asked = f"PPO's ratio is 1 before the first step ({dtype}), {name}"
-        found = f"spread {spread:.1e}, at most {worst:.1e} off; val/ratio {first:.6f}"
+        found = f"spread {spread:.1e}, at most {worst:.1e} off; policy/ratio {first:.6f}"
         findings.append((asked, found, worst < limit and abs(first - 1) < limit / 10))
         apart = (batch["logp"] - batch["ref_logp"]).abs().max().item()
         asked = f"no KL to the frozen copy before the first step ({dtype}), {name}"

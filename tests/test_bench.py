@@ -100,7 +100,7 @@ def test_the_tables_of_memory_in_the_readme_are_those_that_are_computed():
 def test_the_plain_loop_draws_the_tokens_of_generate():
     model = contenders.make_gpt("small", 24, CPU)
     prompts = contenders.random_tokens("small", 5, 16)
-    uniform = torch.rand(8, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    uniform = torch.rand(5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(3)).T  # row after row
     tokens, _, _ = model.generate(prompts.tolist(), 8, generator=torch.Generator().manual_seed(3))
     assert torch.equal(contenders.plain_decoder(model)(prompts, uniform), tokens[:, 16:])
 

@@ -1,7 +1,10 @@
 """What the experiments read of a run is what the run printed; what they change in ppo.py is there."""
 
 import ast
+import json
 import math
+import os
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +14,7 @@ import reward
 import sft
 from common import cli, measure, runs
 from experiments import adaptive, harness, helpful, overoptimise, race, recipe, reviews
+from experiments.forks import __main__ as forks
 from tests.conftest import ROOT
 from tools import evaluate
 
@@ -30,11 +34,11 @@ def test_what_is_measured_of_a_run_is_read_as_it_was_printed(folders, capsys):
     text = capsys.readouterr().out
     rows = harness.closing_table(text)
     judge = f"{__file__}:length"
-    for name in (judge, "score", harness.KL):
+    for name in (judge, "score", harness.KL, measure.ENDED):
         found = seen["paired"]["table"][name]
-        assert rows[name] == tuple(measure.cell(found[side]).strip() for side in ("before", "after"))
+        assert rows[name] == tuple(measure.cell(found[side], 12) for side in ("before", "after"))
     one, four = harness.best_of_n(text)
-    best = seen["score"].argmax(1, keepdim=True)
+    best = seen["final score"].argsort(dim=1, stable=True)[:, -1:]
     for row, name in ((one.judge, judge), (one.score, "score")):
         assert row == pytest.approx(seen[name].double().mean().item(), abs=6e-4)
     for row, name in ((four.judge, judge), (four.score, "score")):
@@ -108,6 +112,30 @@ def test_a_stage_runs_once_and_its_log_belongs_to_one_command(tmp_path, monkeypa
     assert not (tmp_path / "runs" / "second.log").exists()
     with pytest.raises(SystemExit, match="AssertionError: bad"):  # as a run that was stopped, or met another
         harness.stage(tmp_path / "runs", "second", "count.py", "failing", may_diverge=True)
+
+
+def test_the_seconds_of_a_stage_are_those_of_every_run_that_it_wrote(tmp_path):
+    began = time.time()
+    for name, took in (("pretrain", 19.3), ("sft", 42.1), ("before", 99.0)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps({"seconds": took}))
+    os.utime(tmp_path / "before" / "config.json", (began - 9, began - 9))
+    assert harness.run_seconds(tmp_path, began - 1) == pytest.approx(19.3 + 42.1)
+    assert harness.run_seconds(tmp_path / "none", began - 5) == pytest.approx(5, abs=1)
+
+
+def test_a_row_of_ppo_is_of_the_beta_that_stands_beside_it(monkeypatch, tmp_path):
+    commands = []
+    monkeypatch.setattr(forks, "FOLDER", tmp_path)
+    monkeypatch.setattr(forks, "start", lambda seed: tmp_path)
+    monkeypatch.setattr(forks, "stage", lambda folder, name, *words: commands.append(words) or "took 1 s")
+    monkeypatch.setattr(
+        forks, "closing_table", lambda text: dict.fromkeys((forks.JUDGE, forks.KL, "score"), ("", "1 ±"))
+    )
+    forks.run("ppo", 0.05, 1)
+    forks.run("ppo", 0.1, 1)
+    assert commands[0] == ("ppo.py", "--seed", 1)
+    assert commands[1][1:5] == ("--seed", 1, "--kl_coef", 0.1)
 
 
 def test_a_run_that_diverged_is_a_result_where_that_is_asked_for(tmp_path, monkeypatch):

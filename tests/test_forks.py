@@ -115,7 +115,7 @@ def test_a_fork_trains_and_leaves_no_name_undefined(folders, names, monkeypatch)
     monkeypatch.setattr(stage, "rollout", lambda policy, ids, *rest: asked.append(ids) or rollout(policy, ids, *rest))
     if "rule" in names:
         monkeypatch.setattr(stage, "rule", lambda prompt, response: len(response) / 10)  # these prompts ask for no tale
-    lines = train(stage, folders)
+    lines = train(stage, folders, unended_cap="inf")
     assert [line["step"] for line in lines] == [0, 1] and lines[-1]["policy/grad_norm"] > 0
     state = torch.load(folders["tmp"] / "fork" / "state.pt", weights_only=True)
     grouped = GROUPED & set(names)
@@ -127,6 +127,24 @@ def test_a_fork_trains_and_leaves_no_name_undefined(folders, names, monkeypatch)
     answers = json.loads((folders["tmp"] / "fork" / "rollout.json").read_text())["answers"]
     assert all(("values" in each) == (not grouped) for each in answers)
     assert "rule" not in names or all(each["score"] == pytest.approx(len(each["response"]) / 10) for each in answers)
+
+
+@pytest.mark.parametrize("name", sorted(GROUPED))
+def test_groups_ask_every_prompt_before_one_again_and_the_policy_learns_from_the_first(folders, name, monkeypatch):
+    stage, asked, rollout = fork(name), [], fork(name).rollout
+    monkeypatch.setattr(stage, "rollout", lambda policy, ids, *rest: asked.append(ids) or rollout(policy, ids, *rest))
+    rows = data.read_jsonl(folders["tmp"] / "prompts.jsonl", {})
+    few = {"data": write(folders["tmp"] / "8.jsonl", rows[:8])}
+    few |= {"eval_data": write(folders["tmp"] / "4.jsonl", rows[8:12])}
+    lines = train(stage, folders, **few, iterations=4, value_warmup=2)
+    assert len({tuple(ids) for batch in asked[:4] for ids in batch}) == 8  # 2 prompts of 8 answers an iteration
+    assert [line["episode"] for line in lines] == [8, 16, 24, 32] and all(line["lr"] > 0 for line in lines)
+
+
+@pytest.mark.parametrize("options", [{"group": 1}, {"group": 3}, {"group": 16}])
+def test_a_batch_that_groups_do_not_divide_is_refused(folders, options):
+    with pytest.raises(data.InputError, match=f"--group {options['group']}: give 2 or more, and whole groups of"):
+        train(fork("rloo"), folders, **options)
 
 
 def test_a_fork_without_value_net_goes_on_where_it_was_stopped(folders):
@@ -223,10 +241,11 @@ def test_clip_higher_stops_a_gain_at_its_own_bound_and_a_loss_at_the_old_one(adv
 
 
 def test_k3_in_the_loss_is_the_kl_as_a_number_and_has_the_gradient_of_the_kl_the_other_way_round():
-    """Answers of one token, all listed. The step is that of KL(π₀ ‖ π), and it is not that of KL(π ‖ π₀)."""
+    """Answers of one token, all listed. The step is that of KL(π₀ ‖ π), and it is not that of KL(π ‖ π₀). The β is the
+    iteration's, which may have moved, not the first."""
     stage, n = fork("rloo", "kl_in_loss"), 20_000
     policy, ref = make_gpt(seed=5), nets.freeze(make_gpt(), OFF)
-    cfg = stage.Config(response_len=1, minibatch_size=n, epochs=1, max_grad_norm=0.0, kl_coef=0.3, unended_cap=math.inf)
+    cfg = stage.Config(response_len=1, minibatch_size=n, epochs=1, max_grad_norm=0.0, kl_coef=9.0, unended_cap=math.inf)
     batch = stage.rollout(policy, [[1, 2, 3]] * n, cfg, torch.Generator().manual_seed(0))
     batch |= stage.read(batch, policy, ref, None, lambda part: torch.zeros(len(part["tokens"])), cfg)
     batch |= stage.estimate(batch, 0.3, cfg)

@@ -57,6 +57,14 @@ def test_generation_stops_at_eos_and_counts_it():
     assert all(tokens[b, length[b] - 1] == model.config.eos for b in range(3))
 
 
+def test_a_scalar_model_shares_the_weights_of_its_gpt_and_changes_nothing_in_it():
+    model = make_gpt(**FAMILIES["llama"])  # with an output layer of its own
+    tokens, names = torch.tensor([[1, 2, 3]]), list(model.state_dict())
+    before, scalar = model(tokens), ScalarModel(model)
+    assert torch.equal(model(tokens), before) and list(model.state_dict()) == names
+    assert scalar.trunk.wte.weight is model.wte.weight and not any("lm_head" in name for name in scalar.state_dict())
+
+
 def test_an_empty_prompt_starts_with_eos():
     model = make_gpt()
     tokens, prompt_len, _ = model.generate([[]], 3)

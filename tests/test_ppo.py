@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 
 import numpy as np
 import pytest
@@ -9,10 +10,11 @@ import torch
 
 import data
 import ppo
-from common import cli, runs
+import reward
+from common import cli, compare, runs
 from common import nets as rooms
 from data.rng import generator
-from model import ScalarModel
+from model import GPT, ScalarModel
 from tests.conftest import flat, make_gpt, ragged, run
 
 CPU = torch.autocast("cpu", enabled=False)
@@ -98,8 +100,9 @@ def test_a_finished_policy_is_measured_with_the_options_of_its_run_and_nothing_i
     before = {path.name: path.read_bytes() for path in (tmp / "ppo").iterdir()}
     done = run("tools/evaluate.py", tmp / "ppo", "--best_of", "1,2")
     assert done.returncode == 0, done.stderr
-    assert "8 held-out prompts" in done.stdout and "best of n by the score" in done.stdout
-    assert "one.py:score     3.000" in done.stdout and "two.py:score     4.000" in done.stdout
+    assert "8 held-out prompts" in done.stdout and "best of n by the final score" in done.stdout
+    assert re.search(r"one.py:score +3.000 \(n 8\)", done.stdout)
+    assert re.search(r"two.py:score +4.000 \(n 8\)", done.stdout)
     assert before == {path.name: path.read_bytes() for path in (tmp / "ppo").iterdir()}
 
 
@@ -181,6 +184,47 @@ def test_the_best_policy_on_held_out_prompts_is_kept(folders):
     batch = ppo.rollout(best, [prompt.ids for prompt in held_out], cfg, generator("evaluate", 0, 0))
     batch |= ppo.read(batch, best, best, value, score, cfg)
     assert batch["score"].mean().item() == pytest.approx(max(found))
+
+
+def test_the_policy_that_is_kept_is_the_best_by_what_ppo_raises_with_the_beta_of_its_iteration(folders, monkeypatch):
+    """A reward that likes length, with a cap, under which the iteration of the highest score is not the best."""
+    tmp, kept, keep = folders["tmp"], [], runs.Run.keep_best
+    (tmp / "mine.py").write_text("def longer(prompt, response):\n    return len(response.encode()) / 8\n")
+    monkeypatch.setattr(runs.Run, "keep_best", lambda self, *a: (kept.append(a[0]), keep(self, *a)))
+    more = dict(reward=f"{tmp}/mine.py:longer", unended_cap=-1, kl_target=0.01, value_warmup=0)
+    lines = train(folders, eval_every=1, lr=0.01, iterations=6, **more)
+    by_score = [line["eval/score"] - line["kl_coef"] * line["eval/kl"] for line in lines]
+    by_final = [line["eval/final_score"] - line["kl_coef"] * line["eval/kl"] for line in lines]
+    assert kept == pytest.approx(by_final) and lines[-1]["kl_coef"] != lines[0]["kl_coef"]
+    assert np.argmax(by_final) != np.argmax(by_score)
+    state = torch.load(tmp / "ppo" / "state.pt", weights_only=True)
+    assert state["goodness"] == pytest.approx(max(by_final))
+
+
+@pytest.mark.parametrize("sizes", [(8, 16), (8, 3)])
+def test_a_minibatch_that_does_not_divide_the_batch_is_refused(folders, sizes):
+    with pytest.raises(data.InputError, match="--batch_size has to be a multiple of --minibatch_size"):
+        train(folders, batch_size=sizes[0], minibatch_size=sizes[1])
+
+
+def test_a_decode_of_few_rows_at_a_time_gives_the_answers_of_one_of_all(nets, encoding, folders, monkeypatch):
+    """In a rollout, an evaluation, simulated comparisons and the samples that normalise; so memory is bounded there."""
+    policy, ref, value = nets
+    wide, rows, generate = [], [[1], [2, 3, 4, 5], [6, 7], [8, 9, 10], [11], [12, 13], []], GPT.generate
+    monkeypatch.setattr(GPT, "generate", lambda net, ids, *a, **k: wide.append(len(ids)) or generate(net, ids, *a, **k))
+    monkeypatch.setattr(reward, "N_NORMALIZE", 150)
+    found, texts = [], make_gpt(vocab_size=encoding.n_vocab, eos=encoding.eot_token)
+    groups = [data.Group([data.Row([*row, 1], len(row))], [], []) for row in rows]
+    for size in (0, 3):
+        wide.clear()
+        cfg = ppo.Config(response_len=9, micro_batch_size=size)
+        read = ref, value, ppo.scorer(ScalarModel(copy.deepcopy(ref)).eval(), None, 60, cfg)
+        batch = ppo.answer(cfg, CPU, read, policy, rows, generator("a"))
+        answers = compare.sample_responses(texts, encoding, ["ask me", "no", "a tale"], 4, 9, 1.0, 0, size and 1)
+        sampled = reward.sample_policy(policy, groups, reward.Config(response_len=9, micro_batch_size=size), CPU)
+        found.append((batch["tokens"].tolist(), batch["length"].tolist(), answers, sampled))
+        assert max(wide) == (4 if size else 128)
+    assert found[0] == found[1]
 
 
 def test_a_target_alone_moves_beta_by_zieglers_formula_once_the_policy_moves(folders):

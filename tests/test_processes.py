@@ -37,7 +37,7 @@ def test_ppo_runs_on_two_processes_and_logs_the_whole_batch(folders):
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in (tmp / "p" / "metrics.jsonl").read_text().splitlines()]
     assert len(lines) == 2 and lines[1]["episode"] == 16
-    assert abs(lines[0]["val/ratio"] - 1) < 0.05 and lines[0]["objective/kl"] == 0
+    assert abs(lines[0]["policy/ratio"] - 1) < 0.05 and lines[0]["objective/kl"] == 0
 
 
 VERSION = tuple(map(int, torch.__version__.split(".")[:2]))
@@ -94,7 +94,7 @@ def test_sharded_processes_of_ppo_do_what_whole_ones_do(folders, more):
     same(one, two, 1e-5 if "bfloat16" not in more else 0.02)
     lines = [runs.read_metrics(folder) for folder in (one, two)]
     for mine, theirs in zip(*lines, strict=True):
-        for name in ("objective/kl", "objective/scores", "val/ratio", "loss/value_avg", "policy/grad_norm"):
+        for name in ("objective/kl", "objective/scores", "policy/ratio", "loss/value_avg", "policy/grad_norm"):
             assert theirs[name] == pytest.approx(mine[name], rel=1e-4 if "bfloat16" not in more else 0.1, abs=1e-3)
 
 

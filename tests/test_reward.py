@@ -1,6 +1,7 @@
 """reward.py: the loss, what it learns, how it is reported and normalised."""
 
 import copy
+import dataclasses
 import itertools
 import json
 import math
@@ -71,7 +72,7 @@ def test_after_normalising_scores_have_mean_0_and_variance_1_and_keep_their_orde
     rows = [data.Row(t[:n], p) for t, p, n in zip(tokens.tolist(), prompt_len.tolist(), length.tolist())]
     before = model.scores(tokens, length)
     for _ in range(2):  # a second time changes nothing
-        reward.normalize(model, rows, CPU, OFF)
+        reward.normalize(model, rows, 7, CPU, OFF)
         after = model.scores(tokens, length)
         assert abs(after.mean()) < 1e-4 and abs(after.std() - 1) < 1e-4
     assert torch.equal(before.argsort(stable=True), after.argsort(stable=True))
@@ -144,10 +145,26 @@ def test_a_reward_model_is_measured_on_a_file_with_subsets(folders):
         longer_wins += long > short
         longer_scores += (good > bad) == (long > short) and long != short
     for name, each in right.items():
-        assert re.search(rf"^{name} +{len(each)} pairs  {sum(each) / len(each):.3f} ± ", done.stdout, re.MULTILINE)
+        assert re.search(rf"^{name} +{len(each)} pairs  {sum(each) / len(each):.3f} \(n ", done.stdout, re.MULTILINE)
     assert f"held-out accuracy {sum(map(sum, right.values())) / len(rows):.3f}" in done.stdout
     assert f"wins {100 * longer_wins / longer:.1f}% of the pairs by the labels" in done.stdout
     assert f"{100 * longer_scores / longer:.1f}% by the scores" in done.stdout
-    few = run("tools/evaluate.py", folders["reward"], "--data", tmp / "bench.jsonl", "--n_prompts", 3)
-    assert f"{tmp / 'bench.jsonl'}: 3 prompts" in few.stdout, few.stderr
+    few = run("tools/evaluate.py", folders["reward"], "--data", tmp / "bench.jsonl", "--n_prompts", 2)
+    assert f"{tmp / 'bench.jsonl'}: 2 prompts" in few.stdout, few.stderr
     assert sorted(path.name for path in folders["reward"].iterdir()) == ["model.pt"]
+
+
+def test_an_empty_prompt_takes_a_place_of_the_context(folders):
+    """Generation starts from EOS there, so an answer as long as the context does not fit."""
+    tmp = folders["tmp"]
+    write(tmp / "empty.jsonl", [{"prompt": ""}] * 20)
+    (tmp / "mine.py").write_text("def longer(prompt, response):\n    return len(response) / 10\n")
+    given = reward.Config(data=f"{tmp}/empty.jsonl", init=str(folders["sft"]), out=f"{tmp}/rm", response_len=48)
+    with pytest.raises(data.InputError, match="20 of 20 prompts .* are longer than 48 tokens"):
+        reward.train(dataclasses.replace(given, judge=f"{tmp}/mine.py:longer"))
+
+
+def test_samples_that_normalise_keep_to_the_block_size(gpt):
+    groups = [data.Group([data.Row([*range(1, n), 1], n - 1)], [], []) for n in (4, 13, 14, 30)]
+    rows = reward.sample_policy(gpt, groups, reward.Config(block_size=20, response_len=8), OFF)
+    assert {row.prompt_len for row in rows} == {3, 12} and max(len(row.tokens) for row in rows) <= 20

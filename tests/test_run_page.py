@@ -18,7 +18,7 @@ import ppo
 import reward
 import sft
 from common import about, cli, runs
-from common.measure import by_token, report
+from common.measure import ENDED, by_token, cell, report, share
 from data import InputError
 from model import ScalarModel
 from tests.conftest import CHROMIUM, ROOT, make_gpt, needs_chromium, write
@@ -123,17 +123,20 @@ def test_outside_of_a_checkout_a_run_names_no_commit(monkeypatch, tmp_path):
 
 
 def test_the_report_is_kept_as_it_is_printed_and_with_all_its_numbers(folders, monkeypatch, capsys):
-    run_ppo(folders, monkeypatch, "out/x", lr=0.01)
+    run_ppo(folders, monkeypatch, "out/x", lr=0.01, eval_prompts=12)
     folder = folders["tmp"] / "out/x"
     printed = capsys.readouterr().out
     found = json.loads((folder / "report.json").read_text())
     assert report(found) in printed
-    assert len(found["answers"]) == 8 and list(found["table"])[:2] == ["judge.py:judge", "score"]
+    assert len(found["answers"]) == 12 and list(found["table"])[:3] == ["judge.py:judge", "score", "final score"]
+    shares = {(ENDED, "before"), (ENDED, "after")}
     for name, row in found["table"].items():
         before, after = (np.array([answer[side][name] for answer in found["answers"]]) for side in ("before", "after"))
         for side, x in (("before", before), ("after", after), ("change", after - before)):
-            assert row[side] == pytest.approx([x.mean(), x.std(ddof=1) / 8**0.5])
-        assert f"{row['after'][0]:.3f} ± {row['after'][1]:.3f}" in printed
+            assert row[side] == pytest.approx(
+                share(x.mean(), 12) if (name, side) in shares else [x.mean(), x.std(ddof=1) / 12**0.5]
+            )
+            assert cell(row[side], 12) in printed
     won = [(a["after"]["judge.py:judge"] - a["before"]["judge.py:judge"]) for a in found["answers"]]
     assert found["win_rate"][0] == pytest.approx(np.mean(np.sign(won) / 2 + 0.5))
 

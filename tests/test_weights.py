@@ -430,7 +430,7 @@ def test_all_three_stages_run_on_a_llama_and_its_policy_and_reward_model_go_out(
         assert done.returncode == 0, done.stderr
         assert float(re.search(r"peak memory: (\S+) GiB", done.stdout)[1]) > 0.1
     first = common.read_metrics(tmp_path / "ppo")[0]
-    assert first["objective/kl"] == 0 and abs(first["val/ratio"] - 1) < 0.05
+    assert first["objective/kl"] == 0 and abs(first["policy/ratio"] - 1) < 0.05
     for name, kind in (("ppo", "CausalLM"), ("reward", "SequenceClassification")):
         weights.convert(str(tmp_path / name), tmp_path / f"{name}-hf")
         theirs = getattr(transformers, f"AutoModelFor{kind}").from_pretrained(tmp_path / f"{name}-hf").eval()

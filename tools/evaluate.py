@@ -1,8 +1,8 @@
 """Measure what a run has made: a policy before → after, the best of n answers, or a reward model.
 
-    python -m tools.evaluate out/ppo                                the table that ppo.py ends with, with fresh answers
-    python -m tools.evaluate out/ppo --best_of 1,4,16               beside it, the best of so many answers of the start
-    python -m tools.evaluate out/reward --data COMPARISONS.jsonl    does a reward model agree with comparisons?
+    python -m tools.evaluate out/ppo                               the table that ppo.py ends with, with fresh answers
+    python -m tools.evaluate out/ppo --best_of 1,4,16              beside it, the best of so many of the reference's
+    python -m tools.evaluate out/reward --data COMPARISONS.jsonl   does a reward model agree with comparisons?
 
 A policy is measured with the options of its own run (config.json); those that are given here go first.
 """
@@ -46,7 +46,7 @@ def of_its_run(given: Config, folder: str) -> Config:
 
 
 def evaluate_policy(cfg: Config, folder: str) -> None:
-    """Print the table before → after, and with --best_of the best of n answers of the start."""
+    """Print the table before → after, and with --best_of the best of n answers of the reference."""
     if not re.fullmatch(r"([1-9]\d*,?)*", cfg.best_of):
         raise InputError(f"--best_of {cfg.best_of}: give numbers above 0, separated by commas")
     sizes = [int(word) for word in cfg.best_of.split(",") if word]
@@ -55,7 +55,8 @@ def evaluate_policy(cfg: Config, folder: str) -> None:
     policy, policy_encoding = nets.load_gpt(folder, device)
     nets.check_vocabulary(folder, policy_encoding, encoding, cfg.init)
     cli.prepare(cfg, policy)
-    _, held_out = ppo.load_prompts(replace(cfg, batch_size=dist.WORLD), start, encoding)
+    no_batch = replace(cfg, batch_size=dist.WORLD, minibatch_size=dist.WORLD)
+    _, held_out = ppo.load_prompts(no_batch, start, encoding)
     judged_by = judges.load_functions(cfg.judge or ("" if cfg.data else tales.MEASURES))
 
     answer = partial(ppo.answer, cfg, autocast, (ref, value, score))
@@ -66,21 +67,24 @@ def evaluate_policy(cfg: Config, folder: str) -> None:
     if sizes:
         prompts = [prompt for prompt in held_out for _ in range(max(sizes))]
         found = measured(ref, prompts, "best of", cfg.seed)
-        columns = {name: torch.tensor(found[name]).view(len(held_out), -1) for name in [*judged_by, "score"]}
+        names = [*judged_by, "score", "final score"]
+        columns = {name: torch.tensor(found[name]).view(len(held_out), -1) for name in names}
         dist.print0(best_of_table(columns, sizes))
 
 
 def best_of_table(columns: dict[str, Tensor], sizes: list[int]) -> str:
-    """Return what the best-scored of n answers of the start is like, for each n of `sizes`. columns: (P, N) each.
+    """Return what the best of n answers of the reference is like, for each n of `sizes`. columns: (P, N) each.
 
-    Its KL to the start is at most log n − (n − 1) / n (Stiennon et al. 2020, appendix G.3; Beirami et al. 2024).
+    The best has the highest final score. Its KL to the reference is at most log n − (n − 1) / n (Stiennon et al. 2020,
+    appendix G.3; Beirami et al. 2024).
     """
-    lines = [f"\n{'best of n by the score':<24}{'KL (nats)':>10}  " + "  ".join(f"{name:>24}" for name in columns)]
+    head = f"\n{'best of n by the final score':<30}{'KL (nats)':>10}  "
+    lines = [head + "  ".join(f"{name:>24}" for name in columns)]
     for n in sizes:
-        found = [expected_at_best(columns["score"], x, n).tolist() for x in columns.values()]
-        cells = [measure.cell(measure.mean_and_error(column)) for column in found]
+        found = [expected_at_best(columns["final score"], x, n).tolist() for x in columns.values()]
+        cells = [measure.cell(measure.mean_and_error(column), len(column)) for column in found]
         kl = math.log(n) - (n - 1) / n
-        lines.append(f"{n:<24}{kl:>10.2f}  " + "  ".join(f"{text:>24}" for text in cells))
+        lines.append(f"{n:<30}{kl:>10.2f}  " + "  ".join(f"{text:>24}" for text in cells))
     return "\n".join(lines)
 
 
@@ -107,8 +111,11 @@ def evaluate_reward(cfg: Config, folder: str) -> None:
     lengths = [max(len(row.tokens) for row in group.rows) for group in groups]
     groups = data.keep_short(groups, lengths, nets.context(cfg, model), f"comparisons of {cfg.data}", dist.print0)
     scores = reward.read_scores(model, groups, cfg.micro_batch_size or 4, device, autocast)
-    report = measure.agreement_report(*measure.agreement(groups, measure.margins(groups, scores)))
-    dist.print0(f"{folder} on {cfg.data}: {len(groups):,} prompts\n{report}\n\n{by_source_and_length(groups, scores)}")
+    found, table = measure.agreement(groups, measure.margins(groups, scores))
+    dist.print0(
+        f"{folder} on {cfg.data}: {found['eval/prompts']:,} prompts\n{measure.agreement_report(found, table)}\n"
+    )
+    dist.print0(by_source_and_length(groups, scores))
 
 
 def by_source_and_length(groups: list[data.Group], scores: Tensor) -> str:
@@ -122,8 +129,9 @@ def by_source_and_length(groups: list[data.Group], scores: Tensor) -> str:
         chosen = [i for i, group in enumerate(groups) if group.source == source]
         some = torch.cat([by_group[i] for i in chosen])
         found, _ = measure.agreement([groups[i] for i in chosen], some)
-        accuracy = f"{found['eval/accuracy']:.3f} ± {found['eval/accuracy_se']:.3f}"
-        lines.append(f"{source or 'no source':<32} {len(some):>7,} pairs  {accuracy}")
+        lines.append(f"{source or 'no source':<32} {len(some):>7,} pairs  {measure.accuracy_text(found)}")
+    if not longer.any():
+        return "\n".join([*lines, "the two responses of every pair are equally long"])
     people, model = ((x[longer != 0] > 0).double().mean() for x in (longer, margin * longer))
     lines.append(f"the longer response wins {people:.1%} of the pairs by the labels, {model:.1%} by the scores")
     return "\n".join(lines)

@@ -29,10 +29,10 @@ FORKS = {  # name → its diffs, and each β that is run
 
 def run(fork: str, kl_coef: float, seed: int) -> list[str]:
     """Judge, KL and score of a run on the held-out prompts, and its seconds without the stages before it."""
-    folder = start(seed)
-    text = stage(folder, "ppo", "ppo.py", "--seed", seed)
-    took = 0.0
-    if fork != "ppo":
+    folder, took = start(seed), 0.0
+    if (fork, kl_coef) == ("ppo", 0.05):  # the default run
+        text = stage(folder, "ppo", "ppo.py", "--seed", seed)
+    else:
         name = f"{fork.replace(', ', '-').replace(' ', '-')}-{kl_coef:g}"
         options = ["--seed", seed, "--kl_coef", kl_coef, "--out", f"out/{name}"]
         if fork == "dpo":

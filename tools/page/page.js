@@ -47,7 +47,8 @@ function number(x, signed = false) {
   if (Number.isInteger(x) || size >= 1000) return sign + size.toLocaleString("en", { maximumFractionDigits: 0 });
   return sign + size.toFixed(size >= 100 ? 0 : size >= 10 ? 1 : size >= 1 ? 2 : size >= 0.01 ? 3 : 4);
 }
-const pair = ([x, error]) => `${number(x)} ± ${number(error)}`;
+const pair = ([x, error, high], n) => high !== undefined ? `${number(x)} [${number(error)}, ${number(high)}]`
+  : finite(error) ? `${number(x)} ± ${number(error)}` : `${number(x)} (n ${n})`; // an interval, or an error if known
 
 function clock(seconds) {
   if (seconds < 90) return `${Math.round(seconds)} s`;
@@ -56,6 +57,7 @@ function clock(seconds) {
 
 // --- runs -----------------------------------------------------------------------------------------------------------
 
+const WINS = "wins against the reference";
 const short = name => visible(name).replace(/^.*:/, ""); // a judge without its file
 const colour = i => `var(--c${i % 5})`;
 const dot = (shade, pale) => h("i", { class: "dot", css: { background: shade, opacity: pale ? 0.5 : 1 } });
@@ -88,13 +90,13 @@ function head() {
 function head_of(run) {
   const { config, report, last } = run, tiles = [];
   const tile = (name, value, more) => tiles.push(div("card tile", soft(name), h("b", {}, value), soft(more)));
-  for (const [name, { before, after, change }] of Object.entries(report?.table ?? {}).slice(0, 4)) {
+  for (const [name, { before, after, change }] of Object.entries(report?.table ?? {}).slice(0, 5)) {
     const sign = change[0] > 0 ? "+" : "";
-    tile(short(name), `${number(before[0])} → ${number(after[0])}`, sign + pair(change));
+    tile(short(name), `${number(before[0])} → ${number(after[0])}`, sign + pair(change, report.answers.length));
   }
-  if (report?.win_rate) tile("wins against the start", number(report.win_rate[0]), `by ${short(report.by)}, ties half`);
-  const { "eval/accuracy": accuracy, "eval/accuracy_se": error } = report?.metrics ?? {};
-  if (finite(accuracy)) tile("held-out accuracy", number(accuracy), `± ${number(error)}`);
+  if (report?.win_rate) tile(WINS, number(report.win_rate[0]), `by ${short(report.by)}, ties half`);
+  const { "eval/accuracy": accuracy, "eval/accuracy_low": low, "eval/accuracy_high": high } = report?.metrics ?? {};
+  if (finite(accuracy)) tile("held-out accuracy", number(accuracy), finite(low) && `95%: ${number(low)} to ${number(high)}`);
   if (finite(last["loss/held_out"])) tile("held-out loss", number(last["loss/held_out"]), "nats per token");
   tile(`${run.unit}s`, number(run.steps), config ? `${clock(config.seconds)} on ${visible(config.device)}` : "");
   const command = config && h("code", { class: "soft" }, visible(config.command));
@@ -115,16 +117,17 @@ function report() {
 function report_table(able) {
   const names = [...new Set(able.flatMap(run => Object.keys(run.report.table)))];
   if (able.length === 1) {
-    const { table: found, win_rate } = able[0].report;
-    const cells = name => ["before", "after", "change"].map(column => pair(found[name][column]));
+    const { table: found, win_rate, answers } = able[0].report;
+    const cells = name => ["before", "after", "change"].map(column => pair(found[name][column], answers.length));
     const rows = names.map(name => row([short(name), ...cells(name)]));
     return table(["held-out prompts", "before", "after", "change"],
-      [...rows, row(["wins against the start", "", pair(win_rate), ""])]);
+      [...rows, row([WINS, "", pair(win_rate), ""])]);
   }
-  const cell = (found, name) => found[name] ? `${number(found[name].before[0])} → ${pair(found[name].after)}` : "–";
-  const rows = names.map(name => row([short(name), ...able.map(run => cell(run.report.table, name))]));
+  const cell = ({ table: found, answers }, name) =>
+    found[name] ? `${number(found[name].before[0])} → ${pair(found[name].after, answers.length)}` : "–";
+  const rows = names.map(name => row([short(name), ...able.map(run => cell(run.report, name))]));
   return table(["held-out prompts", ...able.map(titled)],
-    [...rows, row(["wins against the start", ...able.map(run => pair(run.report.win_rate))])]);
+    [...rows, row([WINS, ...able.map(run => pair(run.report.win_rate))])]);
 }
 
 function side_by_side(able) { // the answers of all runs to the same held-out prompts
