@@ -26,7 +26,7 @@ def sample_responses(
     seed: int,
     size: int = 0,
 ) -> list[list[Answer]]:
-    """`samples` answers, the end token included, of at most `response_len` tokens to each prompt, of `size` at a time."""
+    """`samples` answers of at most `response_len` tokens, the end one included, to each prompt, to `size` at a time."""
     repeated = [ids for prompt in prompts for ids in [data.encode_prompt(encoding, prompt)] * samples]
     most = min(512, max(1, 2**16 // (max(map(len, repeated)) + response_len)))  # limits the cache size
     rows = min(most, size * samples or most)
