@@ -450,8 +450,10 @@ BAD = {
     ),
     "quantized weights": (  # found before any tensor is read
         lambda f: edit(f / "config.json", quantization_config={"quant_method": "gptq"})
-        or (f / "model.safetensors").unlink(), "the weights are quantized .gptq.",
+        or (f / "model.safetensors").unlink(), "config.json: quantized weights .gptq.; fetch",
     ),
+    "a million layers": (lambda f: edit(f / "config.json", n_layer=10**6), "tensors are too few for 1000000 layers"),
+    "an adapter": (lambda f: (f / "adapter_config.json").write_text("{}"), "hf: an adapter; merge it"),
     "quantized weights that the config does not name": (
         lambda f: with_tensors(f, lambda t: t.update({"transformer.ln_f.bias": torch.ones(32, dtype=torch.uint8)})),
         "ln_f.bias is uint8, as in a quantized model",

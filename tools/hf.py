@@ -2,7 +2,7 @@
 
     python -m tools.hf gpt2 out/gpt2         download GPT-2 (gpt2-medium, gpt2-large, gpt2-xl) into a run folder
     python -m tools.hf FOLDER out/NAME       a Hugging Face folder → a run folder that every stage's --init takes
-    python -m tools.hf PATH/ckpt.pt out/NAME a checkpoint of nanoGPT with GPT-2's vocabulary → a run folder
+    python -m tools.hf ckpt.pt out/NAME      nanoGPT's checkpoint with GPT-2's vocabulary → a run folder
     python -m tools.hf out/ppo FOLDER        a run folder → a Hugging Face folder for AutoModel and AutoTokenizer
 
 The supported models are GPT-2, Llama 3 to 3.3, SmolLM 2, Qwen 2 and 3, Mistral without sliding windows, and SmolLM 3,
@@ -105,7 +105,7 @@ def turned(ours: str, x: Tensor, config: GPTConfig) -> Tensor:
 def our_config(c: dict, path: Path) -> tuple[GPTConfig, bool]:
     """Return our config for the content of a config.json, and whether it is a reward model's. `eos` stays 0."""
     if how := c.get("quantization_config") or c.get("compression_config"):
-        raise InputError(f"{path}: the weights are quantized ({how.get('quant_method')}); fetch the model unquantized")
+        raise InputError(f"{path}: quantized weights ({how.get('quant_method', how)}); fetch the model unquantized")
     kind = c.get("model_type")
     require(path, "model_type", kind, [*CLASSES])
     architecture = (c.get("architectures") or CLASSES[kind])[0]
@@ -219,7 +219,7 @@ def read_model(folder: Path, encoding: tiktoken.Encoding | None = None) -> tuple
 
 
 def read_nanogpt(path: Path) -> tuple[GPT, tiktoken.Encoding]:
-    """Read a ckpt.pt of nanoGPT. Biases that it lacks are zeros here. Its GELU becomes GPT-2's, at most 0.0005 off."""
+    """Read a ckpt.pt of nanoGPT. Biases that it lacks are zeros here. Its exact GELU becomes GPT-2's approximation."""
     saved = nets.read_checkpoint(path, "give a ckpt.pt of nanoGPT")
     try:
         args = saved["model_args"]
@@ -231,6 +231,7 @@ def read_nanogpt(path: Path) -> tuple[GPT, tiktoken.Encoding]:
             found |= {name.replace(".weight", ".bias"): torch.zeros(len(found[name])) for name in layers}
         found |= {name: found[name].T for name in layers if found[name].dim() == 2}  # as on Hugging Face
         encoding = fill_gaps(gpt2_encoding(), args["vocab_size"], path)
+        print(f"{path}: each exact GELU of nanoGPT becomes GPT-2's, which is at most 0.0005 off")
         shape = {name: args[name] for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd")}
         return load(GPTConfig(eos=encoding.eot_token, **shape), False, found, "its model"), encoding
     except (*UNEXPECTED, InputError) as error:
@@ -240,6 +241,8 @@ def read_nanogpt(path: Path) -> tuple[GPT, tiktoken.Encoding]:
 
 def load(config: GPTConfig, scalar: bool, found: dict[str, Tensor], source: str) -> GPT | ScalarModel:
     """Build a model from their tensors. Raises InputError if one is missing or unknown, RuntimeError if misshapen."""
+    if config.n_layer > len(found):  # before a million layers are made
+        raise InputError(f"{source}: {len(found)} tensors are too few for {config.n_layer} layers; fetch it again")
     with torch.device("meta"):
         model = GPT(replace(config, tied=config.tied or scalar))
     names = {ours: their_names(ours, config) for ours in [*model.state_dict(), *["head.weight"] * scalar]}
@@ -332,6 +335,8 @@ def read(source: str) -> tuple[GPT | ScalarModel, tiktoken.Encoding]:
     """Read a model of another project: its folder, its ckpt.pt, or the name of a published one."""
     folder = Path(source)
     ckpt = folder if folder.suffix == ".pt" else folder / "ckpt.pt"
+    if (folder / "adapter_config.json").exists():
+        raise InputError(f"{source}: an adapter; merge it into its model first (peft's merge_and_unload)")
     if (folder / "config.json").exists():
         return read_model(folder)
     if ckpt.exists():
@@ -351,6 +356,7 @@ def convert(source: str, target: Path) -> str:
         if target == Path.cwd() or target.exists() and not (target.is_dir() and not any(target.iterdir())):
             raise InputError(f"{target}: exists already; name a new folder, so that no file is lost")
         temporary.mkdir(parents=True)  # before any work: a folder that cannot be written is found at once
+        # model.pt first, for a run folder has a config.json too
         if (folder / "model.pt").exists() or folder.suffix == ".pt" and not folder.name.startswith("ckpt"):
             model, encoding = nets.load(folder)
             write_model(model, encoding, temporary)
