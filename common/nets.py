@@ -97,10 +97,18 @@ def load_scalar(
 
 
 def check_vocabulary(what: str, encoding: tiktoken.Encoding, wanted: tiktoken.Encoding, init: str) -> None:
-    """Raises InputError if `what` has another vocabulary than the policy of --init."""
-    ours, theirs = ({k: v for k, v in encoding_state(each).items() if k != "chat"} for each in (encoding, wanted))
-    if ours != theirs:
-        raise InputError(f"{what}: was trained with another vocabulary than {init}; train it from that policy")
+    """Raises InputError if an id is another token in `what` than in the policy of --init.
+
+    A reward model may have further ids, such as a pad's: no policy writes them. The name of an unused row is free.
+    """
+    ours, theirs = (
+        {i: token for token, i in (e._mergeable_ranks | e._special_tokens).items()} for e in (encoding, wanted)
+    )
+    for i in theirs if what.startswith("--reward") else theirs | ours:
+        pair = (ours.get(i), theirs.get(i))
+        unused = f"<|unused_{i}|>" in pair and all(isinstance(token, str) for token in pair)
+        if pair[0] != pair[1] and not unused:
+            raise InputError(f"{what}: was trained with another vocabulary than {init}; train it from that policy")
 
 
 def context(cfg: Any, model: GPT | ScalarModel) -> int:

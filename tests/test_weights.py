@@ -4,11 +4,13 @@ import copy
 import functools
 import hashlib
 import json
+import math
 import random
 import re
 import shutil
 import sys
 import tempfile
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ import torch
 
 import common
 import data
+import ppo
 from data import InputError
 from data.chat import with_template
 from model import ScalarModel
@@ -211,6 +214,150 @@ def test_a_reward_model_is_a_sequence_classifier_of_one_label_with_the_same_scor
     torch.testing.assert_close(back.scores(tokens, length), reward.scores(tokens, length), rtol=1e-4, atol=1e-4)
 
 
+def reward_model(encoding, **shape):
+    model = ScalarModel(uneven(make_gpt(vocab_size=encoding.n_vocab, **shape))).eval()
+    model.head.bias.data.fill_(0.4)
+    return model
+
+
+@pytest.mark.parametrize("special, eos, stops, pad", [
+    ([], 0, (), "<|pad|>"),  # our own vocabulary: EOS alone
+    (["<|im_end|>", "<|user|>"], 0, (1,), "<|pad|>"), (["<|pad|>"], 1, (0,), "<|pad_2|>"),
+    (["<|im_end|>", "<|fim_pad|>", "<|user|>"], 0, (1,), "<|fim_pad|>"),
+])  # fmt: skip
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_the_pad_of_an_exported_reward_model_ends_no_text(tmp_path, family, special, eos, stops, pad):
+    """transformers reads a score at the last token that is not the pad. So texts that end with any other are read."""
+    ours = data.learn_bpe(["ask me. yes no."] * 9, 280)
+    ranks, first = ours._mergeable_ranks, ours.eot_token
+    names = {name: first + i for i, name in enumerate(["<|endoftext|>", *special])}
+    ours = tiktoken.Encoding("mine", pat_str=ours._pat_str, mergeable_ranks=ranks, special_tokens=names)
+    model = reward_model(ours, eos=first + eos, stops=tuple(first + i for i in stops), **FAMILIES[family])
+    weights.write_model(model, with_template(ours, {"template": "{{ eos_token }}"}), make(tmp_path / "hf"))
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "hf").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert tokenizer.pad_token == pad and tokenizer.pad_token_id == theirs.config.pad_token_id
+    rows = [[5, 9, 3, i] for i in range(100, ours.n_vocab) if i != tokenizer.pad_token_id]
+    rows += [row[1:] for row in rows[-3:]]
+    tokens, _, length = data.pad([data.Row(row, 1) for row in rows])
+    batch = tokenizer.pad({"input_ids": rows}, return_tensors="pt")
+    constant = getattr(theirs.config, "score_bias", 0.0)
+    expected = model.scores(tokens, length)
+    torch.testing.assert_close(theirs(**batch).logits[:, 0] + constant, expected, rtol=1e-4, atol=1e-4)
+    single = torch.cat([theirs(torch.tensor([row])).logits[:, 0] for row in rows[-9:]])
+    torch.testing.assert_close(single + constant, expected[-9:], rtol=1e-4, atol=1e-4)
+
+    back, again = weights.read_model(tmp_path / "hf")
+    torch.testing.assert_close(back.scores(tokens, length), expected, rtol=1e-4, atol=1e-4)
+    assert again._special_tokens[pad] == tokenizer.pad_token_id and again.n_vocab == theirs.config.vocab_size
+    assert again.n_vocab - ours.n_vocab == (pad not in special) and again.chat["template"] == "{{ eos_token }}"
+
+
+def test_a_pad_that_ends_texts_is_told_at_the_import(tmp_path, capsys):
+    make_tokenizer(tmp_path / "hf")
+    encoding = tokenizer_json.read_tokenizer(tmp_path / "hf" / "tokenizer.json")
+    weights.write_model(reward_model(encoding, eos=0), encoding, make(tmp_path / "out"))
+    weights.read_model(tmp_path / "out")
+    assert "its pad ends texts" not in capsys.readouterr().out
+    edit(tmp_path / "out" / "config.json", pad_token_id=0)
+    weights.read_model(tmp_path / "out")
+    assert "its pad ends texts" in capsys.readouterr().out
+
+
+def vocabulary(special, words=("ab", "cd")):
+    ranks = {bytes([i]): i for i in range(256)} | {word.encode(): 256 + i for i, word in enumerate(words)}
+    names = {name: len(ranks) + i for i, name in enumerate(special)}
+    return tiktoken.Encoding("bpe", pat_str=data.SPLIT, mergeable_ranks=ranks, special_tokens=names)
+
+
+@pytest.mark.parametrize("policy, others, reward, ref", [
+    (["<e>", "<u>"], ["<e>", "<u>"], True, True),
+    (["<e>", "<u>"], ["<e>", "<u>", "<|pad|>"], True, False),  # an id that the policy cannot write
+    (["<e>", "<u>", "<|pad|>"], ["<e>", "<u>"], False, False),  # one that has no embedding there
+    (["<e>", "<|unused_259|>"], ["<e>", "<|pad|>"], True, True),
+    (["<e>", "<u>"], ["<e>", "<|unused_259|>"], True, True),
+    (["<e>", "<|unused_259|>"], ["<e>"], False, False), (["<e>", "<u>"], ["<u>", "<e>"], False, False),
+    (["<e>", "<|unused_258|>"], ["<e>", "<u>"], False, False),  # the name of another row
+])  # fmt: skip
+def test_a_reward_model_knows_every_token_of_the_policy_and_may_know_more(policy, others, reward, ref):
+    for what, passes in (("--reward out/r", reward), ("--ref out/r", ref), ("out/ppo", ref)):
+        check = functools.partial(common.nets.check_vocabulary, what, vocabulary(others), vocabulary(policy), "out/sft")
+        if passes:
+            check()
+        else:
+            with pytest.raises(InputError, match=f"{what}: was trained with another vocabulary than out/sft"):
+                check()
+
+
+def test_a_reward_model_of_other_words_is_refused_even_where_the_policy_has_no_name():
+    other = vocabulary(["<e>", "<u>"], words=("ab", "ce"))
+    for policy in (vocabulary(["<e>", "<u>"]), vocabulary(["<|unused_257|>", "<e>", "<u>"], words=("ab",))):
+        with pytest.raises(InputError, match="another vocabulary"):
+            common.nets.check_vocabulary("--reward out/r", other, policy, "out/sft")
+
+
+def test_the_rewards_of_ppo_come_from_a_model_with_one_pad_token_more(tmp_path, encoding, gpt):
+    names = encoding._special_tokens | {"<|pad|>": encoding.n_vocab}
+    padded = tiktoken.Encoding("trl", pat_str=LLAMA3, mergeable_ranks=encoding._mergeable_ranks, special_tokens=names)
+    model = reward_model(padded, eos=encoding.eot_token)
+    common.save_model(gpt, encoding, make(tmp_path / "sft") / "model.pt")
+    common.save_model(model, padded, make(tmp_path / "reward") / "model.pt")
+    cfg = ppo.Config(init=f"{tmp_path}/sft", reward=f"{tmp_path}/reward", device="cpu", unended_cap=math.inf)
+    _, _, _, score, _ = ppo.build(cfg, torch.device("cpu"), torch.autocast("cpu", enabled=False))
+    tokens, prompt_len, length = gpt.generate([[3, 5], [7]], 6, generator=torch.Generator().manual_seed(0))
+    batch = ppo.Batch(tokens=tokens, prompt_len=prompt_len, length=length)
+    torch.testing.assert_close(score(batch), model.scores(tokens, length))
+
+
+@pytest.fixture(scope="module")
+def gpt2_like():
+    """An encoding of as many tokens as GPT-2's: the bytes, and pairs of them."""
+    ranks = {bytes([i]): i for i in range(256)} | {bytes(divmod(i, 256)): 256 + i for i in range(50000)}
+    return tiktoken.Encoding("gpt2", pat_str=data.SPLIT, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 50256})
+
+
+@pytest.mark.parametrize("vocab_size, bias, prefix", [(50304, True, "_orig_mod."), (50257, False, "")])
+def test_a_checkpoint_of_nanogpt_has_the_logits_of_gpt2_with_its_layers_transposed(
+    tmp_path, monkeypatch, gpt2_like, vocab_size, bias, prefix
+):
+    monkeypatch.setattr(weights, "gpt2_encoding", lambda: gpt2_like)
+    shape = dict(vocab_size=vocab_size, n_layer=2, n_head=2, n_embd=16)
+    config = transformers.GPT2Config(n_positions=32, **shape)
+    theirs = uneven(transformers.GPT2LMHeadModel(config)).eval()
+    with torch.no_grad():
+        for name, x in theirs.named_parameters():
+            x.mul_(0.0 if name.endswith("bias") and not bias else 1.0)
+    state = {}
+    for name, x in theirs.state_dict().items():
+        if bias or not name.endswith("bias"):
+            state[prefix + name] = x.T if re.search(r"c_\w+\.weight", name) else x
+    state[f"{prefix}transformer.h.0.attn.bias"] = torch.ones(1, 1, 32, 32)  # of attention without flash: the mask
+    args = shape | {"block_size": 32, "bias": bias, "dropout": 0.1}
+    saved = {"model": state, "optimizer": {}, "model_args": args, "iter_num": 5, "best_val_loss": torch.tensor(3.0)}
+    torch.save(saved | {"config": {"init_from": "scratch"}}, make(tmp_path / "nano") / "ckpt.pt")
+    weights.convert(str(tmp_path / "nano"), tmp_path / "run")
+    ours, encoding = common.load_gpt(tmp_path / "run")
+    tokens = torch.arange(64).view(2, 32) * 7
+    torch.testing.assert_close(ours(tokens), theirs(tokens).logits, rtol=1e-4, atol=1e-4)
+    assert ours.config.eos == encoding.eot_token == 50256 and encoding.n_vocab == vocab_size
+
+
+def test_a_checkpoint_of_characters_or_not_of_nanogpt_is_refused_in_a_sentence(tmp_path, monkeypatch, gpt2_like):
+    monkeypatch.setattr(weights, "gpt2_encoding", lambda: gpt2_like)
+    args = dict(vocab_size=50257, block_size=32, n_layer=1, n_head=2, n_embd=16)
+    for change, words in (
+        ({"model_args": {"vocab_size": 65}}, "of nanoGPT: a vocabulary of 65 tokens is not GPT-2's"),
+        ({"model_args": {"vocab_size": 50257}}, "of nanoGPT: not as expected .KeyError: 'block_size'"),
+        ({"model_args": None}, "of nanoGPT: not as expected .TypeError"),
+        ({"model": 5}, "not a checkpoint"),
+        ({"model": {"transformer.h.0.ln_1.weight": torch.ones(9)}}, "of nanoGPT: its model: the tensor h.0"),
+    ):
+        torch.save({"model": {}, "model_args": args} | change, tmp_path / "ckpt.pt")
+        with pytest.raises(InputError, match=words) as error:
+            weights.convert(str(tmp_path / "ckpt.pt"), tmp_path / "run")
+        assert "\n" not in str(error.value) and [path.name for path in tmp_path.iterdir()] == ["ckpt.pt"]
+
+
 def test_gpt2_is_downloaded_once_and_checked_against_the_hubs_checksum(tmp_path, server, monkeypatch):
     theirs = hugging_face_folder(tmp_path / "hf", "gpt2")
     edit(tmp_path / "hf" / "config.json", eos_token_id=399)
@@ -301,8 +448,44 @@ BAD = {
     "an end of text that is a word": (
         lambda f: edit(f / "config.json", eos_token_id=400), "eos_token_id .0, 400. must name",
     ),
+    "quantized weights": (  # found before any tensor is read
+        lambda f: edit(f / "config.json", quantization_config={"quant_method": "gptq"})
+        or (f / "model.safetensors").unlink(), "config.json: quantized weights .gptq.; fetch",
+    ),
+    "a million layers": (lambda f: edit(f / "config.json", n_layer=10**6), "tensors are too few for 1000000 layers"),
+    "an adapter": (lambda f: (f / "adapter_config.json").write_text("{}"), "hf: an adapter; merge it"),
+    "quantized weights that the config does not name": (
+        lambda f: with_tensors(f, lambda t: t.update({"transformer.ln_f.bias": torch.ones(32, dtype=torch.uint8)})),
+        "ln_f.bias is uint8, as in a quantized model",
+    ),
     "another output layer": (
         lambda f: with_tensors(f, lambda t: t.update({"lm_head.weight": torch.ones(1000, 32)})), "ties lm_head.weight",
+    ),
+    "words and gaps, of which one is dropped": (
+        lambda f: edit(f / "tokenizer.json", pre_tokenizer=split_by(LLAMA3, "Removed", False)), "Split Removed False",
+    ),
+    "words joined to what is before": (
+        lambda f: edit(f / "tokenizer.json", pre_tokenizer=split_by(LLAMA3, "MergedWithPrevious")),
+        "Split MergedWithPrevious False",
+    ),
+    "a pattern that leaves out letters": (
+        lambda f: edit(f / "tokenizer.json", pre_tokenizer=split_by(r"[a-z]+|[^\p{L}]")), "leaves out a part of 'aA'",
+    ),
+    "a pattern that drops what it leaves out": (
+        lambda f: edit(f / "tokenizer.json", pre_tokenizer=split_by(r"\S+", "Removed", True)), "leaves out a part of",
+    ),
+    "a pattern that is none": (
+        lambda f: edit(f / "tokenizer.json", pre_tokenizer=split_by("(")), r"json: tiktoken cannot use .*'\('",
+    ),
+    "a pattern at which tiktoken panics": (
+        lambda f: edit(f / "tokenizer.json", pre_tokenizer=split_by("x*")), r"json: tiktoken cannot use .*x\*",
+    ),
+    "an added token that is a letter": (lambda f: with_word(f, "="), "added token = is a word"),
+    "an added token that spells other bytes": (lambda f: with_word(f, "Ġ"), "added token Ġ is a word"),
+    "an added token of two ids": (lambda f: with_word(f, "12", 950), "added token 12 with the id 950"),
+    "a normalizer within a sequence": (
+        lambda f: edit(f / "tokenizer.json", normalizer=sequence({"type": "NFC"}, sequence({"type": "NFKC"}))),
+        'normalizer "NFKC"',
     ),
     "a BPE that drops merges": (lambda f: edit_model(f, dropout=0.1), "dropout 0.1 is not"),
     "a BPE with ends of words": (lambda f: edit_model(f, end_of_word_suffix="</w>"), 'end_of_word_suffix "</w>"'),
@@ -313,6 +496,24 @@ BAD = {
         or edit(f / "config.json", vocab_size=500), "ids up to 899",
     ),
 }  # fmt: skip
+
+
+def split_by(pattern, behavior="Isolated", invert=False):
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": behavior, "invert": invert}
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    return {"type": "Sequence", "pretokenizers": [split, level]}
+
+
+def sequence(*normalizers):
+    return {"type": "Sequence", "normalizers": [*normalizers]}
+
+
+def with_word(folder, word, i=None, special=False):
+    """The tokenizer of a folder, to which a word of its vocabulary is added as a token."""
+    spec = json.loads((folder / "tokenizer.json").read_text())
+    flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=special)
+    spec["added_tokens"].append({"id": spec["model"]["vocab"][word] if i is None else i, "content": word} | flags)
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
 
 
 def without_merges(folder, n):
@@ -346,6 +547,72 @@ def test_llama_3s_form_lists_every_split_of_a_token_and_words_that_no_merge_make
     for text in texts:
         assert ours.encode_ordinary(text) == theirs.encode(text).ids == out.encode(text).ids, repr(text)
     assert ours.encode_ordinary("a qzqzq")[-1] == len(vocab) - 1
+
+
+@pytest.mark.parametrize("behavior, invert", [("Isolated", True), ("Removed", True)])
+def test_to_keep_the_matches_alone_is_to_keep_all_where_the_pattern_matches_each_character(tmp_path, behavior, invert):
+    make_tokenizer(tmp_path, "split")
+    path = tmp_path / "tokenizer.json"
+    edit(path, pre_tokenizer=split_by(LLAMA3, behavior, invert))
+    theirs, ours = tokenizers.Tokenizer.from_file(str(path)), tokenizer_json.read_tokenizer(path)
+    for text in strings(200):
+        assert ours.encode_ordinary(text) == theirs.encode(text).ids, repr(text)
+
+
+def test_a_pattern_is_tried_on_a_character_of_each_category():
+    every = {unicodedata.category(chr(i)) for i in range(sys.maxunicode + 1)}
+    assert {unicodedata.category(each) for each in tokenizer_json.KINDS} == every - {"Cs"}
+
+
+def test_a_normalizer_that_changes_nothing_is_none_and_a_sequence_of_nfc_is_nfc(tmp_path, capsys):
+    make_tokenizer(tmp_path)
+    path, nfc, strip = tmp_path / "tokenizer.json", {"type": "NFC"}, {"type": "Strip", "strip_left": False}
+    for normalizer in (None, sequence(), sequence(sequence()), sequence(strip | {"strip_right": False})):
+        edit(path, normalizer=normalizer)
+        theirs, ours = tokenizers.Tokenizer.from_file(str(path)), tokenizer_json.read_tokenizer(path)
+        assert all(ours.encode_ordinary(text) == theirs.encode(text).ids for text in strings(30))
+    assert not capsys.readouterr().out
+    edit(path, normalizer=sequence(sequence(nfc), nfc))
+    tokenizer_json.read_tokenizer(path)
+    assert "normalizer NFC is ignored" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_an_added_token_that_merges_make_too_is_found_before_them(tmp_path, special):
+    make_tokenizer(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    model = json.loads(path.read_text())["model"]
+    assert ["34", "567"] in model["merges"]  # so that another word is made of it
+    with_word(tmp_path, "34", special=special)
+    with_word(tmp_path, "12", special=special)
+    theirs, ours = tokenizers.Tokenizer.from_file(str(path)), tokenizer_json.read_tokenizer(path)
+    out = tokenizers.Tokenizer.from_str(json.dumps(tokenizer_json.tokenizer_json(ours)))
+    for text in ["1234567", "121234567 x12y 123 34567", *strings(300)]:
+        ids = theirs.encode(text).ids
+        assert data.encode_prompt(ours, text) == out.encode(text).ids == ids, repr(text)
+        assert special or data.encode_text(ours, text) == ids
+
+
+def test_an_unknown_token_is_no_matter_where_the_vocabulary_has_every_byte(tmp_path):
+    make_tokenizer(tmp_path / "all")
+    edit_model(tmp_path / "all", unk_token="<|end|>", byte_fallback=True)
+    path = tmp_path / "all" / "tokenizer.json"
+    theirs, ours = tokenizers.Tokenizer.from_file(str(path)), tokenizer_json.read_tokenizer(path)
+    assert all(ours.encode_ordinary(text) == theirs.encode(text).ids for text in strings(100))
+    make_tokenizer(tmp_path / "some", "digits", alphabet=False)
+    edit_model(tmp_path / "some", unk_token="<|end|>")
+    with pytest.raises(InputError, match='unk_token "<|end|>" is not supported'):
+        tokenizer_json.read_tokenizer(tmp_path / "some" / "tokenizer.json")
+
+
+def test_the_marks_of_a_thought_are_read_in_every_text_even_if_they_are_special(tmp_path):
+    make_tokenizer(tmp_path)
+    names = ["<think>", "</think>", "[THINK]", "[/THINK]", "<thinking>", "</thinking>", "<|thin|>"]
+    theirs = with_added_tokens(tmp_path, *names, special=True)
+    ours = tokenizer_json.read_tokenizer(tmp_path / "tokenizer.json")
+    answer = "<think>12[THINK]a</think> b[/THINK]<thinking>c</thinking>"
+    assert data.encode_text(ours, answer) == theirs.encode(answer).ids
+    assert len(data.encode_text(ours, "<|thin|><|end|>")) > 2
 
 
 def test_gpt2s_own_tokenizer_file_does_not_name_its_type(tmp_path):
@@ -383,6 +650,55 @@ def test_a_llama_that_computes_otherwise_is_refused_by_name(tmp_path, changes, w
     edit(tmp_path / "hf" / "config.json", **changes)
     with pytest.raises(InputError, match=words):
         weights.convert(str(tmp_path / "hf"), tmp_path / "run")
+
+
+NULL = {"num_key_value_heads": None, "rope_parameters": None, "n_inner": None}
+
+
+@pytest.mark.parametrize("given", [{}, NULL])
+@pytest.mark.parametrize("kind", weights.CLASSES)
+def test_a_key_that_config_json_lacks_or_that_is_null_means_what_the_class_of_its_kind_says(kind, given):
+    if kind == "mistral":  # whose class takes no null for these heads
+        given = {key: None for key in given if key != "num_key_value_heads"} | {"sliding_window": None}
+    theirs = transformers.AutoConfig.for_model(kind, **given)
+    about = {"model_type": kind, "architectures": [weights.CLASSES[kind][0]]}
+    ours, scalar = weights.our_config(about | given, Path("config.json"))
+    for name, key in (weights.GPT2_FIELDS if kind == "gpt2" else weights.LLAMA_FIELDS).items():
+        expected = getattr(theirs, key, None)
+        if expected is None:  # their layers derive it
+            derived = {"head_dim": theirs.hidden_size // theirs.num_attention_heads, "n_inner": 4 * theirs.hidden_size}
+            expected = derived[name]
+        assert getattr(ours, name) == expected, name
+    if kind != "gpt2":
+        assert theirs.rope_parameters == {"rope_theta": ours.rope_theta, "rope_type": "default"}
+        rope = getattr(theirs, "no_rope_layers", [1] * ours.n_layer)
+        assert ours.no_rope == tuple(i for i in range(ours.n_layer) if not rope[i])
+    for name, allowed in weights.REQUIRED[kind].items():
+        assert getattr(theirs, name, allowed[0]) == allowed[0], name
+    assert not scalar and theirs.num_labels == 2
+
+
+LLAMAS = dict(hidden_size=64, intermediate_size=48, num_hidden_layers=4, pad_token_id=None)
+
+
+@pytest.mark.parametrize("kind, shape", [
+    ("smollm3", LLAMAS | {"num_attention_heads": 8}), ("llama", LLAMAS), ("qwen3", LLAMAS | {"num_hidden_layers": 2}),
+    ("mistral", LLAMAS | {"num_attention_heads": 16, "sliding_window": None}), ("gpt2", dict(n_embd=48)),
+])  # fmt: skip
+def test_a_folder_whose_config_lacks_what_its_class_says_has_the_logits_of_transformers(tmp_path, kind, shape):
+    make_tokenizer(tmp_path / "hf")
+    config = transformers.AutoConfig.for_model(kind, vocab_size=900, eos_token_id=0, bos_token_id=0, **shape)
+    theirs = uneven(transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)).eval()
+    theirs.save_pretrained(tmp_path / "hf")
+    path, of_class = tmp_path / "hf" / "config.json", transformers.AutoConfig.for_model(kind).to_dict()
+    written = json.loads(path.read_text())
+    short = {key: value for key, value in written.items() if value != of_class.get(key) or key == "model_type"}
+    del short["architectures"]  # the first of its class is a language model
+    assert "tie_word_embeddings" not in short and "rope_parameters" not in short
+    path.write_text(json.dumps(short))
+    ours, _ = weights.read_model(tmp_path / "hf")
+    tokens = torch.randint(0, 900, (2, 30), generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(ours(tokens), theirs(tokens).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_an_older_config_with_rope_theta_beside_the_rest_is_read(tmp_path):

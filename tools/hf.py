@@ -2,6 +2,7 @@
 
     python -m tools.hf gpt2 out/gpt2         download GPT-2 (gpt2-medium, gpt2-large, gpt2-xl) into a run folder
     python -m tools.hf FOLDER out/NAME       a Hugging Face folder → a run folder that every stage's --init takes
+    python -m tools.hf ckpt.pt out/NAME      nanoGPT's checkpoint with GPT-2's vocabulary → a run folder
     python -m tools.hf out/ppo FOLDER        a run folder → a Hugging Face folder for AutoModel and AutoTokenizer
 
 The supported models are GPT-2, Llama 3 to 3.3, SmolLM 2, Qwen 2 and 3, Mistral without sliding windows, and SmolLM 3,
@@ -21,22 +22,37 @@ from pathlib import Path
 import tiktoken
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from common import cli, nets
 from data.chat import template_of, with_template
 from data.files import InputError, cannot_write, read_json
-from data.tokenizer import gpt2_encoding, turn_suffix
+from data.tokenizer import gpt2_encoding, plain_tokens, turn_suffix
 from model import GPT, GPTConfig, ScalarModel
 from tools.get.download import download_from_hub
 from tools.hf_tokenizer import eos_ids, fill_gaps, read_about, read_template, read_tokenizer, require, tokenizer_json
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "plainrlhf"
+PAD = re.compile("pad|unused|reserved", re.IGNORECASE)  # names of tokens that no text holds
 PUBLISHED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 
+# What a file that is not as expected may raise.
+UNEXPECTED = (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError, ZeroDivisionError)
 # The class of a language model and of a reward model.
 CLASSES = {"gpt2": ("GPT2LMHeadModel", "GPT2ForSequenceClassification")} | {
     name.lower(): (f"{name}ForCausalLM", f"{name}ForSequenceClassification")
     for name in ("Llama", "Mistral", "Qwen2", "Qwen3", "SmolLM3")
+}
+# What these keys mean if config.json lacks them: each class has its own numbers. GPT-2's are the defaults of GPTConfig.
+KEYS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+KEYS += ("num_key_value_heads", "head_dim", "max_position_embeddings", "rope_theta")
+DEFAULTS = {
+    "gpt2": (),
+    "llama": (32000, 4096, 11008, 32, 32, None, None, 2048, 1e4),
+    "mistral": (32000, 4096, 14336, 32, 32, 8, None, 131072, 1e4),
+    "qwen2": (151936, 4096, 22016, 32, 32, 32, None, 32768, 1e4),
+    "qwen3": (151936, 4096, 22016, 32, 32, 32, 128, 32768, 1e4),
+    "smollm3": (128256, 2048, 11008, 36, 16, 4, None, 32768, 2e6),
 }
 # What model.py computes. If config.json has one of these keys, it needs one of these values; if it lacks the key, the
 # first of them has to be what transformers takes then.
@@ -58,6 +74,8 @@ LLAMA_FIELDS = {
     "n_head": "num_attention_heads", "n_kv_head": "num_key_value_heads", "n_embd": "hidden_size",
     "n_inner": "intermediate_size", "norm_eps": "rms_norm_eps", "tied": "tie_word_embeddings", "head_dim": "head_dim",
 }  # fmt: skip
+TIED = ("gpt2", "smollm3")  # if config.json does not say
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 ROPE_LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 # Llama's layers that make each of ours, in the order in which their rows stand in it. GPT-2's have our names.
 LLAMA_LAYERS = {
@@ -86,14 +104,17 @@ def turned(ours: str, x: Tensor, config: GPTConfig) -> Tensor:
 
 def our_config(c: dict, path: Path) -> tuple[GPTConfig, bool]:
     """Return our config for the content of a config.json, and whether it is a reward model's. `eos` stays 0."""
-    kind, architecture = c.get("model_type"), (c.get("architectures") or [None])[0]
+    if how := c.get("quantization_config") or c.get("compression_config"):
+        raise InputError(f"{path}: quantized weights ({how.get('quant_method', how)}); fetch the model unquantized")
+    kind = c.get("model_type")
     require(path, "model_type", kind, [*CLASSES])
+    architecture = (c.get("architectures") or CLASSES[kind])[0]
     require(path, "architecture", architecture, CLASSES[kind])
     if kind == "mistral":
         require(path, "sliding_window", c.get("sliding_window", 4096), [None])
-    defaults = {"tie_word_embeddings": kind == "gpt2", "n_inner": 0, "num_key_value_heads": 0, "num_labels": 2}
-    defaults["head_dim"] = 128 if kind == "qwen3" else 0
-    c = defaults | {name: value for name, value in c.items() if value is not None}
+    c = dict(zip(KEYS, DEFAULTS[kind])) | {"rms_norm_eps": 1e-6, "tie_word_embeddings": kind in TIED} | c
+    derived = {"num_key_value_heads": 0, "head_dim": 0, "num_labels": 2}  # what null, or no key, means
+    c = derived | {name: value for name, value in c.items() if value is not None}
     for name, allowed in REQUIRED[kind].items():
         require(path, name, c.get(name, allowed[0]), allowed)
     for each in c.get("layer_types", []):
@@ -102,9 +123,10 @@ def our_config(c: dict, path: Path) -> tuple[GPTConfig, bool]:
     if scalar:
         require(path, "num_labels", len(c["id2label"]) if "id2label" in c else c["num_labels"], [1])
     if kind == "gpt2":
-        return GPTConfig(eos=0, **{ours: c[theirs] for ours, theirs in GPT2_FIELDS.items()}), scalar
+        return GPTConfig(eos=0, **{ours: c[theirs] for ours, theirs in GPT2_FIELDS.items() if theirs in c}), scalar
     numbers = {ours: c[theirs] for ours, theirs in LLAMA_FIELDS.items()}
-    rope = c.get("rope_parameters", c.get("rope_scaling", {}))
+    rope = c.get("rope_scaling") or c.get("rope_parameters", {})
+    rope = {"original_max_position_embeddings": numbers["block_size"], "rope_theta": c["rope_theta"]} | rope
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     require(path, "rope_type", rope_type, ["default", "llama3"])
     no_rope = ()
@@ -114,7 +136,7 @@ def our_config(c: dict, path: Path) -> tuple[GPTConfig, bool]:
         no_rope = tuple(i for i in layers if not uses_rope[i])
     return GPTConfig(
         **numbers, eos=0, swiglu=True, bias=False, qkv_bias=kind == "qwen2", rms_norm=True, qk_norm=kind == "qwen3",
-        rope_theta=float(rope.get("rope_theta", c.get("rope_theta", 10000.0))), no_rope=no_rope,
+        rope_theta=float(rope["rope_theta"]), no_rope=no_rope,
         rope_llama3=tuple(float(rope[name]) for name in ROPE_LLAMA3) if rope_type == "llama3" else (),
     ), scalar  # fmt: skip
 
@@ -191,19 +213,47 @@ def read_model(folder: Path, encoding: tiktoken.Encoding | None = None) -> tuple
         model = load(replace(config, suffix=turn_suffix(encoding, eos)), scalar, read_tensors(folder), str(folder))
         if scalar:
             model.bias.fill_(c.get("score_bias", 0.0))
+        if scalar and c.get("pad_token_id") in config.ends:
+            print(f"{folder}: its pad ends texts too; transformers reads a score before that token, this project at it")
         return model, encoding
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError, ZeroDivisionError) as error:
+    except UNEXPECTED as error:
         raise InputError(f"{folder}: not as expected ({type(error).__name__}: {error}); fetch it again") from None
+
+
+def read_nanogpt(path: Path) -> tuple[GPT, tiktoken.Encoding]:
+    """Read a ckpt.pt of nanoGPT. Biases that it lacks are zeros here. Its exact GELU becomes GPT-2's approximation."""
+    saved = nets.read_checkpoint(path, "give a ckpt.pt of nanoGPT")
+    try:
+        args = saved["model_args"]
+        if args["vocab_size"] not in (50257, 50304):  # as it is, and padded
+            raise InputError(f"a vocabulary of {args['vocab_size']} tokens is not GPT-2's; only GPT-2's is supported")
+        found = {name.removeprefix("_orig_mod."): x for name, x in saved["model"].items()}
+        layers = [name for name in found if re.search(r"\.(ln_\w+|c_\w+)\.weight$", name)]
+        if not args.get("bias", True):
+            found |= {name.replace(".weight", ".bias"): torch.zeros(len(found[name])) for name in layers}
+        found |= {name: found[name].T for name in layers if found[name].dim() == 2}  # as on Hugging Face
+        encoding = fill_gaps(gpt2_encoding(), args["vocab_size"], path)
+        print(f"{path}: each exact GELU of nanoGPT becomes GPT-2's, which is at most 0.0005 off")
+        shape = {name: args[name] for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd")}
+        return load(GPTConfig(eos=encoding.eot_token, **shape), False, found, "its model"), encoding
+    except (*UNEXPECTED, InputError) as error:
+        what = f"{error}" if isinstance(error, InputError) else f"not as expected ({type(error).__name__}: {error})"
+        raise InputError(f"{path}, a checkpoint of nanoGPT: {what}") from None
 
 
 def load(config: GPTConfig, scalar: bool, found: dict[str, Tensor], source: str) -> GPT | ScalarModel:
     """Build a model from their tensors. Raises InputError if one is missing or unknown, RuntimeError if misshapen."""
+    if config.n_layer > len(found):  # before a million layers are made
+        raise InputError(f"{source}: {len(found)} tensors are too few for {config.n_layer} layers; fetch it again")
     with torch.device("meta"):
         model = GPT(replace(config, tied=config.tied or scalar))
     names = {ours: their_names(ours, config) for ours in [*model.state_dict(), *["head.weight"] * scalar]}
     base = re.compile(r"^(transformer|model)\.")  # some checkpoints lack it
     buffers = re.compile(r"\.attn\.(masked_)?bias$|rotary_emb\.inv_freq$")
     found = {base.sub("", name): x for name, x in found.items() if not buffers.search(name)}
+    if packed := [name for name, x in found.items() if x.dtype not in FLOATS]:
+        kind = str(found[packed[0]].dtype).removeprefix("torch.")
+        raise InputError(f"{source}: {packed[0]} is {kind}, as in a quantized model; fetch the model unquantized")
     output = found.pop("lm_head.weight", None) if config.tied else None
     wanted = {base.sub("", name) for theirs in names.values() for name in theirs}
     if wrong := sorted(wanted ^ found.keys()):
@@ -235,13 +285,21 @@ def write_model(model: GPT | ScalarModel, encoding: tiktoken.Encoding, folder: P
 
     A classifier in transformers has no output bias. GPT-2's final norm has a bias, which absorbs our constant. RMSNorm
     has none, so the exported score is ours minus `score_bias` in config.json; this changes no comparison. The
-    classifier finds padding by its id, so the pad token must not be EOS: it is another special token, if one exists.
+    classifier reads the score at the last token that is not the pad, so no text may end with that one: it is a special
+    token that is named as unused, or a new one.
     """
     from safetensors.torch import save_file
 
     scalar, config = isinstance(model, ScalarModel), model.config
-    c = config_json(config, scalar)
     state = {name.removeprefix("trunk."): x.detach().cpu() for name, x in model.state_dict().items()}
+    special = {name: i for name, i in encoding._special_tokens.items() if name not in plain_tokens(encoding)}
+    pad = max((i for name, i in special.items() if PAD.search(name) and i not in config.ends), default=None)
+    if scalar and pad is None:
+        pad, name = encoding.n_vocab, "<|pad|>" if "<|pad|>" not in encoding._special_tokens else "<|pad_2|>"
+        rows = max(config.vocab_size, pad + 1)
+        state["wte.weight"] = functional.pad(state["wte.weight"], (0, 0, 0, rows - config.vocab_size))
+        encoding, config = fill_gaps(encoding, pad + 1, folder, name), replace(config, vocab_size=rows)
+    c = config_json(config, scalar)
     if scalar:
         gain, bias, head_bias = (state.pop(name) for name in ("gain", "bias", "head.bias"))
         weight, constant = gain * state["head.weight"], gain * head_bias + bias
@@ -267,8 +325,7 @@ def write_model(model: GPT | ScalarModel, encoding: tiktoken.Encoding, folder: P
     about |= {"clean_up_tokenization_spaces": False, "eos_token": names[config.eos]}
     if chat:
         (folder / "chat_template.jinja").write_text(chat["template"], encoding="utf-8")
-    pad = next((i for i in sorted(names, reverse=True) if i != config.eos), None)
-    if scalar and pad is not None:  # a language model needs none; transformers would not train the pad's embedding
+    if scalar:  # a language model needs none; transformers would not train the pad's embedding
         c["pad_token_id"], about["pad_token"] = pad, names[pad]
     files = {"config": c, "tokenizer": tokenizer_json(encoding), "tokenizer_config": about}
     generation = {"eos_token_id": c["eos_token_id"], "do_sample": True, "top_k": 0}
@@ -276,6 +333,21 @@ def write_model(model: GPT | ScalarModel, encoding: tiktoken.Encoding, folder: P
     for name, content in files.items():
         (folder / f"{name}.json").write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
     save_file(result, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def read(source: str) -> tuple[GPT | ScalarModel, tiktoken.Encoding]:
+    """Read a model of another project: its folder, its ckpt.pt, or the name of a published one."""
+    folder = Path(source)
+    ckpt = folder if folder.suffix == ".pt" else folder / "ckpt.pt"
+    if (folder / "adapter_config.json").exists():
+        raise InputError(f"{source}: an adapter; merge it into its model first (peft's merge_and_unload)")
+    if (folder / "config.json").exists():
+        return read_model(folder)
+    if ckpt.exists():
+        return read_nanogpt(ckpt)
+    if source in PUBLISHED and not folder.exists():
+        return published(source)
+    raise InputError(f"{source}: neither {', '.join(PUBLISHED)} nor a folder with config.json, model.pt or ckpt.pt")
 
 
 def convert(source: str, target: Path) -> str:
@@ -288,14 +360,13 @@ def convert(source: str, target: Path) -> str:
         if target == Path.cwd() or target.exists() and not (target.is_dir() and not any(target.iterdir())):
             raise InputError(f"{target}: exists already; name a new folder, so that no file is lost")
         temporary.mkdir(parents=True)  # before any work: a folder that cannot be written is found at once
-        if (folder / "model.pt").exists() or folder.suffix == ".pt":  # first, for a run folder has a config.json too
+        # model.pt first, for a run folder has a config.json too
+        if (folder / "model.pt").exists() or folder.suffix == ".pt" and not folder.name.startswith("ckpt"):
             model, encoding = nets.load(folder)
             write_model(model, encoding, temporary)
-        elif source in PUBLISHED and not folder.exists() or (folder / "config.json").exists():
-            model, encoding = read_model(folder) if folder.exists() else published(source)
-            nets.save_model(model, encoding, temporary / "model.pt")
         else:
-            raise InputError(f"{source}: neither {', '.join(PUBLISHED)} nor a folder with config.json or model.pt")
+            model, encoding = read(source)
+            nets.save_model(model, encoding, temporary / "model.pt")
         temporary.replace(target)  # an empty folder gives way
     except OSError as error:
         raise cannot_write(target, error) from None

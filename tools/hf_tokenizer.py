@@ -1,6 +1,7 @@
 """Read and write Hugging Face's tokenizer.json: a byte-level BPE as a tiktoken.Encoding."""
 
 import json
+import re
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -8,12 +9,16 @@ from typing import Any
 import regex  # tiktoken's own dependency
 import tiktoken
 
+from data.chat import template_of, with_template
 from data.files import InputError, read_json
 from data.tokenizer import SPLIT, check_tokens, plain_tokens, with_plain_tokens
 
 # A byte-level vocabulary writes a printable byte as itself, and any other byte as the next character from U+0100 on.
 _OTHERS = [*range(33), *range(127, 161), 173]
 CHARACTER = {b: chr(b) for b in range(256)} | {b: chr(256 + i) for i, b in enumerate(_OTHERS)}
+# A character of each general category but surrogates, and a few more that patterns name.
+KINDS = "aAǅʰ中1Ⅷ²_-()«»!+$^©' \u2028\u2029\0\u200d\ue000\u0378\u0301\u0903\u20dd\t\r\néЖ한😀𝟗"
+THOUGHT = re.compile(r"</?think(ing)?>|\[/?THINK\]")  # an answer that spells one means it, special or not
 BYTE = {character: byte for byte, character in CHARACTER.items()}
 
 
@@ -33,18 +38,23 @@ def read_tokenizer(path: Path) -> tiktoken.Encoding:
     spec = read_json(path)
     model, added = spec["model"], {token["content"]: token for token in spec.get("added_tokens", [])}
     require(path, "tokenizer type", model.get("type", "BPE"), ["BPE"])  # GPT-2's file names no type
-    for field in ("byte_fallback", "dropout", "continuing_subword_prefix", "end_of_word_suffix", "unk_token"):
+    for field in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         require(path, field, model.get(field) or None, [None])
-    normalizer = (spec.get("normalizer") or {}).get("type")
-    require(path, "normalizer", normalizer, [None, "NFC"])
+    normalizers = steps(spec.get("normalizer"))
+    for each in normalizers:
+        require(path, "normalizer", each["type"], ["NFC"])
     for token, flag in ((token, flag) for token in added.values() for flag in ("lstrip", "rstrip", "single_word")):
         require(path, f"added token {token['content']} with {flag}", token.get(flag, False), [False])
     vocab = {token: i for token, i in model["vocab"].items() if token not in added}
+    for token in added.keys() & model["vocab"].keys():  # tokenizers finds it before any merge, so no merge may need it
+        require(path, f"added token {token} with the id", added[token]["id"], [model["vocab"][token]])
+        if set(token) <= BYTE.keys() and (len(token) == 1 or not token.isascii()):  # a byte, or the bytes of another
+            raise InputError(f"{path}: added token {token} is a word of the vocabulary too, which is not supported")
     if unknown := sorted(set("".join(vocab)) - BYTE.keys()):
         raise InputError(f"{path}: a vocabulary with {unknown[0]} is not supported; supported: byte-level BPE")
     ranks = {bytes(BYTE[character] for character in token): i for token, i in vocab.items()}
     merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
-    order = [vocab.get(a + b, -1) for a, b in merges]
+    order = [vocab.get(a + b, -1) for a, b in merges if a + b not in added]
     if -1 in order or order != sorted(order):
         raise InputError(f"{path}: a vocabulary whose ids are not in the order of its merges is not supported")
     unmerged = {i for token, i in vocab.items() if len(token) > 1} - set(order)
@@ -52,13 +62,37 @@ def read_tokenizer(path: Path) -> tiktoken.Encoding:
         raise InputError(f"{path}: token {min(unmerged)}, which no merge makes, is not supported without ignore_merges")
     special = {name: token["id"] for name, token in added.items()}
     check_tokens(ranks, special)
-    pattern = split_pattern(spec["pre_tokenizer"] or {"type": "none"}, lacking(ranks, path), path)
-    if normalizer:
+    lacks = lacking(ranks, path)
+    for field in ("byte_fallback", "unk_token") if lacks else ():  # what becomes of a byte that the vocabulary lacks
+        require(path, field, model.get(field) or None, [None])
+    pattern = split_pattern(spec["pre_tokenizer"] or {"type": "none"}, lacks, path)
+    if normalizers:
         print(f"{path}: normalizer NFC is ignored; transformers gives other tokens for a text that is not in NFC")
     if '"SpecialToken"' in json.dumps(spec.get("post_processor")):
         print(f"{path}: transformers adds tokens to every text, this project does not; write them into your prompts")
-    encoding = tiktoken.Encoding("bpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
-    return with_plain_tokens(encoding, [name for name, token in added.items() if not token.get("special", True)])
+    encoding = tried(pattern, ranks, special, lacks, path)
+    return with_plain_tokens(encoding, [x for x in added if THOUGHT.fullmatch(x) or not added[x].get("special", True)])
+
+
+def steps(normalizer: dict | None) -> list[dict]:
+    """Return the steps of a normalizer, without those that have options but none that is on."""
+    if (normalizer or {}).get("type") == "Sequence":
+        return [step for each in normalizer["normalizers"] for step in steps(each)]
+    return [normalizer] if normalizer and (len(normalizer) == 1 or any([*normalizer.values()][1:])) else []
+
+
+def tried(pattern: str, ranks: dict, special: dict, lacks: list, path: Path) -> tiktoken.Encoding:
+    """Return the encoding. Raises InputError if tiktoken panics or drops a character, which the pattern leaves out."""
+    known = [each for each in KINDS if not any(a <= each <= z for a, z in lacks)]
+    try:
+        encoding = tiktoken.Encoding("bpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+        pairs = [a + b for a in known for b in known]
+        lost = [pair for pair in pairs if encoding.decode(encoding.encode_ordinary(pair)) != pair]
+    except BaseException as error:  # a panic is no Exception
+        raise InputError(f"{path}: tiktoken cannot use the pattern {pattern!r} ({error}); not supported") from None
+    if lost:
+        raise InputError(f"{path}: the pattern {pattern!r} leaves out a part of {lost[0]!r}; not supported")
+    return encoding
 
 
 def lacking(ranks: dict[bytes, int], path: Path) -> list[tuple[str, str]]:
@@ -89,13 +123,16 @@ def split_pattern(pre_tokenizer: dict, lacks: list[tuple[str, str]], path: Path)
                 pattern = pattern.replace(r" ?\p{N}+", r"\p{N}").replace(r"|\s+(?!\S)", r"|\s+(?=\p{N})|\s+(?!\S)")
             unknown = "".join(f"{regex.escape(a)}-{regex.escape(z)}" for a, z in lacks)
             return pattern.replace(r"[^\s\p{L}\p{N}]", rf"[^\s\p{{L}}\p{{N}}{unknown}]")
-        split = {"behavior": "Isolated", "invert": False} | (first[0] if len(first) == 1 else {"type": "none"})
-        if not own_pattern and (split["type"], split["behavior"], split["invert"]) == ("Split", "Isolated", False):
+        split = first[0] if len(first) == 1 else {"type": "none"}
+        how = (split.get("behavior"), split.get("invert"))  # two ways where each character is in a match
+        if not own_pattern and how in (("Isolated", False), ("Isolated", True), ("Removed", True)):
             pattern = split["pattern"].get("Regex", "")
             if pattern and not any(regex.search(pattern, a) for a, _ in lacks):
                 return pattern
-    steps = " + ".join(step["type"] for step in [*first, last])
-    raise InputError(f"{path}: pre-tokenizer {steps} is not supported; supported: (Digits or Split +) ByteLevel")
+    names = [" ".join(f"{x[key]}" for key in ("type", "behavior", "invert") if key in x) for x in [*first, last]]
+    raise InputError(
+        f"{path}: pre-tokenizer {' + '.join(names)} is not supported; supported: (Digits or Split Isolated +) ByteLevel"
+    )
 
 
 def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
@@ -171,12 +208,14 @@ def eos_ids(folder: Path, about: dict, encoding: tiktoken.Encoding) -> list[int]
     return list(dict.fromkeys(ids))
 
 
-def fill_gaps(encoding: tiktoken.Encoding, vocab_size: int, folder: Path) -> tiktoken.Encoding:
+def fill_gaps(
+    encoding: tiktoken.Encoding, vocab_size: int, folder: Path, name: str = "<|unused_{}|>"
+) -> tiktoken.Encoding:
     """Add a special token for each id that has an embedding row in the model but no name in the tokenizer."""
     ranks, special = encoding._mergeable_ranks, encoding._special_tokens
     used = {*ranks.values(), *special.values()}
     if max(used) >= vocab_size:
         raise InputError(f"{folder}: the tokenizer has ids up to {max(used)}, but the model has only {vocab_size} rows")
-    special = special | {f"<|unused_{i}|>": i for i in range(vocab_size) if i not in used}
+    special = special | {name.format(i): i for i in range(vocab_size) if i not in used}
     filled = tiktoken.Encoding(encoding.name, pat_str=encoding._pat_str, mergeable_ranks=ranks, special_tokens=special)
-    return with_plain_tokens(filled, plain_tokens(encoding))
+    return with_template(with_plain_tokens(filled, plain_tokens(encoding)), template_of(encoding))
