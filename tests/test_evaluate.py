@@ -23,7 +23,7 @@ from common.measure import (
     share,
     summary,
 )
-from data import Group, Row
+from data import Group, Prompt, Row
 from tests.conftest import make_gpt, ragged
 from tools.evaluate import best_of_table, by_source_and_length, expected_at_best
 
@@ -111,12 +111,17 @@ def test_best_of_n_is_drawn_by_the_final_score():
 def test_processes_ask_judges_once_about_each_prompt_and_with_shard_have_as_many_parts(sharded, monkeypatch):
     monkeypatch.setattr(dist, "WORLD", 3)
     monkeypatch.setattr(dist, "is_sharded", lambda net: sharded)
-    prompts, asked, parts, policy = [[i] for i in range(130)], [], [], make_gpt()  # of at most 128: two parts
+    prompts = [Prompt([i], {}) for i in range(130)]  # of at most 128: two parts
+    asked, parts, policy = [], [], make_gpt()
 
     def answer(policy, prompts, rng):
         n = len(prompts)
         parts[-1].append(n)
-        batch = {"tokens": torch.tensor(prompts), "prompt_len": torch.zeros(n).long(), "length": torch.ones(n).long()}
+        batch = {
+            "tokens": torch.tensor([prompt.ids for prompt in prompts]),
+            "prompt_len": torch.zeros(n).long(),
+            "length": torch.ones(n).long(),
+        }
         batch |= {"ended": torch.zeros(n, dtype=torch.bool), "mask": torch.ones(n, 1), "logp": torch.zeros(n, 1)}
         return batch | {"ref_logp": torch.zeros(n, 1), "score": torch.zeros(n), "final_score": torch.zeros(n)}
 
