@@ -7,6 +7,7 @@
 What --data holds decides which it is: .txt or JSONL with "text", or JSONL with "prompt" and "completion".
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -48,97 +49,6 @@ class Config(cli.Shared):
     dropout: Annotated[float, (0.0, 0.99)] = 0.0  # in training
 
 
-# --- 1 model and data -------------------------------------------------------------------------------------------------
-
-
-def build(cfg: Config, run: runs.Run, device: torch.device) -> tuple[GPT, tiktoken.Encoding]:
-    """The model and its tokenizer: those of --init, or new ones."""
-    if cfg.arch not in ("gpt2", "llama"):
-        raise InputError(f"--arch {cfg.arch}: give gpt2 or llama")
-    if cfg.n_embd % cfg.n_head:
-        raise InputError(f"--n_embd {cfg.n_embd}: not a multiple of --n_head {cfg.n_head}; change one of the two")
-    if cfg.init:
-        return nets.load_gpt(cfg.init, device, "--init")
-    if run.state:
-        encoding = data.encoding_from_state(run.state["tokenizer"])
-    elif cfg.vocab_size == 0:
-        encoding = data.gpt2_encoding()
-    else:
-        encoding = data.learn_bpe(data.documents(cfg.data), cfg.vocab_size)
-    shape = (cfg.block_size or 128, cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.dropout)
-    config = GPTConfig(encoding.n_vocab, *shape, encoding.eot_token)
-    if cfg.arch == "llama":  # Touvron et al. 2023, section 2.2
-        config = replace(config, rope_theta=10000.0, rms_norm=True, bias=False, qkv_bias=False, tied=False)
-        config = replace(config, swiglu=True, n_inner=64 * max(1, round(cfg.n_embd * 8 / 3 / 64)))
-    return GPT(config).to(device), encoding
-
-
-Rows = tuple[list[data.Row], Callable[[int], list[data.Row]], float]
-
-
-def completion_rows(cfg: Config, encoding: tiktoken.Encoding, eos: int, width: int) -> Rows:
-    """Prompt → completion: held-out rows, a function step → rows of that batch, and the batches in one epoch."""
-    rows = data.completions(cfg.data, encoding, eos)
-    rows = data.keep_short(rows, [len(row.tokens) for row in rows], width, f"rows of {cfg.data}", dist.print0)
-    held_out, rows = data.hold_out(rows)
-    lengths = [len(row.tokens) for row in rows]
-    batch = partial(data.shuffled, rows, cfg.batch_size, cfg.seed, lengths)
-    return held_out, batch, len(rows) / cfg.batch_size
-
-
-def text_rows(cfg: Config, run: runs.Run, encoding: tiktoken.Encoding, eos: int, width: int) -> Rows:
-    """Plain text: the same three, from one stream of tokens, which is kept in the run folder. Its end is held out."""
-    if width < 2:
-        raise InputError("--block_size 1: a row of one token leaves nothing to predict; give at least 2")
-    tokens = run.made("tokens", partial(data.token_stream, cfg.data, encoding, eos))
-    stream = data.token_stream(cfg.data, encoding, eos, tokens)
-    tail = min(len(stream) // 20, 64 * width)
-    if tail < width:
-        what = f"{len(stream):,} tokens are too few for a context of {width}"
-        raise InputError(f"{cfg.data}: {what}; give 20 times as many")
-    held_out = data.windows(stream[-tail:], width, range(0, tail - width + 1, width))
-    stream = stream[:-tail]
-    batch = partial(data.random_windows, stream, width, cfg.batch_size, cfg.seed)
-    return held_out, batch, len(stream) / width / cfg.batch_size
-
-
-# --- 2 loss -----------------------------------------------------------------------------------------------------------
-
-
-def next_token_loss(model: GPT, rows: list[data.Row], device: torch.device) -> torch.Tensor:
-    """−Σ log p(token | all before it) over the responses of `rows`, in nats. Plain text answers its first token."""
-    return -model.summed_logprobs(*data.pad(rows, device))
-
-
-def count_targets(rows: list[data.Row]) -> int:
-    return sum(len(row.tokens) - row.prompt_len for row in rows)
-
-
-# --- 3 evaluation -----------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def held_out_loss(model: GPT, rows: list[data.Row], size: int, device: torch.device, autocast: torch.autocast) -> float:
-    """Mean loss per token (nats) on held-out rows, `size` rows at a time. The processes share the work."""
-    model.eval()
-    parts = list(data.micro_batches(rows, size))
-    numbers, losses = list(range(len(parts))), {}
-    for i in dist.pad_to_equal(dist.mine(numbers), numbers):
-        with autocast:
-            losses[i] = next_token_loss(model, parts[i], device).item()
-    everybody = {i: loss for each in dist.gather_objects(losses) for i, loss in each.items()}
-    return sum(everybody.values()) / count_targets(rows)
-
-
-def sample(model: GPT, encoding: tiktoken.Encoding, row: data.Row, cfg: Config, step: int) -> str:
-    """The prompt of a held-out row, or the first tokens of plain text, and how the model goes on."""
-    prompt = row.tokens[: row.prompt_len if row.prompt_len > 1 else 8]
-    room = nets.context(cfg, model) - len(prompt)
-    rng = generator("sample", cfg.seed, step)
-    tokens, _, _ = dist.gathered(model).generate([prompt], min(room, 96), generator=rng)
-    return encoding.decode(tokens[0].tolist())
-
-
 # --- the loop ---------------------------------------------------------------------------------------------------------
 
 
@@ -146,13 +56,12 @@ def train(cfg: Config) -> None:
     device, autocast = cli.setup(cfg)
     run = runs.Run(cfg)
     model, encoding = build(cfg, run, device)
-    shape = encoding, model.config.eos, nets.context(cfg, model)
     plain = not data.has_rows(cfg.data) or "text" in data.first_row(cfg.data)
-    held_out, batch, batches = text_rows(cfg, run, *shape) if plain else completion_rows(cfg, *shape)
+    held_out, batch, batches = load_rows(cfg, run, encoding, model.config.eos, nets.context(cfg, model), plain)
     cli.prepare(cfg, model)
     optimizer = nets.adamw(model, cfg.lr, cfg.weight_decay)
     steps = max(1, round(cfg.epochs * batches))
-    every = max(1, steps // cfg.evals)
+    every = math.ceil(steps / cfg.evals)
     run.start(steps, model=model, optimizer=optimizer)
     size = f"{sum(p.numel() for p in model.parameters()):,} parameters, {encoding.n_vocab:,} tokens of vocabulary"
     kind = "plain text" if plain else "prompts and completions"
@@ -178,7 +87,8 @@ def train(cfg: Config) -> None:
         metrics = {"loss/train": dist.total(loss).item(), "grad_norm": norm.item(), "lr": lr}
         due = (step + 1) % every == 0 or step + 1 == steps
         if due:
-            metrics["loss/held_out"] = held_out_loss(model, held_out, cfg.batch_size, device, autocast)
+            with run.timed("evaluate"):
+                metrics["loss/held_out"] = held_out_loss(model, held_out, cfg.batch_size, device, autocast)
         shown = ("loss/train", "loss/held_out", "tokens_per_s") if due or step % 20 == 0 else ()
         run.log(step, metrics, shown, tokens=sum(len(row.tokens) for row in rows))
         if due:
@@ -187,6 +97,93 @@ def train(cfg: Config) -> None:
         if run.due(step, cfg.save_every or every):
             run.save(step + 1, model, encoding, {}, optimizer=optimizer)
     run.finish(device)
+
+
+# --- 1 model and data -------------------------------------------------------------------------------------------------
+
+
+def build(cfg: Config, run: runs.Run, device: torch.device) -> tuple[GPT, tiktoken.Encoding]:
+    """The model and its tokenizer: those of --init, or new ones."""
+    if cfg.arch not in ("gpt2", "llama"):
+        raise InputError(f"--arch {cfg.arch}: give gpt2 or llama")
+    if cfg.n_embd % cfg.n_head:
+        raise InputError(f"--n_embd {cfg.n_embd}: not a multiple of --n_head {cfg.n_head}; change one of the two")
+    if cfg.init:
+        return nets.load_gpt(cfg.init, device, "--init")
+    if run.state:
+        encoding = data.encoding_from_state(run.state["tokenizer"])
+    elif cfg.vocab_size == 0:
+        encoding = data.gpt2_encoding()
+    else:
+        encoding = data.learn_bpe(data.documents(cfg.data), cfg.vocab_size)
+    shape = (cfg.block_size or 128, cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.dropout)
+    config = GPTConfig(encoding.n_vocab, *shape, encoding.eot_token)
+    if cfg.arch == "llama":  # Touvron et al. 2023, section 2.2
+        config = replace(config, rope_theta=10000.0, rms_norm=True, bias=False, qkv_bias=False, tied=False)
+        config = replace(config, swiglu=True, n_inner=64 * max(1, round(cfg.n_embd * 8 / 3 / 64)))
+    return GPT(config).to(device), encoding
+
+
+def load_rows(
+    cfg: Config, run: runs.Run, encoding: tiktoken.Encoding, eos: int, width: int, plain: bool
+) -> tuple[list[data.Row], Callable[[int], list[data.Row]], float]:
+    """Held-out rows, a function step → rows of that batch, and the batches in one epoch.
+
+    Plain text becomes one stream of tokens, which is kept in the run folder; its end is held out.
+    """
+    if not plain:
+        rows = data.completions(cfg.data, encoding, eos)
+        rows = data.keep_short(rows, [len(row.tokens) for row in rows], width, f"rows of {cfg.data}", dist.print0)
+        held_out, rows = data.hold_out(rows, encoding)
+        lengths = [len(row.tokens) for row in rows]
+        batch = partial(data.shuffled, rows, cfg.batch_size, cfg.seed, lengths)
+        return held_out, batch, len(rows) / cfg.batch_size
+    tokens = run.made("tokens", partial(data.token_stream, cfg.data, encoding, eos))
+    stream = data.token_stream(cfg.data, encoding, eos, tokens)
+    tail = min(len(stream) // 20, 64 * width)
+    if tail < width or width < 2:
+        what = f"{len(stream):,} tokens are too few for a context of {width}"
+        raise InputError(f"{cfg.data}: {what}; give 20 times as many as --block_size, which is at least 2")
+    held_out = data.windows(stream[-tail:], width, range(0, tail - width + 1, width))
+    batch = partial(data.random_windows, stream[:-tail], width, cfg.batch_size, cfg.seed)
+    return held_out, batch, (len(stream) - tail) / width / cfg.batch_size
+
+
+# --- 2 loss -----------------------------------------------------------------------------------------------------------
+
+
+def next_token_loss(model: GPT, rows: list[data.Row], device: torch.device) -> torch.Tensor:
+    """−Σ log p(token | all before it) over the responses of `rows`, in nats. The first token of plain text is given."""
+    return -model.logprobs(*data.pad(rows, device)).sum()
+
+
+def count_targets(rows: list[data.Row]) -> int:
+    return sum(len(row.tokens) - row.prompt_len for row in rows)
+
+
+# --- 3 evaluation -----------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def held_out_loss(model: GPT, rows: list[data.Row], size: int, device: torch.device, autocast: torch.autocast) -> float:
+    """Mean loss per token (nats) on held-out rows, `size` rows at a time. The processes share the work."""
+    model.eval()
+    parts = list(data.micro_batches(rows, size))
+    numbers, losses = list(range(len(parts))), {}
+    for i in dist.pad_to_equal(dist.mine(numbers), numbers):
+        with autocast:
+            losses[i] = next_token_loss(model, parts[i], device).item()
+    everybody = {i: loss for each in dist.gather_objects(losses) for i, loss in each.items()}
+    return sum(everybody.values()) / count_targets(rows)
+
+
+def sample(model: GPT, encoding: tiktoken.Encoding, row: data.Row, cfg: Config, step: int) -> str:
+    """The prompt of a held-out row, or the first tokens of plain text, and how the model goes on."""
+    longest = nets.context(cfg, model)
+    prompt = row.tokens[: row.prompt_len if row.prompt_len > 1 else 8][: longest - 1]
+    rng = generator("sample", cfg.seed, step)
+    tokens, _, _ = dist.gathered(model).generate([prompt], min(longest - len(prompt), 96), generator=rng)
+    return encoding.decode(tokens[0].tolist())
 
 
 def main() -> None:

@@ -10,24 +10,27 @@ import tiktoken
 import data
 from common import dist, judges, nets
 from common.judges import Judge
+from data.chat import template_variables
 from data.label import Answer, preference
 from data.rng import generator, seed_of, shuffler
 from data.rows import PromptText
 from model import GPT
 
+TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
+
 
 def sample_responses(
     model: GPT,
     encoding: tiktoken.Encoding,
-    prompts: list[PromptText],
+    prompts: list[list[int]],
     samples: int,
     response_len: int,
     temperature: float,
     seed: int,
     size: int = 0,
 ) -> list[list[Answer]]:
-    """`samples` answers of at most `response_len` tokens, the end one included, to each prompt, to `size` at a time."""
-    repeated = [ids for prompt in prompts for ids in [data.encode_prompt(encoding, prompt)] * samples]
+    """`samples` answers to each prompt, of at most `response_len` tokens with the end; `size` prompts at a time."""
+    repeated = [prompt for prompt in prompts for _ in range(samples)]
     most = min(512, max(1, 2**16 // (max(map(len, repeated)) + response_len)))  # limits the cache size
     rows = min(most, size * samples or most)
     found = nets.generate(model, repeated, response_len, temperature, generator(seed), rows)
@@ -55,7 +58,8 @@ def simulate(
     shown = shown or [{"prompt": prompt} for prompt in prompts]
     judged = iter(judge([row | {"response": answer[0]} for row, each in zip(shown, answers) for answer in each]))
     rows = []
-    for prompt, each in zip(prompts, answers):
+    for prompt, row, each in zip(prompts, shown, answers):
+        about = {"prompt": prompt} | {name: row[name] for name in TEMPLATE_COLUMNS if name in row}
         compared = [Answer(*answer) for answer in each]
         scores = list(itertools.islice(judged, len(compared)))
         for a, b in itertools.combinations(range(len(compared)), 2):
@@ -64,7 +68,7 @@ def simulate(
             p = 0.5 + 0.5 * math.tanh((scores[a] - scores[b]) / temperature / 2)  # σ, in a form that cannot overflow
             if rng.random() >= p:
                 a, b, p = b, a, 1 - p
-            rows.append({"prompt": prompt} | preference([compared[a], compared[b]]) | {"p_chosen": round(p, 4)})
+            rows.append(about | preference([compared[a], compared[b]]) | {"p_chosen": round(p, 4)})
     return rows
 
 
@@ -75,19 +79,22 @@ def sample_and_compare(
 
     `cfg` has the options of reward.py. Raises InputError if all answers are alike.
     """
-    asked = data.prompt_rows(source)[: cfg.n_prompts or None]
-    lengths = [max(1, len(data.encode_prompt(encoding, row["prompt"]))) + cfg.response_len for row in asked]
+    asked = list(zip(data.prompt_rows(source), data.prompts(source, encoding)))[: cfg.n_prompts or None]
+    lengths = [max(1, len(ids)) + cfg.response_len for _, ids in asked]
     what = f"prompts of {source} (with --response_len {cfg.response_len})"
     asked = data.keep_short(asked, lengths, nets.context(cfg, policy), what, dist.print0)
-    prompts = [row["prompt"] for row in asked]
-    shown = [row | {"prompt": data.prompt_text(encoding, row["prompt"])} for row in asked]
+    rows, prompts = zip(*asked)
+    shown = [
+        row | {"prompt": data.prompt_text(encoding, row["prompt"], template_variables(row, source))} for row in rows
+    ]
     compares = judges.load_function(judge)
     judges.check_columns(judge, shown)
     dist.print0(f"{cfg.init} answers {len(prompts):,} prompts of {source}, {cfg.samples} times each; {judge} compares")
     seeds = seed_of("answers", cfg.seed), seed_of("choices", cfg.seed)
     how = cfg.samples, cfg.response_len, cfg.temperature, seeds[0], cfg.micro_batch_size
     answers = sample_responses(policy, encoding, prompts, *how)
-    rows = simulate(prompts, answers, compares, cfg.label_temperature, seeds[1], shown)
+    said = [row["prompt"] for row in rows]
+    rows = simulate(said, answers, compares, cfg.label_temperature, seeds[1], shown)
     if not rows:
         raise data.InputError(f"--init {cfg.init}: its samples are all alike; raise --temperature")
     data.write_jsonl(target, rows)

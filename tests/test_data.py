@@ -253,7 +253,7 @@ def test_an_answer_keeps_the_end_token_that_was_sampled_where_a_model_has_two(tm
     both = tiktoken.Encoding("2", pat_str=data.SPLIT, mergeable_ranks=encoding._mergeable_ranks, special_tokens=special)
     model = make_gpt(vocab_size=n + 2, eos=n, stops=(n + 1,))
     prompts = [f"ask {i % 7}" for i in range(60)]
-    sampled = compare.sample_responses(model, both, prompts, 4, 40, 1.0, seed=0)
+    sampled = compare.sample_responses(model, both, list(map(both.encode_ordinary, prompts)), 4, 40, 1.0, seed=0)
     answers = [answer for four in sampled for answer in four]
     ends = [answer.ids[-1] for answer in answers if answer.ended]
     assert min(ends.count(n), ends.count(n + 1)) > 9 and len(ends) < len(answers)

@@ -24,11 +24,11 @@ from typing import Any
 from common import cli, nets, runs
 from common.compare import sample_responses
 from data.batches import keep_short
-from data.chat import prompt_text
+from data.chat import prompt_text, template_variables
 from data.files import InputError
 from data.label import Answer, read_answers
 from data.rng import seed_of
-from data.rows import prompt_texts
+from data.rows import prompt_rows
 from data.tokenizer import encode_prompt
 from tools import web
 from tools.label.report import agreement, alpha, report
@@ -72,14 +72,16 @@ def prepare(cfg: Config) -> tuple[list[str], Callable[[str], Question | None]]:
         raise InputError(f"--init {cfg.init} --samples {cfg.samples}: name each model once, and sample two or more")
     models = [(name, *nets.load_gpt(name, cli.pick_device(cfg.device), "--init")) for name in names]
     _, _, encoding = models[0]
-    prompts = prompt_texts(cfg.prompts)
-    for prompt in prompts:
-        if encode_prompt(encoding, prompt) != encode_prompt(encoding, prompt_text(encoding, prompt)):
+    prompts = []
+    for row in prompt_rows(cfg.prompts):
+        prompt, variables = row["prompt"], template_variables(row, cfg.prompts)
+        prompts.append(prompt_text(encoding, prompt, variables))
+        if encode_prompt(encoding, prompt, variables) != encode_prompt(encoding, prompts[-1]):
             raise InputError(f"--prompts: a message spells a special token; leave it out: {str(prompt)[:80]}")
-    prompts = list(dict.fromkeys(prompt_text(encoding, prompt) for prompt in prompts))[: cfg.n_prompts or None]
+    prompts = list(dict.fromkeys(prompts))[: cfg.n_prompts or None]
     what = f"prompts of {cfg.prompts} (with --response_len {cfg.response_len})"
     for _, model, encoding in models:
-        lengths = [len(encode_prompt(encoding, prompt)) + cfg.response_len for prompt in prompts]
+        lengths = [max(1, len(encode_prompt(encoding, prompt))) + cfg.response_len for prompt in prompts]
         prompts = keep_short(prompts, lengths, model.config.block_size, what)
 
     def make(prompt: str) -> Question | None:
@@ -88,7 +90,7 @@ def prepare(cfg: Config) -> tuple[list[str], Callable[[str], Question | None]]:
             n = len(range(j, cfg.samples, len(models))) - [made for _, made in found.values()].count(name)
             if n:  # at a later attempt: because some answers were the same
                 shape = cfg.response_len, cfg.temperature, seed_of("question", cfg.seed, attempt, j, prompt)
-                for answer in sample_responses(model, encoding, [prompt], n, *shape)[0]:
+                for answer in sample_responses(model, encoding, [encode_prompt(encoding, prompt)], n, *shape)[0]:
                     found.setdefault(answer.text, (answer, name))
         return Question(prompt, *map(list, zip(*found.values()))) if len(found) == cfg.samples else None
 
