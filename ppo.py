@@ -394,11 +394,10 @@ def load_prompts(cfg: Config, policy: GPT, encoding: tiktoken.Encoding) -> tuple
     eval_path = cfg.eval_data or ("" if cfg.data else tales.path("eval"))
     room = nets.context(cfg, policy) - cfg.response_len
     prompts, held_out = data.prompts_and_held_out(path, eval_path, encoding, room, cfg.eval_prompts, dist.print0)
-    if len(prompts) < cfg.batch_size:
-        raise InputError(f"--batch_size {cfg.batch_size}: {path} leaves {len(prompts)} prompts; give less")
+    if len(prompts) < cfg.batch_size or cfg.shard and len(held_out) < dist.WORLD:
+        what = f"{path} leaves {len(prompts)} prompts, and {len(held_out)} are held out"
+        raise InputError(f"--batch_size {cfg.batch_size}: {what}; give less, or more prompts")
     judges.check_columns(f"{cfg.reward},{cfg.judge}", [prompt.columns for prompt in prompts + held_out])
-    if cfg.shard and len(held_out) < dist.WORLD:
-        raise InputError(f"--shard: {len(held_out)} held-out prompts are fewer than the processes; give more")
     return prompts, held_out
 
 
