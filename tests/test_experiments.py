@@ -22,7 +22,8 @@ from tools import evaluate
 def test_what_is_measured_of_a_run_is_read_as_it_was_printed(folders, capsys):
     """The closing table, before and after, and the table of best of n."""
     words = [*map(str, (folders["sft"], "--init", folders["sft"], "--reward", folders["reward"]))]
-    words += ["--data", str(folders["tmp"] / "prompts.jsonl"), "--judge", f"{__file__}:length", "--best_of", "1,4"]
+    prompts = str(folders["tmp"] / "prompts.jsonl")
+    words += ["--data", prompts, "--eval_data", prompts, "--judge", f"{__file__}:length", "--best_of", "1,4"]
     words += ["--device", "cpu", "--eval_prompts", "12", "--response_len", "8"]
     cfg, folder = cli.parse(evaluate.Config, words, positional="DIR")
     seen = {}

@@ -346,7 +346,7 @@ def test_a_column_that_is_null_is_absent(folders, encoding):
     assert len(group.pairs) == 9 and said == [f"{path}: preferences, 9 rows"]
     rows[3] = {"prompt": "a", "verdict": "tie", "responses": ["b", "c"]}
     (group,) = data.comparisons(write(path, rows), encoding, encoding.eot_token, said.append)
-    assert len(group.pairs) == 8 and "1 ties and skips were left out" in said[-1]
+    assert len(group.pairs) == 8 and "1 left out (ties and skips)" in said[-1]
 
 
 def test_rows_of_unknown_columns_are_not_taken_for_prompts(folders, monkeypatch):

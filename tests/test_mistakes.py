@@ -433,7 +433,7 @@ def test_the_tokens_that_are_scored_are_those_that_were_sampled(gpt, encoding):
 # 20
 @mistake("data/batches.py", "if not kept or n_long > len(items) / 10:", "if False:")
 @mistake(
-    "data/batches.py",
+    "data/rows.py",
     "found = prompts_with_columns(path, encoding)",
     "found = [p._replace(ids=p.ids[:room]) for p in prompts_with_columns(path, encoding)]",
 )
@@ -658,17 +658,17 @@ def test_a_run_does_not_go_on_against_another_reference_or_reward_model(folders,
 
 
 # 32
-@mistake("data/rows.py", "for w, l in compared if w.text != l.text]", "for w, l in compared]")
+@mistake("data/rows.py", "if answers[winner].text == answers[loser].text:", "if False:")
 def test_no_response_is_compared_with_an_equal_one_and_the_reader_says_how_many_were(tmp_path, encoding):
     said: list[str] = []
     ranked = [{"prompt": "a", "ranked": ["yes", "yes", "no"]}, {"prompt": "b", "ranked": ["no", "no"]}]
     groups = data.comparisons(write(tmp_path / "r.jsonl", ranked), encoding, 0, said.append)
     assert [group.pairs for group in groups] == [[(0, 1), (0, 1)]]  # both of "yes" before "no"
-    assert len(groups[0].rows) == 2 and "2 pairs of equal texts" in said.pop()
+    assert len(groups[0].rows) == 2 and "2 left out (pairs of equal texts)" in said.pop()
     pairs = [{"prompt": "a", "chosen": "yes", "rejected": "yes"}, {"prompt": "a", "chosen": "yes", "rejected": "no"}]
     (group,) = data.comparisons(write(tmp_path / "p.jsonl", pairs), encoding, 0, said.append)
-    assert group.pairs == [(0, 1)] and len(group.certainty) == 1 and "1 pairs" in said.pop()
-    with pytest.raises(InputError, match="all pairs are of equal texts"):
+    assert group.pairs == [(0, 1)] and len(group.certainty) == 1 and "1 left out (pairs" in said.pop()
+    with pytest.raises(InputError, match="1 left out .pairs of equal texts.; nothing is left to compare"):
         data.comparisons(write(tmp_path / "q.jsonl", pairs[:1]), encoding, 0)
 
 

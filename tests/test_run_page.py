@@ -123,7 +123,7 @@ def test_outside_of_a_checkout_a_run_names_no_commit(monkeypatch, tmp_path):
 
 
 def test_the_report_is_kept_as_it_is_printed_and_with_all_its_numbers(folders, monkeypatch, capsys):
-    run_ppo(folders, monkeypatch, "out/x", lr=0.01, eval_prompts=12)
+    run_ppo(folders, monkeypatch, "out/x", lr=0.01, eval_prompts=12, eval_data=str(folders["tmp"] / "prompts.jsonl"))
     folder = folders["tmp"] / "out/x"
     printed = capsys.readouterr().out
     found = json.loads((folder / "report.json").read_text())
