@@ -111,7 +111,7 @@ def build(cfg: Config, run: runs.Run, device: torch.device) -> tuple[GPT, tiktok
     if cfg.init:
         return nets.load_gpt(cfg.init, device, "--init")
     if run.state:
-        encoding = data.encoding_from_state(run.state["tokenizer"])
+        encoding = run.state["encoding"]
     elif cfg.vocab_size == 0:
         encoding = data.gpt2_encoding()
     else:
