@@ -92,7 +92,8 @@ def train(cfg: Config) -> None:
         shown = ("loss/train", "loss/held_out", "tokens_per_s") if due or step % 20 == 0 else ()
         run.log(step, metrics, shown, tokens=sum(len(row.tokens) for row in rows))
         if due:
-            run.sample(step + 1, sample(model, encoding, held_out[step % len(held_out)], cfg, step))
+            row = held_out[step % len(held_out)]
+            run.sample(step + 1, sample(model, encoding, row.tokens[: 8 if plain else row.prompt_len], cfg, step))
             run.keep_best(-metrics["loss/held_out"], model, encoding)
         if run.due(step, cfg.save_every or every):
             run.save(step + 1, model, encoding, {}, optimizer=optimizer)
@@ -111,7 +112,7 @@ def build(cfg: Config, run: runs.Run, device: torch.device) -> tuple[GPT, tiktok
     if cfg.init:
         return nets.load_gpt(cfg.init, device, "--init")
     if run.state:
-        encoding = data.encoding_from_state(run.state["tokenizer"])
+        encoding = run.state["encoding"]
     elif cfg.vocab_size == 0:
         encoding = data.gpt2_encoding()
     else:
@@ -137,7 +138,7 @@ def load_rows(
         held_out, rows = data.hold_out(rows, encoding)
         lengths = [len(row.tokens) for row in rows]
         batch = partial(data.shuffled, rows, cfg.batch_size, cfg.seed, lengths)
-        return held_out, batch, len(rows) / cfg.batch_size
+        return held_out, batch, len(rows) // min(cfg.batch_size, len(rows))
     tokens = run.made("tokens", partial(data.token_stream, cfg.data, encoding, eos))
     stream = data.token_stream(cfg.data, encoding, eos, tokens)
     tail = min(len(stream) // 20, 64 * width)
@@ -170,17 +171,18 @@ def held_out_loss(model: GPT, rows: list[data.Row], size: int, device: torch.dev
     model.eval()
     parts = list(data.micro_batches(rows, size))
     numbers, losses = list(range(len(parts))), {}
-    for i in dist.pad_to_equal(dist.mine(numbers), numbers):
+    mine = dist.mine(numbers)
+    for i in dist.pad_to_equal(mine, numbers) if dist.is_sharded(model) else mine:
         with autocast:
             losses[i] = next_token_loss(model, parts[i], device).item()
     everybody = {i: loss for each in dist.gather_objects(losses) for i, loss in each.items()}
     return sum(everybody.values()) / count_targets(rows)
 
 
-def sample(model: GPT, encoding: tiktoken.Encoding, row: data.Row, cfg: Config, step: int) -> str:
-    """The prompt of a held-out row, or the first tokens of plain text, and how the model goes on."""
+def sample(model: GPT, encoding: tiktoken.Encoding, prompt: list[int], cfg: Config, step: int) -> str:
+    """The prompt, and how the model goes on. A prompt that fills the context is cut."""
     longest = nets.context(cfg, model)
-    prompt = row.tokens[: row.prompt_len if row.prompt_len > 1 else 8][: longest - 1]
+    prompt = prompt[: longest - 1]
     rng = generator("sample", cfg.seed, step)
     tokens, _, _ = dist.gathered(model).generate([prompt], min(longest - len(prompt), 96), generator=rng)
     return encoding.decode(tokens[0].tolist())

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import inspect
+import math
 import os
 import re
 import shutil
@@ -21,7 +22,7 @@ from common import dist
 from data.files import InputError
 from fast import compile_blocks, keep_memory, settle_math
 
-# The type of an option gives its limits. A plain int or float has none.
+# The type of an option gives its limits. A plain int has none; a plain float is between −1e9 and 1e9, or inf.
 Count = Annotated[int, (1, 10**9)]
 Whole = Annotated[int, (0, 2**63 - 1)]
 Number = Annotated[float, (0.0, 1e9)]
@@ -44,9 +45,29 @@ class Shared:
     tensorboard: bool = False  # write the metrics for TensorBoard too, into --out
 
 
+THEIRS = {  # our option → what other projects call it
+    "data": "dataset dataset_name dataset_path train_file",
+    "init": "model model_name model_name_or_path",
+    "out": "output_dir",
+    "reward": "reward_model reward_model_path",
+    "lr": "learning_rate",
+    "kl_coef": "beta init_kl_coef kl_penalty",
+    "iterations": "max_steps total_episodes",
+    "epochs": "num_train_epochs num_ppo_epochs",
+    "batch_size": "per_device_train_batch_size",
+    "micro_batch_size": "gradient_accumulation_steps",
+    "response_len": "max_new_tokens max_length response_length",
+    "block_size": "max_length max_seq_length",
+    "dtype bfloat16": "bf16",
+}
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
-        raise InputError(f"{message}; {self.prog} --help lists the options")
+        given = set(re.findall(r"--(\w+)", message))
+        ours = [f"--{name}" for name, theirs in THEIRS.items() if given & {*theirs.split()}]
+        ours = ", ".join(name for name in ours if name.split()[0] in self._option_string_actions)
+        raise InputError(f"{message}; {f'see {ours}; ' * bool(ours)}{self.prog} --help lists the options")
 
 
 def parse(config: type, argv: list[str] | None = None, positional: str = "") -> Any:
@@ -90,9 +111,8 @@ def add_option(group: Any, field: dataclasses.Field, comment: str) -> None:
 
 
 def check_limits(field: dataclasses.Field, value: Any) -> None:
-    if value != value:
-        raise InputError(f"--{field.name} nan: give a number")
-    for low, high in getattr(field.type, "__metadata__", ()):
+    plain = isinstance(value, float) and value != math.inf
+    for low, high in getattr(field.type, "__metadata__", [(-1e9, 1e9)] * plain):
         if not low <= value <= high:
             raise InputError(f"--{field.name} {value}: give a number from {low:g} to {high:g}")
 
@@ -129,7 +149,8 @@ def sentence(error: Exception) -> str:
     """What the user can do about a fault of the machine; "" for any other fault."""
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}; name a file or folder that can be used"
-    if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", str(error)):
+    too_large = "out of memory|can't allocate memory|size calculation overflowed"
+    if isinstance(error, MemoryError) or re.search(too_large, str(error)):
         return "out of memory; give a smaller --micro_batch_size, --batch_size, --response_len or model"
     if dist.WORLD > 1 and re.search("onnection (reset|closed)|NCCL|ProcessGroup", str(error)):
         return "another process has ended; start all of them again with --resume"
@@ -160,6 +181,7 @@ def pick_device(name: str) -> torch.device:
     try:
         if kind == "cuda" and ":" in name:
             torch.cuda.set_device(name)
+        torch.zeros(1, device=name)  # a wrong number may pass until here
         return torch.device(name)
     except RuntimeError as error:
         raise InputError(f"--device {name}: {str(error).splitlines()[0]}; give auto, or another") from None

@@ -115,7 +115,8 @@ def context(cfg: Any, model: GPT | ScalarModel) -> int:
     """The longest sequence in tokens: --block_size, or the model's whole context if that is 0."""
     longest = model.config.block_size
     if cfg.block_size > longest:
-        raise InputError(f"--block_size {cfg.block_size}: a model of this run has a context of {longest}; give less")
+        whose = f"--init {cfg.init}" if isinstance(model, GPT) else "the reward model"
+        raise InputError(f"--block_size {cfg.block_size}: {whose} has a context of {longest} tokens; give less")
     return cfg.block_size or longest
 
 

@@ -25,12 +25,14 @@ from common import about, dist, nets
 from common.dist import RANK, WORLD
 from common.judges import ROOT
 from data.files import InputError, cannot_write, replacing, sources
-from data.tokenizer import encoding_state
+from data.tokenizer import encoding_from_state, encoding_state
 from model import GPT, ScalarModel
 
 INPUTS = ("data", "eval_data", "init", "ref", "reward", "judge")  # options that name what a run reads
 MAY_DIFFER = ("resume", "device", "out", "tensorboard", "save_every", "kl_stop", *INPUTS)  # in a resumed run
 VERSION = 2  # of state.pt
+STATE = {"step": int, "processes": int, "goodness": int | float, "kl_coef": int | float}  # the types in it
+STATE |= {"options": dict, "inputs": dict, "tokenizer": dict}
 SAVE_SECONDS = 60  # a run saves this often at least, if that takes less than a twentieth of its time
 ANEW = "start anew without --resume"
 
@@ -79,17 +81,15 @@ class Run:
         if not path.exists():
             dist.print0(f"nothing to resume in {self.folder}, so this starts from the beginning")
             return None
-        state = nets.read_checkpoint(path, ANEW)
-        if state.get("version") != VERSION:
-            raise InputError(f"--resume: {path} is of another version of this project; {ANEW}")
-        for name, value in dataclasses.asdict(self.cfg).items():
-            before = state["options"].get(name, value)
-            if name not in MAY_DIFFER and before != value:
+        state = load_state(path)
+        options = dataclasses.asdict(self.cfg)
+        for name, before in state["options"].items():
+            if name not in MAY_DIFFER and options.get(name) != before:
                 raise InputError(f"--resume: {path} was made with --{name} {before}; give the same options")
         if state["processes"] != WORLD:
             raise InputError(f"--resume: {path} was made by {state['processes']} processes; start as many")
-        for name, before in state["inputs"].items():
-            if self.inputs[name] != before:
+        for name, now in self.inputs.items():
+            if now != state["inputs"].get(name, now):
                 what = f"--{name} {getattr(self.cfg, name)} has changed since {path} was made, by its contents"
                 raise InputError(f"--resume: {what}; bring back what it was, or {ANEW}")
         return state
@@ -115,8 +115,7 @@ class Run:
                 for name, part in parts.items():
                     dist.load_state(part, self.state.pop(name))  # so that no copy stays in memory
             except Exception as error:  # torch raises many kinds
-                why = f"{error}".partition("\n")[0]
-                raise InputError(f"--resume: {self.folder / 'state.pt'} is damaged ({why}); {ANEW}") from None
+                raise damaged(self.folder / "state.pt", error) from None
         for part in parts.values():
             if isinstance(part, torch.nn.Module):
                 dist.broadcast(part)
@@ -317,6 +316,30 @@ def lock(out: Path) -> Any:
     return file
 
 
+def load_state(path: Path) -> dict:
+    """A state.pt, with its tokenizer as "encoding". Raises InputError if it is of another version, or damaged."""
+    state = nets.read_checkpoint(path, ANEW)
+    if str(state.get("version")) != str(VERSION):
+        raise InputError(f"--resume: {path} is of another version of this project; {ANEW}")
+    try:
+        for name, kind in STATE.items():
+            x = ({"kl_coef": 0.0} | state)[name]  # β is PPO's alone
+            if not isinstance(x, kind):
+                raise TypeError(f"{name} is {x!r:.40}")
+        for name, x in (state["options"] | state["inputs"]).items():
+            if not isinstance(x, str | int | float | None):
+                raise TypeError(f"{name} is {x!r:.40}")
+        state["encoding"] = encoding_from_state(state["tokenizer"])
+    except Exception as error:  # whatever the damage is
+        raise damaged(path, error) from None
+    return state
+
+
+def damaged(path: Path, error: Exception) -> InputError:
+    what = f"{type(error).__name__}: {error}".partition("\n")[0][:200]
+    return InputError(f"--resume: {path} is damaged ({what}); {ANEW}")
+
+
 def fingerprint(names: str) -> str:
     """The sha256 of files of data, of a run folder's model.pt, or of the files of functions; "" where there is none."""
     digests = []
@@ -336,7 +359,7 @@ def started_from(out: str, init: str) -> bool:
     path = Path(out) / "state.pt"
     if not path.exists():
         return True
-    return nets.read_checkpoint(path, ANEW).get("inputs", {}).get("init") == fingerprint(init)
+    return load_state(path)["inputs"].get("init") == fingerprint(init)
 
 
 def read_metrics(folder: str | Path) -> list[dict]:
@@ -350,6 +373,8 @@ def read_metrics(folder: str | Path) -> list[dict]:
         except (ValueError, RecursionError):
             break
         if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            break
+        if not all(isinstance(x, int | float) for x in row.values()):
             break
         lines.append(row)
     return lines

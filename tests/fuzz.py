@@ -1,6 +1,6 @@
 """Thousands of bad inputs, each of which must be read as it is or refused in one sentence, and must change no file.
 
-    python -m tests.fuzz                     3,200 inputs: files, run folders, Hugging Face folders, command lines
+    python -m tests.fuzz                     4,000 inputs: files, models, states, Hugging Face folders, options
     python -m tests.fuzz --seed 1 --each 5000
 
 An input is a good one with a few things broken at random. It prints how many were read, refused and neither.
@@ -15,7 +15,9 @@ import random
 import tempfile
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import tiktoken
 import torch
@@ -24,7 +26,7 @@ import data
 import ppo
 import reward
 import sft
-from common import cli, nets
+from common import cli, nets, runs
 from data import InputError, chat
 from data.label import read_answers
 from tests.conftest import make_gpt
@@ -35,6 +37,8 @@ from tools.label.report import report
 ODD = [None, True, 0, -1, 7, 10**30, 10**400, 0.5, -0.0, 1e300, float("nan"), float("inf"), "", " ", "x", "\ud800"]
 ODD += ["\x00", "é" * 40, "<|endoftext|>", "a\r\nb", "tie", "nan", "-1"]
 ODD += [[], [[]], ["a"], ["a", "a"], ["a", "b", 3], {}, {"a": 1}]
+JUNK = [b"\xff", b"\x00", b"{", b"[" * 5000, b'{"a":' * 5000, b"\n\n", b"\r", b"", b"\xef\xbb\xbf", b'"', b"1e999"]
+JUNK += [b"\\ud800", b"-Infinity", b"NaN", b"9" * 5000, b" " * 10**5, b', "prompt": 3', b', "text": null']
 PAIR = {"prompt": "a", "chosen": "b", "rejected": "c", "p_chosen": 0.7, "chosen_ids": [1, 2], "chosen_ended": True}
 ANSWER = {"checkpoint": ["m", "m"], "annotator": "x", "seconds": 1.5}
 POST = {"post": "a", "title": "b", "subreddit": "c"}
@@ -75,8 +79,9 @@ def bad_file(path: Path, kind: str, rng: random.Random) -> None:
     content = "\n".join(map(json.dumps, rows)).encode()
     if rng.random() < 0.3:
         place = rng.randrange(len(content))
-        junk = [b"\xff", b"\x00", b"{", b"[" * 5000, b"\n\n", b"", b"\xef\xbb\xbf", b'"', b"1e999", b"\\ud800"]
-        content = content[:place] + rng.choice(junk) + content[place + rng.randrange(3) :]
+        content = content[:place] + rng.choice(JUNK) + content[place + rng.randrange(3) :]
+    if rng.random() < 0.05:
+        content = content.replace(b"\n", b"\r\n")
     if rng.random() < 0.1:
         content = content[: rng.randrange(len(content) + 1)]
     path.write_bytes(content)
@@ -111,6 +116,7 @@ def bad_run_folder(path: Path, good: dict, rng: random.Random) -> None:
         tokenizer = saved.get("tokenizer")
         parts = [saved, saved.get("model"), saved.get("config"), tokenizer]
         parts += [tokenizer.get("ranks"), tokenizer.get("special")] if isinstance(tokenizer, dict) else []
+        parts += [saved.get("options"), saved.get("inputs")]
         place = rng.choice([part for part in parts if isinstance(part, dict) and part])
         key = rng.choice(list(place))
         x = place[key]
@@ -119,7 +125,7 @@ def bad_run_folder(path: Path, good: dict, rng: random.Random) -> None:
         elif rng.random() < 0.3:
             del place[key]
         else:
-            place[key] = rng.choice(ODD)
+            place[key] = rng.choice([*ODD, x * 2, "a*", "(", "\\b"] if isinstance(x, str) else ODD)
     torch.save(saved, path)
     if rng.random() < 0.2:
         content = bytearray(path.read_bytes())
@@ -133,6 +139,25 @@ def use_run_folder(path: Path) -> None:
     if hasattr(model, "generate"):
         tokens, _, _ = model.generate([[1, 2]], 3, generator=torch.Generator().manual_seed(0))
         encoding.decode(tokens[0].tolist())
+    for prompt in ("ask <|endoftext|> me\t\x00é", [{"role": "user", "content": "ask me"}]):
+        data.encode_prompt(encoding, prompt)
+    data.encode_text(encoding, "ask <|endoftext|> me\t\x00é")
+
+
+def good_run(folder: Path, init: Path) -> ppo.Config:
+    """A run of ppo.py that has ended."""
+    (folder.parent / "f.py").write_text("def f(prompt, response):\n    return len(response)\n")
+    prompts = folder.with_name("prompts.jsonl")
+    prompts.write_text("".join(json.dumps({"prompt": f"ask me {i}."}) + "\n" for i in range(20)))
+    given = dict(data=str(prompts), init=str(init), reward=f"{folder.parent}/f.py:f", out=str(folder))
+    cfg = ppo.Config(**given, iterations=1, batch_size=2, minibatch_size=2, response_len=4, eval_prompts=2)
+    with patch.object(runs, "write_page", lambda folder: None), contextlib.redirect_stdout(io.StringIO()):
+        ppo.train(cfg)
+    return cfg
+
+
+def resume(cfg: ppo.Config) -> None:
+    runs.Run(replace(cfg, resume=True)).lock.close()
 
 
 def bad_hugging_face_folder(folder: Path, good: dict[str, bytes], rng: random.Random) -> None:
@@ -183,6 +208,10 @@ def sweep(seed: int, each: int, say: Callable[[str], None] = lambda text: None) 
         saved = torch.load(here / "run" / "model.pt", weights_only=True)
         hf.convert(str(here / "run"), here / "hf")
         good = {path.name: path.read_bytes() for path in (here / "hf").iterdir()}
+        (here / "start").mkdir()
+        nets.save_model(model, encoding, here / "start" / "model.pt")
+        cfg = good_run(here / "ppo", here / "start")
+        state = torch.load(here / "ppo" / "state.pt", weights_only=True)
 
         def one(kind: str) -> Callable[[], None]:
             if kind == "files":
@@ -192,12 +221,15 @@ def sweep(seed: int, each: int, say: Callable[[str], None] = lambda text: None) 
             if kind == "run folders":
                 bad_run_folder(here / "run" / "model.pt", saved, rng)
                 return lambda: use_run_folder(here / "run")
+            if kind == "states":
+                bad_run_folder(here / "ppo" / "state.pt", state, rng)
+                return lambda: resume(cfg)
             if kind == "Hugging Face folders":
                 bad_hugging_face_folder(here / "hf", good, rng)
                 return lambda: use_hugging_face_folder(here / "hf")
             return lambda: parse_options(rng)
 
-        for kind in ("files", "run folders", "Hugging Face folders", "command lines"):
+        for kind in ("files", "run folders", "states", "Hugging Face folders", "command lines"):
             tally = Counter()
             for number in range(each):
                 use = one(kind)
@@ -235,7 +267,7 @@ def sweep(seed: int, each: int, say: Callable[[str], None] = lambda text: None) 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--each", type=int, default=800, help="inputs of each of four kinds")
+    parser.add_argument("--each", type=int, default=800, help="inputs of each of five kinds")
     options = parser.parse_args()
     _, faults = sweep(options.seed, options.each, print)
     print("\n".join(faults))

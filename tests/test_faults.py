@@ -236,6 +236,33 @@ def test_a_run_folder_may_be_moved_and_spelled_in_another_way(folders, monkeypat
         sft.train(cli.parse(sft.Config, [*given, "--out", "moved", "--resume", "--lr", "1e-3"]))
 
 
+def test_a_damaged_state_is_refused_in_a_sentence_and_so_is_that_of_another_stage(folders, monkeypatch):
+    monkeypatch.chdir(folders["tmp"])
+    cfg = cli.parse(ppo.Config, [*options(folders, "ppo.py", iterations=1), "--out", "out/x"])
+    ppo.train(cfg)
+    cfg.resume = True
+    good = torch.load("out/x/state.pt", weights_only=True)
+    tokenizer = good["tokenizer"] | {"pattern": "a*"}
+    changes = [{name: x} for name in good for x in (None, [1]) if name not in ("model", "value")]
+    changes = [change for change in changes if not any("optimizer" in name for name in change)]  # they are read later
+    changes += [{"options": {"lr": [1]}}, {"inputs": {"init": torch.zeros(3)}}, {"tokenizer": tokenizer}]
+    for change in changes:
+        torch.save(good | change, "out/x/state.pt")
+        with pytest.raises(InputError, match="^--resume: out/x/state.pt is (damaged|of another version)"):
+            runs.Run(cfg)
+    torch.save(good | {"options": good["options"] | {"n_layer": 2}}, "out/x/state.pt")
+    with pytest.raises(InputError, match="made with --n_layer 2; give the same options"):
+        runs.Run(cfg)
+    torch.save(good | {"inputs": {}, "options": {}}, "out/x/state.pt")  # all of them are newer
+    assert runs.Run(cfg).state["step"] == 1
+
+
+def test_metrics_are_read_up_to_the_first_line_that_is_not_of_numbers(tmp_path):
+    for bad in ('{"step": 1, "lr": [0.1]}', '{"step": 1, "lr": null}', '{"step": "1"}', "[" * 9999, '{"step": 1'):
+        (tmp_path / "metrics.jsonl").write_text('{"step": 0, "lr": 0.1}\n' + bad + '\n{"step": 2, "lr": 0.1}\n')
+        assert runs.read_metrics(tmp_path) == [{"step": 0, "lr": 0.1}]
+
+
 # --- disks ------------------------------------------------------------------------------------------------------------
 
 

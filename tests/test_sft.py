@@ -9,11 +9,13 @@ import sys
 import pytest
 import torch
 
+import data
 import ppo
 import reward
 import sft
-from common import cli, nets, runs
+from common import cli, dist, nets, runs
 from data import InputError
+from model import GPT
 from tests.conftest import ROOT, flat, run, write
 
 CPU = torch.device("cpu")
@@ -121,7 +123,11 @@ BAD = [
     ),
     ("ppo.py", [*GIVEN, "--data", "text.jsonl", "--response_len", "8"], 'text.jsonl:1: no column "prompt"'),
     ("ppo.py", [*GIVEN, "--data", "prompts.jsonl", "--response_len", "44"], "are longer than 4 tokens"),
-    ("ppo.py", [*GIVEN, "--data", "prompts.jsonl", "--block_size", "49"], "--block_size 49"),
+    ("ppo.py", [*GIVEN, "--data", "prompts.jsonl", "--block_size", "49"], "--init sft has a context of 48 tokens"),
+    ("ppo.py", [*GIVEN, "--unended_cap=-inf"], "--unended_cap -inf: give a number"),
+    ("sft.py", ["--data", "text.jsonl", "--device", "cpu:x"], "--device cpu:x"),
+    ("sft.py", ["--data", "text.jsonl", "--block_size", f"{2**63 - 1}", "--out", "x"], "out of memory"),
+    ("tools/evaluate.py", ["reward", "--data", "comparisons.jsonl", "--block_size", "49"], "the reward model has a"),
     ("tools/sample.py", ["nowhere", "--prompt", "a"], "nowhere"),
     ("tools/evaluate.py", ["nowhere"], "nowhere"),
     ("tools/evaluate.py", ["sft", "--best_of", "2,x"], "--best_of 2,x"),
@@ -182,6 +188,19 @@ def test_an_option_may_be_written_with_dashes_and_a_misspelt_one_is_named():
         cli.parse(ppo.Config, ["--kl_cof", "0.3"])
 
 
+def test_an_option_of_another_project_is_answered_with_ours_if_the_program_has_it():
+    for config, given, said in (
+        (ppo.Config, "--beta 0.1", "see --kl_coef; "),
+        (ppo.Config, "--max-length=9", "see --response_len, --block_size; "),
+        (sft.Config, "--learning_rate 1 --bf16", "see --lr, --dtype bfloat16; "),
+        (sft.Config, "--beta 0.1", ""),
+        (reward.Config, "--reward_model x", ""),
+    ):
+        words = given.replace("--max-length", "--max_length")
+        with pytest.raises(InputError, match=rf"^unrecognized arguments: {words}; {said}\S+ --help lists the options$"):
+            cli.parse(config, given.split())
+
+
 @dataclasses.dataclass
 class Fork(ppo.Config):
     # of a fork, whose options have plain types
@@ -189,12 +208,14 @@ class Fork(ppo.Config):
     turns: int = 1  # of its dialogue
 
 
-def test_a_plain_option_of_a_fork_takes_any_number_but_nan():
+def test_a_plain_option_of_a_fork_takes_numbers_of_up_to_a_thousand_million_and_inf():
     cfg = cli.parse(Fork, ["--shift", "-1", "--turns=-3", "--kl_coef", "0"])
     assert (cfg.shift, cfg.turns, cfg.kl_coef) == (-1.0, -3, 0.0) and isinstance(cfg.shift, float)
     assert cli.parse(Fork, ["--shift", "inf"]).shift == float("inf")
     for given, said in (
-        (["--shift", "nan"], "^--shift nan: give a number$"),
+        (["--shift", "nan"], "^--shift nan: give a number from -1e"),
+        (["--shift=-inf"], "^--shift -inf: give a number from -1e"),
+        (["--unended_cap", "1e308"], r"^--unended_cap 1e\+308: give a number from -1e"),
         (["--turns", "1.5"], "--turns: invalid int value"),
         (["--kl_coef", "-1"], "^--kl_coef -1.0: give a number from 0 to 1e"),
     ):
@@ -267,3 +288,38 @@ def test_resuming_both_stages_keeps_a_run_that_started_from_another_model(folder
         sft.main()
     seeds = [torch.load(f"out/{name}/state.pt", weights_only=True)["options"]["seed"] for name in ("sft", "sft.1")]
     assert seeds == [1, 0]
+
+
+@pytest.mark.parametrize("batch_size, epochs, steps", [(400, 10, 10), (50, 3, 6), (400, 0.1, 1)])
+def test_an_epoch_is_as_many_steps_as_it_has_whole_batches_and_one_at_least(folders, batch_size, epochs, steps):
+    """Of 125 rows of 25 prompts, those of one are held out. A batch that is larger than the data is all rows."""
+    more = ["--batch_size", batch_size, "--epochs", epochs, "--evals", 1]
+    assert len(train(folders, "x", "--init", folders["sft"], *more, kind="pairs")) == steps
+
+
+def test_a_sample_goes_on_from_the_prompt_of_a_row_or_the_first_tokens_of_plain_text(folders, encoding, monkeypatch):
+    """Also where the prompt is one token, and where the context holds no more than two."""
+    asked, generate = [], GPT.generate
+    monkeypatch.setattr(GPT, "generate", lambda *given, **more: asked.extend(given[1]) or generate(*given, **more))
+    rows = [{"prompt": letter, "completion": " yes."} for letter in "abcdefghijklmnopqrstuvwxyz"]
+    write(folders["tmp"] / "short.jsonl", rows)
+    more = ["--init", folders["sft"], "--epochs", 0.001]
+    train(folders, "x", *more, kind="short")
+    assert [len(prompt) for prompt in asked] == [1] and encoding.decode(asked.pop()) in "abcdefghijklmnopqrstuvwxyz"
+    for width in (2, 8, 9, 32):
+        train(folders, "x", *more, "--block_size", width)
+    assert [len(prompt) for prompt in asked] == [1, 7, 8, 8]
+
+
+def test_without_shard_no_process_computes_a_held_out_loss_that_another_computes(gpt, monkeypatch):
+    rows = [data.Row([1, 2, 3, 4 + i], 1) for i in range(3)]
+    lone = [sft.next_token_loss(gpt, [row], CPU).item() for row in rows]
+    computed, loss = [], sft.next_token_loss
+    monkeypatch.setattr(sft, "next_token_loss", lambda *given: computed.append(given) or loss(*given))
+    monkeypatch.setattr(dist, "WORLD", 2)
+    monkeypatch.setattr(dist, "RANK", 1)
+    others = {0: lone[0], 2: lone[2]}
+    monkeypatch.setattr(dist, "gather_objects", lambda x: [2, x] if isinstance(x, int) else [others, x])
+    off = torch.autocast("cpu", enabled=False)
+    assert sft.held_out_loss(gpt, rows, 1, CPU, off) == pytest.approx(sum(lone) / 9)
+    assert len(computed) == 1
