@@ -382,5 +382,5 @@ def read_metrics(folder: str | Path) -> list[dict]:
 
 def sampled_at(line: str) -> int:
     """The step of a line of samples.txt; 0 for a line that a person wrote."""
-    found = re.match(r"step (\d+)  ", line)
+    found = re.match(r"step (\d{1,18})  ", line)
     return int(found[1]) if found else 0

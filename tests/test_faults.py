@@ -261,6 +261,7 @@ def test_metrics_are_read_up_to_the_first_line_that_is_not_of_numbers(tmp_path):
     for bad in ('{"step": 1, "lr": [0.1]}', '{"step": 1, "lr": null}', '{"step": "1"}', "[" * 9999, '{"step": 1'):
         (tmp_path / "metrics.jsonl").write_text('{"step": 0, "lr": 0.1}\n' + bad + '\n{"step": 2, "lr": 0.1}\n')
         assert runs.read_metrics(tmp_path) == [{"step": 0, "lr": 0.1}]
+    assert runs.sampled_at("step " + "9" * 5000 + "  a tale") == 0 and runs.sampled_at("step 40  a tale") == 40
 
 
 # --- disks ------------------------------------------------------------------------------------------------------------
