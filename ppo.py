@@ -372,7 +372,7 @@ def build(
         reward, reward_encoding = nets.load_scalar(cfg.reward, device, "--reward")
         nets.check_vocabulary(f"--reward {cfg.reward}", reward_encoding, encoding, cfg.init)
         value = copy.deepcopy(reward)
-    if min(ref.config.block_size, value.config.block_size) < nets.context(cfg, policy):
+    if min(ref.config.block_size, value.config.block_size - len(value.config.suffix)) < nets.context(cfg, policy):
         raise InputError("--ref or --reward has a shorter context than --init; give a --block_size that fits all")
     frozen = [ref, reward] if isinstance(reward, ScalarModel) else [ref]
     for net in (policy, value):

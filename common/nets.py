@@ -112,8 +112,8 @@ def check_vocabulary(what: str, encoding: tiktoken.Encoding, wanted: tiktoken.En
 
 
 def context(cfg: Any, model: GPT | ScalarModel) -> int:
-    """The longest sequence in tokens: --block_size, or the model's whole context if that is 0."""
-    longest = model.config.block_size
+    """The longest sequence in tokens: --block_size, or if that is 0 the model's whole context, less its suffix."""
+    longest = model.config.block_size - len(model.config.suffix)
     if cfg.block_size > longest:
         whose = f"--init {cfg.init}" if isinstance(model, GPT) else "the reward model"
         raise InputError(f"--block_size {cfg.block_size}: {whose} has a context of {longest} tokens; give less")

@@ -12,6 +12,7 @@ import tokenizers
 import torch
 
 import data
+import reward
 from common import nets
 from data import InputError
 from data.chat import check, template_variables, with_template
@@ -422,6 +423,13 @@ def test_a_conversation_has_the_score_of_transformers_both_ways(tmp_path, name):
         ids = [theirs.apply_chat_template(messages, return_dict=False) for messages in said]
         expected = torch.cat([classifier(torch.tensor([each])).logits[:, 0] for each in ids])
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+        longest = nets.context(reward.Config(), model)
+        assert longest == 128 - len(model.config.suffix)
+        ids = [*[5, 9] * longest][: longest - 1] + [model.config.eos]  # the longest row that a stage takes
+        behind = torch.tensor([[*ids, *model.config.suffix]])
+        found = model.scores(torch.tensor([ids]), torch.tensor([longest]))
+        torch.testing.assert_close(found, classifier(behind).logits[:, 0], atol=1e-4, rtol=1e-4)
 
         model.gain.fill_(2.0), model.bias.fill_(0.3)
         nets.save_model(model, ours, tmp_path / "run" / "model.pt")
