@@ -4,12 +4,16 @@ import json
 import math
 import os
 import re
+import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
+
+from common.about import git
+from data.files import replacing
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = Path("out/experiments")
@@ -140,6 +144,29 @@ def course(lines: list[dict]) -> list[str]:
 def markdown(header: list[str], rows: list[list]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+# Student's t of 97.5%, by degrees of freedom.
+T = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131]
+
+
+def t_interval(numbers: list[float], digits: int = 2) -> str:
+    """The mean over seeds, with its interval of 95% by Student's t."""
+    mean, n = statistics.mean(numbers), len(numbers)
+    if n < 2:
+        return f"{mean:.{digits}f} (n 1)"
+    half = T[n - 2] * statistics.stdev(numbers) / n**0.5
+    return f"{mean:.{digits}f} [{mean - half:.{digits}f}, {mean + half:.{digits}f}]"
+
+
+def write_results(name: str, content: dict) -> None:
+    """Keep what an experiment found as experiments/results/NAME.json, with the code and the command that made it."""
+    about = {
+        "commit": git("rev-parse", "HEAD"),
+        "command": " ".join(["python", "-m", f"experiments.{name}", *sys.argv[1:]]),
+    }
+    with replacing(Path(__file__).parent / "results" / f"{name}.json") as file:
+        json.dump(about | {"found": content}, file, indent=1)
 
 
 def interval(mean: float, error: float) -> str:

@@ -1,102 +1,115 @@
-"""What the KL term does: score, judge and KL over a run of PPO, with it and without it, every seed.
+"""What the KL term is for: PPO with it and without it, on a poor and on a good reward model, ten seeds.
 
-    python -m experiments.kl                      seeds 0 to 5: the three stages, PPO with β = 0.05 and with β = 0
-    python -m experiments.kl --seeds 6,7          other seeds
+    OMP_NUM_THREADS=1 python -m experiments.kl                  seeds 30 to 39, some 35 minutes each
+    OMP_NUM_THREADS=1 python -m experiments.kl --seeds 30,31    some of them
 
-Without the KL term PPO runs for 160 iterations in place of 64, because it needs time to find what fools the reward
-model. It prints the tables and draws experiments/kl.svg. What has run is kept in out/experiments/kl; a stopped run
-goes on.
+The good reward model is trained on the comparisons of all 1,000 prompts, the poor one on those of 20. Every run of PPO
+has 160 iterations and the same schedule. A run "fell" if its judge ends below where it began, by the paired interval of
+95% over the held-out prompts. It prints the tables, writes experiments/results/kl.json and draws experiments/kl.svg.
+What has run is kept in out/experiments/kl; a stopped run goes on.
 """
 
 import argparse
-import re
+import json
 from pathlib import Path
 
+from common.measure import mean_and_error, share
 from common.runs import read_metrics
-from experiments.harness import (
-    GRAMMAR,
-    JUDGE,
-    KL,
-    cell_after,
-    closing_table,
-    course,
-    markdown,
-    pyplot,
-    save,
-    seconds,
-    stage,
-    start,
-)
+from experiments.harness import JUDGE, markdown, pyplot, save, stage, start, t_interval, write_results
 
-RUNS = {"with the KL term": ("ppo", "C0"), "without it (β = 0)": ("hacked", "C3")}
-PANELS = {
-    "objective/scores": "score of the reward model\n(1 = one standard deviation)",
-    "objective/judge": "judge\n(never trained on)",
-    "objective/kl": "KL to the start\n(nats a response)",
+ARMS = {  # run folder → reward model, β
+    "poor-0.05": ("reward-20", 0.05),
+    "poor-0.15": ("reward-20", 0.15),
+    "poor-0": ("reward-20", 0),
+    "good-0.05": ("reward", 0.05),
+    "good-0": ("reward", 0),
 }
+NAMES = {"reward-20": "20 prompts", "reward": "1,000 prompts"}
+PANELS = {"objective/scores": "score", "objective/judge": "judge", "objective/kl": "KL to the start (nats)"}
 
 
-def run(seed: int) -> tuple[Path, dict[str, str]]:
-    """The folder of a seed's run folders, and what each stage printed."""
+def run(seed: int) -> dict[str, dict]:
+    """What each arm of a seed ends with, by run folder."""
     folder = start(seed)
-    printed = {script: stage(folder, script, f"{script}.py", "--seed", seed) for script in ("sft", "reward", "ppo")}
-    options = ["--seed", seed, "--kl_coef", 0, "--iterations", 160, "--out", "out/hacked"]
-    printed["hacked"] = stage(folder, "hacked", "ppo.py", *options)
-    return folder / "out", printed
+    stage(
+        folder, "reward-20", "reward.py", "--seed", seed, "--n_prompts", 20, "--batch_size", 1, "--out", "out/reward-20"
+    )
+    found = {}
+    for name, (reward, kl_coef) in ARMS.items():
+        options = ["--seed", seed, "--reward", f"out/{reward}", "--kl_coef", kl_coef, "--iterations", 160]
+        stage(folder, name, "ppo.py", *options, "--out", f"out/{name}", may_diverge=True)
+        report = folder / "out" / name / "report.json"
+        found[name] = ending(json.loads(report.read_text())) if report.exists() else {"fell": True}
+    return found
 
 
-def draw(folders: list[Path], target: Path) -> None:
-    plt = pyplot()
-    figure, axes = plt.subplots(1, 3, figsize=(9, 2.9), layout="constrained")
-    for axis, (name, label) in zip(axes, PANELS.items()):
-        for title, (run_folder, colour) in RUNS.items():
-            for i, folder in enumerate(folders):
-                lines = read_metrics(folder / run_folder)
-                points = [(line["step"] + 1, line[name]) for line in lines]
-                axis.plot(*zip(*points), color=colour, alpha=0.7, linewidth=1.2, label="" if i else title)
-        axis.set(xlabel="iteration", title=label)
-        axis.grid(alpha=0.25)
-    axes[0].legend(frameon=False, loc="lower right")
+def ending(report: dict) -> dict:
+    """Judge before and after, score, KL, and whether the judge fell, of a report.json."""
+    table = report["table"]
+    changes = [answer["after"][JUDGE] - answer["before"][JUDGE] for answer in report["answers"]]
+    change, error = mean_and_error(changes)
+    found = {"before": table[JUDGE]["before"][0], "after": table[JUDGE]["after"][0]}
+    (kl,) = [row["after"][0] for name, row in table.items() if name.startswith("KL")]
+    return found | {"score": table["score"]["after"][0], "kl": kl, "fell": change + 1.96 * error < 0}
+
+
+def summary(found: dict[int, dict[str, dict]]) -> list[list]:
+    """A row for each arm: how many fell, and means over the seeds with their intervals."""
+    rows = []
+    for name, (reward, kl_coef) in ARMS.items():
+        ends = [each[name] for each in found.values()]
+        fell, n = sum(end["fell"] for end in ends), len(ends)
+        _, low, high = share(fell / n, n)
+        measured = [end for end in ends if "after" in end]
+        columns = [t_interval([end[column] for end in measured]) for column in ("before", "after", "kl", "score")]
+        rows.append([NAMES[reward], kl_coef, f"{fell} of {n} [{low:.2f}, {high:.2f}]", *columns])
+    return rows
+
+
+def differences(found: dict[int, dict[str, dict]]) -> list[list]:
+    """For each reward model: judge with the KL term less judge without it, paired over the seeds."""
+    rows = []
+    for with_term, without in (("poor-0.05", "poor-0"), ("poor-0.15", "poor-0"), ("good-0.05", "good-0")):
+        pairs = [(each[with_term], each[without]) for each in found.values()]
+        apart = [a["after"] - b["after"] for a, b in pairs if "after" in a and "after" in b]
+        reward, kl_coef = ARMS[with_term]
+        rows.append([NAMES[reward], f"β = {kl_coef} less β = 0", t_interval(apart)])
+    return rows
+
+
+def draw(seeds: list[int], target: Path) -> None:
+    figure, axes = pyplot().subplots(2, 3, figsize=(9, 5.4), layout="constrained", sharex=True)
+    for row, reward in zip(axes, NAMES):
+        for axis, (metric, label) in zip(row, PANELS.items()):
+            for name in [name for name, arm in ARMS.items() if arm[0] == reward and arm[1] in (0, 0.05)]:
+                free = ARMS[name][1] == 0
+                for i, seed in enumerate(seeds):
+                    lines = read_metrics(start(seed) / "out" / name)
+                    points = [(line["step"] + 1, line[metric]) for line in lines]
+                    label_of = "" if i else "without the KL term" if free else "with it (β = 0.05)"
+                    axis.plot(*zip(*points), color="C3" if free else "C0", alpha=0.6, linewidth=1, label=label_of)
+            axis.set(title=f"{label}\nreward model of {NAMES[reward]}", xlabel="iteration")
+            axis.grid(alpha=0.25)
+            if metric == "objective/kl":
+                axis.set_yscale("symlog", linthresh=1)
+    axes[0][0].legend(frameon=False)
     save(figure, target)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--seeds", default="0,1,2,3,4,5", help="comma-separated")
+    parser.add_argument("--seeds", default=",".join(map(str, range(30, 40))), help="comma-separated")
     parser.add_argument("--figure", type=Path, default=Path(__file__).with_name("kl.svg"))
     options = parser.parse_args()
-    folders, ends, roads, both, models = [], [], [], [], []
-    for seed in map(int, options.seeds.split(",")):
-        folder, printed = run(seed)
-        folders.append(folder)
-        rows, hacked = closing_table(printed["ppo"]), closing_table(printed["hacked"])
-        wins = cell_after(printed["ppo"], "win rate against the reference")
-        took = " + ".join(f"{seconds(printed[name]):.0f}" for name in ("sft", "reward", "ppo"))
-        judge, grammar = rows[JUDGE], rows[GRAMMAR]
-        change = f"{grammar[0]} → {grammar[1]}"
-        ends.append([seed, judge[0], judge[1], rows[KL][1], rows["ended by EOS"][1], change, wins, took])
-        roads.append([seed, *course(read_metrics(folder / "ppo"))])
-        names = ("score", KL, JUDGE, GRAMMAR)
-        both.append([seed, *(each[name][1] for name in names for each in (rows, hacked))])
-        allowed = re.search(r"the noise in these labels allows (\S+)\)", printed["reward"])[1]
-        models.append([seed, cell_after(printed["reward"], "held-out accuracy"), allowed])
-    header = [
-        "seed",
-        "judge before",
-        "judge after",
-        "KL",
-        "ended by EOS",
-        "grammar",
-        "wins against the start",
-        "seconds",
-    ]
-    print(markdown(header, ends), end="\n\n")
-    header = ["seed", "highest KL", "last KL", "lowest judge", "first judge", "ratio", "highest approxkl"]
-    print(markdown(header, roads), end="\n\n")
-    columns = [f"{name}, {kind}" for name in ("score", "KL", "judge", "grammar") for kind in ("with", "without")]
-    print(markdown(["seed", *columns], both), end="\n\n")
-    print(markdown(["seed", "held-out accuracy", "the noise allows"], models), end="\n\n")
-    draw(folders, options.figure)
+    found = {seed: run(seed) for seed in map(int, options.seeds.split(","))}
+    write_results("kl", found)
+    header = ["reward model of", "β", "fell", "judge before", "judge after", "KL (nats)", "score"]
+    print(markdown(header, summary(found)), end="\n\n")
+    print(markdown(["reward model of", "judge", "difference [95%]"], differences(found)), end="\n\n")
+    cells = lambda end: f"{end['after']:.2f} at {end['kl']:.1f}" if "after" in end else "diverged"  # noqa: E731
+    rows = [[seed, f"{ends['good-0']['before']:.2f}", *map(cells, ends.values())] for seed, ends in found.items()]
+    print(markdown(["seed", "start", *(f"{NAMES[reward]}, β = {beta}" for reward, beta in ARMS.values())], rows))
+    draw(list(found), options.figure)
 
 
 if __name__ == "__main__":
