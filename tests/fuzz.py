@@ -1,6 +1,7 @@
 """Thousands of bad inputs, each of which must be read as it is or refused in one sentence, and must change no file.
 
-    python -m tests.fuzz                     4,000 inputs: files, models, states, Hugging Face folders, options
+    python -m tests.fuzz                     4,800 inputs: files, models, states and pages of runs, Hugging Face
+                                             folders, command lines
     python -m tests.fuzz --seed 1 --each 5000
 
 An input is a good one with a few things broken at random. It prints how many were read, refused and neither.
@@ -30,7 +31,7 @@ from common import cli, nets, runs
 from data import InputError, chat
 from data.label import read_answers
 from tests.conftest import make_gpt
-from tools import hf, label
+from tools import hf, label, page
 from tools.get import imdb, tldr
 from tools.label.report import report
 
@@ -145,7 +146,7 @@ def use_run_folder(path: Path) -> None:
 
 
 def good_run(folder: Path, init: Path) -> ppo.Config:
-    """A run of ppo.py that has ended."""
+    """A run of ppo.py that has ended, with the files that a page shows."""
     (folder.parent / "f.py").write_text("def f(prompt, response):\n    return len(response)\n")
     prompts = folder.with_name("prompts.jsonl")
     prompts.write_text("".join(json.dumps({"prompt": f"ask me {i}."}) + "\n" for i in range(20)))
@@ -154,6 +155,22 @@ def good_run(folder: Path, init: Path) -> ppo.Config:
     with patch.object(runs, "write_page", lambda folder: None), contextlib.redirect_stdout(io.StringIO()):
         ppo.train(cfg)
     return cfg
+
+
+def bad_page(folder: Path, good: dict[str, bytes], rng: random.Random) -> None:
+    """A run folder in which one of the files that a page shows is broken."""
+    for name, content in good.items():
+        (folder / name).write_bytes(content)
+    name = rng.choice(list(good))
+    if name.endswith(".json") and rng.random() < 0.6:
+        return (folder / name).write_text(json.dumps(broken(json.loads(good[name]), rng)))
+    if name == "metrics.jsonl" and rng.random() < 0.6:
+        row = json.loads(good[name])
+        return (folder / name).write_text(
+            "".join(json.dumps(each) + "\n" for each in (row, row | {rng.choice(list(row)): rng.choice(ODD)}))
+        )
+    place = rng.randrange(len(good[name]))
+    (folder / name).write_bytes(good[name][:place] + rng.choice(JUNK) + good[name][place + rng.randrange(3) :])
 
 
 def resume(cfg: ppo.Config) -> None:
@@ -212,6 +229,7 @@ def sweep(seed: int, each: int, say: Callable[[str], None] = lambda text: None) 
         nets.save_model(model, encoding, here / "start" / "model.pt")
         cfg = good_run(here / "ppo", here / "start")
         state = torch.load(here / "ppo" / "state.pt", weights_only=True)
+        shown = {path.name: path.read_bytes() for path in (here / "ppo").iterdir() if path.suffix != ".pt"}
 
         def one(kind: str) -> Callable[[], None]:
             if kind == "files":
@@ -224,12 +242,15 @@ def sweep(seed: int, each: int, say: Callable[[str], None] = lambda text: None) 
             if kind == "states":
                 bad_run_folder(here / "ppo" / "state.pt", state, rng)
                 return lambda: resume(cfg)
+            if kind == "pages":
+                bad_page(here / "ppo", shown, rng)
+                return lambda: page.page([str(here / "ppo")])
             if kind == "Hugging Face folders":
                 bad_hugging_face_folder(here / "hf", good, rng)
                 return lambda: use_hugging_face_folder(here / "hf")
             return lambda: parse_options(rng)
 
-        for kind in ("files", "run folders", "states", "Hugging Face folders", "command lines"):
+        for kind in ("files", "run folders", "states", "pages", "Hugging Face folders", "command lines"):
             tally = Counter()
             for number in range(each):
                 use = one(kind)
@@ -267,7 +288,7 @@ def sweep(seed: int, each: int, say: Callable[[str], None] = lambda text: None) 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--each", type=int, default=800, help="inputs of each of five kinds")
+    parser.add_argument("--each", type=int, default=800, help="inputs of each of six kinds")
     options = parser.parse_args()
     _, faults = sweep(options.seed, options.each, print)
     print("\n".join(faults))

@@ -7,7 +7,6 @@
 A policy is measured with the options of its own run (config.json); those that are given here go first.
 """
 
-import json
 import math
 import re
 from dataclasses import dataclass, fields, replace
@@ -24,6 +23,7 @@ from common import cli, dist, judges, measure, nets
 from common.cli import Whole
 from data import InputError, tales
 from model import ScalarModel
+from tools.page import read_object
 
 
 @dataclass
@@ -36,13 +36,20 @@ class Config(ppo.Config):
 def of_its_run(given: Config, folder: str) -> Config:
     """Return the options `given` on the command line, and for the others those of the run in `folder`."""
     path = Path(folder) / "config.json"
-    about = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"options": {}, "stage": ""}
+    about = {"options": {}, "stage": ""} | (read_object(path) or {})
+    if not isinstance(options := about["options"], dict):
+        raise InputError(f'{path}: "options" is no JSON object; remove the file')
     known = {field.name for field in fields(ppo.Config)} - {"out", "resume", "device"}
     if about["stage"] != "ppo":
-        known = {"seed"} | ({"init"} if about["options"].get("init") else set())  # a run of sft.py may have none
+        known = {"seed"} | ({"init"} if options.get("init") else set())  # a run of sft.py may have none
     default = Config()
-    left = {name for name in known if getattr(given, name) == getattr(default, name)}
-    return replace(given, **{name: x for name, x in about["options"].items() if name in left})
+    left = {name for name in known & options.keys() if getattr(given, name) == getattr(default, name)}
+    words = {name: options[name] for name in left if options[name] not in (None, "") and options[name] is not False}
+    try:
+        its = cli.parse(Config, [f"--{name}" if x is True else f"--{name}={x}" for name, x in words.items()])
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    return replace(given, **{name: getattr(its, name) for name in words})
 
 
 def evaluate_policy(cfg: Config, folder: str) -> None:

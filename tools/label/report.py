@@ -21,10 +21,10 @@ def report(rows: list[dict]) -> str:
     lines = ["annotator             preferences   ties  all bad  skips   median seconds"]
     for who in sorted({row["annotator"] for row in rows}):
         mine = [row for row in rows if row["annotator"] == who]
-        n = Counter(row.get("verdict", "preferred") for row in mine)
+        n = Counter(row["verdict"] if is_verdict(row) else "preferred" for row in mine)
         seconds = statistics.median(row["seconds"] for row in mine)
         lines.append(f"{who:<20} {n['preferred']:>12} {n['tie']:>6} {n['bad']:>8} {n['skip']:>6} {seconds:>16.1f}")
-    if sure := Counter(row["sure"] for row in rows if row.get("sure")):
+    if sure := Counter(row["sure"] for row in rows if row.get("sure") in list(SURE)):
         lines.append("\nhow sure: " + ", ".join(f"{sure[level]} {name}" for level, name in SURE.items()))
     preferred = [row for row in rows if not is_verdict(row)]
     if n := len(preferred):

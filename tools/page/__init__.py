@@ -64,7 +64,11 @@ def panels(lines: list[dict]) -> list[dict]:
                 kind = "dots" if name.startswith(DOTS) else "line"
                 series.append({"label": label, "kind": kind, "points": evenly(points, MOST_POINTS)})
         found.append({"title": title, "unit": unit, "series": series})
-    path = [(line["objective/kl"], line["objective/scores"]) for line in lines if "objective/kl" in line]
+    path = [
+        (line["objective/kl"], line["objective/scores"])
+        for line in lines
+        if line.keys() >= {"objective/kl", "objective/scores"}
+    ]
     series = [{"label": "", "kind": "path", "points": evenly(path, MOST_POINTS)}]
     return [*found, {"title": "score against KL", "unit": "score, early iterations pale", "series": series}]
 
@@ -76,6 +80,8 @@ def read_run(folder: str) -> dict[str, Any]:
     if not lines:
         raise InputError(f"{folder}: no step in a metrics.jsonl there; name the folder of a run")
     report = read_object(path / "report.json")
+    if report and not isinstance(report.get("answers", []), list):
+        raise InputError(f'{path / "report.json"}: "answers" is no list; remove the file')
     return {
         "name": folder,
         "unit": "iteration" if "objective/kl" in lines[-1] else "step",
@@ -104,7 +110,7 @@ def read_object(path: Path) -> dict | None:
 
 def samples(path: Path) -> list[dict]:
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []
-    found = [re.match(r"step (\d+)  (.*)", line, re.DOTALL) for line in lines]
+    found = [re.match(r"step (\d{1,18})  (.*)", line, re.DOTALL) for line in lines]
     return evenly([{"step": int(each[1]), "text": each[2]} for each in found if each], MOST_SAMPLES)
 
 
