@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from common import cli, nets, runs
+from common.cli import Count, Number, Whole
 from common.compare import sample_responses
 from data.batches import keep_short
 from data.chat import prompt_text, template_variables
@@ -46,12 +47,12 @@ class Config:
     init: str = "out/sft"  # run folder of the model that answers; several, separated by commas, take turns
     prompts: str = ""  # JSONL "prompt"
     out: str = "comparisons.jsonl"  # answers are appended to this file
-    samples: int = 2  # responses to a prompt: people compare 2 and rank more
-    response_len: int = 64  # longest response, in tokens
-    temperature: float = 1.0  # of the samples
-    n_prompts: int = 0  # use this many prompts from the start of the file; 0: all
-    people: int = 1  # how many people answer each question
-    seed: int = 0  # of the samples and of the order on the page
+    samples: Count = 2  # responses to a prompt: people compare 2 and rank more
+    response_len: Count = 64  # longest response, in tokens
+    temperature: Number = 1.0  # of the samples
+    n_prompts: Whole = 0  # use this many prompts from the start of the file; 0: all
+    people: Count = 1  # how many people answer each question
+    seed: Whole = 0  # of the samples and of the order on the page
     device: str = "auto"  # auto, cpu, cuda or mps
     # page
     host: str = "127.0.0.1"  # address to serve on; 0.0.0.0: every network of this machine
