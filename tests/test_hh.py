@@ -138,7 +138,7 @@ for name in sys.argv[1:]:
 
 def test_a_command_starts_without_a_warning(tmp_path):
     """Python warns if a package imports the file that is to be run."""
-    names = ["tools.get.hh", "tools.get.imdb", "tools.get.tldr", "tools.hf", "tools.label", "tools.page"]
+    names = ["tools.get.hh", "tools.get.imdb", "tools.hf", "tools.label", "tools.page"]
     (tmp_path / "help.py").write_text(HELP)
     done = run(tmp_path / "help.py", *names)
     assert done.returncode == 0 and done.stderr == "", done.stderr
