@@ -228,8 +228,9 @@ def answers_of(
             ids = [None] * len(said)
         sizes.append(len(said))
         for text, complete, sampled in zip(said, ended, ids):
-            if isinstance(text, dict):
-                answers.append(read_answer(encoding, eos, row["prompt"], text, complete, variables))
+            if isinstance(text, dict) and isinstance(row["prompt"], list):
+                (message,) = check([text], "an answer")
+                answers.append(read_answer(encoding, eos, row["prompt"], message, complete, variables))
             elif not isinstance(text, str):
                 raise no_comparison(row)
             elif isinstance(row["prompt"], list) and not isinstance(sampled, list):  # nobody sampled it
