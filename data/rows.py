@@ -176,7 +176,7 @@ def of_one_shape(row: dict, where: str) -> tuple[str, dict | str]:
     if is_conversation(row.get("chosen")) or is_conversation(row.get("rejected")):
         return "conversational preferences", of_conversations(row, where)
     if "prompt" not in row and are_texts([row.get("chosen"), row.get("rejected")]):
-        found = split_dialogue(row, chatml=False)
+        found = split_dialogue(row)
         return "dialogues as in HH", found if isinstance(found, str) else row | found
     if not isinstance(row.get("prompt"), TEXT):
         raise no_comparison(row)

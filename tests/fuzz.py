@@ -89,7 +89,7 @@ def read_file(path: Path, kind: str, encoding: tiktoken.Encoding) -> None:
             lambda: list(imdb.reviews(path)),
         ],
         "completions": [lambda: data.completions(path, encoding, 299), lambda: data.prompts(path, encoding)],
-        "hh": [lambda: [chat.split_dialogue(row, True) for row in data.iterate_jsonl(path, sources)]],
+        "hh": [lambda: [chat.split_dialogue(row) for row in data.iterate_jsonl(path, sources)]],
     }
     compared = [lambda: data.comparisons(path, encoding, 299), lambda: report(read_answers(path))]
     refusals = []
