@@ -12,7 +12,6 @@ question does. The texts contain offensive language.
 
 import itertools
 import json
-import sys
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -69,5 +68,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.argv[0] = "tools.get.hh"
-    cli.run_main(main)
+    cli.run_main(main, "tools.get.hh")

@@ -9,7 +9,6 @@ models of experiments/sentiment.py. A hash assigns each review to a part: 60% ar
 """
 
 import re
-import sys
 import tarfile
 import zlib
 from collections.abc import Iterator
@@ -93,5 +92,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.argv[0] = "tools.get.imdb"
-    cli.run_main(main)
+    cli.run_main(main, "tools.get.imdb")
