@@ -41,17 +41,6 @@ CLASSES = {"gpt2": ("GPT2LMHeadModel", "GPT2ForSequenceClassification")} | {
     name.lower(): (f"{name}ForCausalLM", f"{name}ForSequenceClassification")
     for name in ("Llama", "Mistral", "Qwen2", "Qwen3", "SmolLM3")
 }
-# What these keys mean if config.json lacks them: each class has its own numbers. GPT-2's are the defaults of GPTConfig.
-KEYS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-KEYS += ("num_key_value_heads", "head_dim", "max_position_embeddings", "rope_theta")
-DEFAULTS = {
-    "gpt2": (),
-    "llama": (32000, 4096, 11008, 32, 32, None, None, 2048, 1e4),
-    "mistral": (32000, 4096, 14336, 32, 32, 8, None, 131072, 1e4),
-    "qwen2": (151936, 4096, 22016, 32, 32, 32, None, 32768, 1e4),
-    "qwen3": (151936, 4096, 22016, 32, 32, 32, 128, 32768, 1e4),
-    "smollm3": (128256, 2048, 11008, 36, 16, 4, None, 32768, 2e6),
-}
 # What model.py computes. If config.json has one of these keys, it needs one of these values; if it lacks the key, the
 # first of them has to be what transformers takes then.
 LLAMA = {"hidden_act": ["silu"], "attention_bias": [False], "mlp_bias": [False], "use_sliding_window": [False]}
@@ -72,7 +61,15 @@ LLAMA_FIELDS = {
     "n_head": "num_attention_heads", "n_kv_head": "num_key_value_heads", "n_embd": "hidden_size",
     "n_inner": "intermediate_size", "norm_eps": "rms_norm_eps", "tied": "tie_word_embeddings", "head_dim": "head_dim",
 }  # fmt: skip
-TIED = ("gpt2", "smollm3")  # if config.json does not say
+# What these mean, and rope_theta, if config.json lacks them. GPT-2's numbers are the defaults of GPTConfig.
+DEFAULTS = {
+    "gpt2": (),
+    "llama": (32000, 2048, 32, 32, None, 4096, 11008, 1e-6, False, None, 1e4),
+    "mistral": (32000, 131072, 32, 32, 8, 4096, 14336, 1e-6, False, None, 1e4),
+    "qwen2": (151936, 32768, 32, 32, 32, 4096, 22016, 1e-6, False, None, 1e4),
+    "qwen3": (151936, 32768, 32, 32, 32, 4096, 22016, 1e-6, False, 128, 1e4),
+    "smollm3": (128256, 32768, 36, 16, 4, 2048, 11008, 1e-6, True, None, 2e6),
+}
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 ROPE_LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 # Llama's layers that make each of ours, in the order in which their rows stand in it. GPT-2's have our names.
@@ -110,7 +107,7 @@ def our_config(c: dict, path: Path) -> tuple[GPTConfig, bool]:
     require(path, "architecture", architecture, CLASSES[kind])
     if kind == "mistral":
         require(path, "sliding_window", c.get("sliding_window", 4096), [None])
-    c = dict(zip(KEYS, DEFAULTS[kind])) | {"rms_norm_eps": 1e-6, "tie_word_embeddings": kind in TIED} | c
+    c = dict(zip((*LLAMA_FIELDS.values(), "rope_theta"), DEFAULTS[kind])) | c
     derived = {"num_key_value_heads": 0, "head_dim": 0, "num_labels": 2}  # what null, or no key, means
     c = derived | {name: value for name, value in c.items() if value is not None}
     for name, allowed in REQUIRED[kind].items():
@@ -127,14 +124,12 @@ def our_config(c: dict, path: Path) -> tuple[GPTConfig, bool]:
     rope = {"original_max_position_embeddings": numbers["block_size"], "rope_theta": c["rope_theta"]} | rope
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     require(path, "rope_type", rope_type, ["default", "llama3"])
-    no_rope = ()
-    if kind == "smollm3":  # a 0 for each layer without rotary positions, or every so-many-th layer
-        layers, every = range(numbers["n_layer"]), c.get("no_rope_layer_interval", 4)
-        uses_rope = c.get("no_rope_layers") or [(i + 1) % every for i in layers]
-        no_rope = tuple(i for i in layers if not uses_rope[i])
+    layers, every = range(numbers["n_layer"]), c.get("no_rope_layer_interval", 4)
+    uses_rope = c.get("no_rope_layers") or [(i + 1) % every for i in layers]  # SmolLM 3's, by layer
     return GPTConfig(
         **numbers, eos=0, swiglu=True, bias=False, qkv_bias=kind == "qwen2", rms_norm=True, qk_norm=kind == "qwen3",
-        rope_theta=float(rope["rope_theta"]), no_rope=no_rope,
+        rope_theta=float(rope["rope_theta"]),
+        no_rope=tuple(i for i in layers if not uses_rope[i]) if kind == "smollm3" else (),
         rope_llama3=tuple(float(rope[name]) for name in ROPE_LLAMA3) if rope_type == "llama3" else (),
     ), scalar  # fmt: skip
 

@@ -32,8 +32,8 @@ def require(path: Path, name: str, value: Any, allowed: list | tuple) -> None:
 def read_tokenizer(path: Path) -> Encoding:
     """Read a byte-level BPE from a tokenizer.json. Raises InputError with the name of what tiktoken cannot express.
 
-    Its added tokens become special tokens. Those that the file does not call special are read in every text, others
-    only in prompts. tiktoken merges in the order of the ids, so the file must list its merges in that order.
+    Its added tokens become special tokens; those that the file does not call special are read in every text. tiktoken
+    merges in the order of the ids, so the file must list its merges in that order.
     """
     spec = read_json(path)
     model, added = spec["model"], {token["content"]: token for token in spec.get("added_tokens", [])}
@@ -109,10 +109,9 @@ def lacking(ranks: dict[bytes, int], path: Path) -> list[tuple[str, str]]:
 
 
 def split_pattern(pre_tokenizer: dict, lacks: list[tuple[str, str]], path: Path) -> str:
-    """Return the pattern whose matches are the words for BPE. No word holds a character of `lacks`.
+    """Return the pattern whose matches are the words for BPE: GPT-2's, with or without single digits, or any Split's.
 
-    It supports GPT-2's own pattern, GPT-2's pattern after a step that separates every digit, and a Split by any
-    pattern. tiktoken drops characters that the vocabulary lacks. transformers does too, and joins the text around them.
+    No word holds a character of `lacks`: tiktoken drops these, as transformers does, which joins the text around them.
     """
     *first, last = pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
     if last["type"] == "ByteLevel" and not last["add_prefix_space"]:

@@ -5,9 +5,8 @@
     python -m tools.get.hh --source FILE …            read your own .jsonl or .jsonl.gz files
     python -m tools.get.hh --messages                 write conversations, for the model's own chat template
 
-The prompt is the dialogue up to its last "Assistant:". The train files give fine-tuning pairs (the chosen answers),
-comparisons, and prompts for PPO. The test files give the evaluation prompts; with --source, every tenth opening
-question does. The texts contain offensive language.
+The train files give fine-tuning pairs (the chosen answers), comparisons, and prompts for PPO; the test files, or every
+tenth opening question of --source, the prompts to evaluate on. The texts contain offensive language.
 """
 
 import itertools

@@ -1,13 +1,10 @@
 """Comparisons from people: sample several responses to a prompt, ask which is better, append the answer to a JSONL.
 
-    python -m tools.label --init out/sft --prompts PROMPTS.jsonl --out mine.jsonl    show people a page in the browser
-    python -m tools.label … --init out/sft,out/ppo        two models answer; the page does not name them
-    python -m tools.label … --samples 4                   rank four responses instead of choosing between two
-    python -m tools.label … --terminal                    ask the same questions in the terminal
-    python -m tools.label --out mine.jsonl --report       summarise a file: counts, position bias, agreement
-
-Each answer is on disk before the next question appears, so no answer is lost; the same command continues. A model's
-responses to a prompt depend only on the seed and the prompt. data/README.md lists the columns of a row.
+python -m tools.label --init out/sft --prompts PROMPTS.jsonl --out mine.jsonl    show people a page in the browser
+python -m tools.label … --init out/sft,out/ppo        two models answer; the page does not name them
+python -m tools.label … --samples 4                   rank four responses instead of choosing between two
+python -m tools.label … --terminal                    ask the same questions in the terminal
+python -m tools.label --out mine.jsonl --report       summarise a file: counts, position bias, agreement
 """
 
 import html

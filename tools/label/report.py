@@ -31,9 +31,8 @@ def report(rows: list[dict]) -> str:
         share = sum(row["position"] == 0 for row in preferred) / n
         error = math.sqrt(share * (1 - share) / n)
         chance = statistics.mean(1 / len(row["checkpoint"]) for row in preferred)
-        lines.append(
-            f"\nthe first shown was preferred in {share:.3f} ± {error:.3f} of {n} (without bias: {chance:.3f})"
-        )
+        shown = f"the first shown was preferred in {share:.3f} ± {error:.3f} of {n}"
+        lines.append(f"\n{shown} (without bias: {chance:.3f})")
     compared = [row["checkpoint"] for row in preferred if len(set(row["checkpoint"])) > 1]  # each best first
     for name in sorted(set(itertools.chain(*compared))):
         won = [names[0] == name for names in compared if name in names]
@@ -44,8 +43,7 @@ def report(rows: list[dict]) -> str:
 def agreement(rows: list[dict]) -> str:
     """Report alpha, for all people and for each two, and how often two people said the same.
 
-    A value is "tie", "bad", or the number of the best response, by checkpoint and then by text. So with two models it
-    says which of them was preferred. A skip is no value.
+    A value is "tie", "bad", or the number of the best response, by checkpoint and then by text. A skip is no value.
     """
     units: defaultdict[tuple, dict[str, object]] = defaultdict(dict)
     for row in rows:

@@ -1,11 +1,8 @@
 """A run as one page: HTML that needs no network, no server and no build step.
 
-    python -m tools.page out/ppo                          write out/ppo/run.html
-    python -m tools.page --compare out/ppo,out/hacked     side by side, in out/ppo/compare.html
-    python -m tools.page out/ppo --watch                  serve the page on this machine, and follow the run
-
-page.js draws what a run folder holds from one JSON object. Nothing in that object can become markup or code: `<` is
-escaped, the script writes text alone, and the page's own policy lets no other script run.
+python -m tools.page out/ppo                          write out/ppo/run.html
+python -m tools.page --compare out/ppo,out/hacked     side by side, in out/ppo/compare.html
+python -m tools.page out/ppo --watch                  serve the page on this machine, and follow the run
 """
 
 import hashlib
@@ -144,9 +141,8 @@ class Server(web.Server):
         if action != "runs":
             return web.NOT_FOUND
         version = version_of(self.folders)
-        if query == version:
-            return 204, "", "application/json"
-        return 200, dumps(self.folders, version=version), "application/json"
+        code, text = (204, "") if query == version else (200, dumps(self.folders, version=version))
+        return code, text, "application/json"
 
 
 def version_of(folders: list[str]) -> str:
