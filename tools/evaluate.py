@@ -123,11 +123,10 @@ def by_source_and_length(groups: list[data.Group], scores: Tensor) -> str:
         some = torch.cat([by_group[i] for i in chosen])
         found, _ = measure.agreement([groups[i] for i in chosen], some)
         lines.append(f"{source or 'no source':<32} {len(some):>7,} pairs  {measure.accuracy_text(found)}")
-    if not longer.any():
-        return "\n".join([*lines, "the two responses of every pair are equally long"])
     people, model = ((x[longer != 0] > 0).double().mean() for x in (longer, margin * longer))
-    lines.append(f"the longer response wins {people:.1%} of the pairs by the labels, {model:.1%} by the scores")
-    return "\n".join(lines)
+    share = f"the longer response wins {people:.1%} of the pairs by the labels, {model:.1%} by the scores"
+    equal = "the two responses of every pair are equally long"
+    return "\n".join([*lines, share if longer.any() else equal])
 
 
 def main() -> None:

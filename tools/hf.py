@@ -5,9 +5,8 @@
     python -m tools.hf ckpt.pt out/NAME      nanoGPT's checkpoint with GPT-2's vocabulary → a run folder
     python -m tools.hf out/ppo FOLDER        a run folder → a Hugging Face folder for AutoModel and AutoTokenizer
 
-The supported models are GPT-2, Llama 3 to 3.3, SmolLM 2, Qwen 2 and 3, Mistral without sliding windows, and SmolLM 3,
-as language models or as sequence classifiers with one label (reward models). The supported tokenizers are byte-level
-BPE. An error names anything else. Weights become float32. The chat template comes along.
+A model is a GPT-2, Llama 3 to 3.3, SmolLM 2 or 3, Qwen 2 or 3, or a Mistral without sliding windows: a language model,
+or a classifier with one label (a reward model), with a byte-level BPE. Weights become float32.
 """
 
 import importlib.util
@@ -51,11 +50,9 @@ REQUIRED = dict.fromkeys(CLASSES, LLAMA) | {
     },
     "qwen2": LLAMA | {"attention_bias": [True, False]},  # it has the bias, and does not read this
 }  # fmt: skip
-# The numbers that config.json has under another name.
-GPT2_FIELDS = {
-    "vocab_size": "vocab_size", "block_size": "n_positions", "n_layer": "n_layer", "n_head": "n_head",
-    "n_embd": "n_embd", "n_inner": "n_inner", "norm_eps": "layer_norm_epsilon", "tied": "tie_word_embeddings",
-}  # fmt: skip
+# The names of our numbers in config.json.
+GPT2_FIELDS = {name: name for name in ("vocab_size", "n_layer", "n_head", "n_embd", "n_inner")}
+GPT2_FIELDS |= {"block_size": "n_positions", "norm_eps": "layer_norm_epsilon", "tied": "tie_word_embeddings"}
 LLAMA_FIELDS = {
     "vocab_size": "vocab_size", "block_size": "max_position_embeddings", "n_layer": "num_hidden_layers",
     "n_head": "num_attention_heads", "n_kv_head": "num_key_value_heads", "n_embd": "hidden_size",
@@ -151,8 +148,8 @@ def config_json(config: GPTConfig, scalar: bool) -> dict:
     if scalar:
         c |= {"id2label": {"0": "score"}, "label2id": {"score": 0}}
     if kind == "gpt2":
-        c |= dict.fromkeys(["resid_pdrop", "embd_pdrop", "attn_pdrop"], config.dropout)
-        c["activation_function"] = "gelu_new"
+        dropouts = dict.fromkeys(["resid_pdrop", "embd_pdrop", "attn_pdrop"], config.dropout)
+        c |= dropouts | {"activation_function": "gelu_new"}
     else:
         rope = {"rope_type": "llama3" if config.rope_llama3 else "default", "rope_theta": config.rope_theta}
         rope |= dict(zip(ROPE_LLAMA3, config.rope_llama3))

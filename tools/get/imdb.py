@@ -4,15 +4,13 @@
     python -m tools.get.imdb --source FILE_OR_DIR     read the tar.gz, its unpacked folder, or JSONL with text and label
 
 It writes pretraining text, prompts of 2–4 words (2–8 tokens, as in Rafailov et al. 2023), and labelled reviews for the
-models of experiments/sentiment.py. A hash assigns each review to a part: 60% are pretraining text and give the prompts;
-15% are the labeller's, 15% the judge's; 10% give evaluation prompts.
+models of experiments/sentiment.py. A hash sends 60% to text and prompts, 30% to these models, 10% to evaluation.
 """
 
 import re
 import tarfile
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -25,11 +23,6 @@ URL = "https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz"
 CHECKSUM = "md5:7c2ac02c03563afcf9b574c7e56c153a"
 FOLDER = Path(__file__).resolve().parents[2] / "out/data/imdb"
 PARTS = ["pretrain"] * 60 + ["labeller"] * 15 + ["judge"] * 15 + ["eval"] * 10
-
-
-@dataclass
-class Config:
-    source: str = ""  # the tar.gz, its unpacked folder, or JSONL with text and label, in place of the download
 
 
 def reviews(source: Path) -> Iterator[tuple[str, int]]:
@@ -84,11 +77,13 @@ def prepare(source: Path) -> None:
 
 
 def main() -> None:
-    source = cli.parse(Config).source
+    parser = cli.Parser(description="the Large Movie Review Dataset")
+    parser.add_argument("--source", type=Path, help="the tar.gz, its unpacked folder, or JSONL with text and label")
+    source = parser.parse_args().source
     if not source:
         source = FOLDER / "aclImdb_v1.tar.gz"
         download(URL, source, CHECKSUM)
-    prepare(Path(source))
+    prepare(source)
 
 
 if __name__ == "__main__":

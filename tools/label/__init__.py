@@ -110,20 +110,16 @@ def label(cfg: Config) -> None:
             if cfg.terminal:
                 ask_in_terminal(sitting, cfg.annotator, instructions)
             else:
-                serve(sitting, cfg, instructions)
+                with Server(sitting, cfg.host, cfg.port, instructions) as server:
+                    note = "; elsewhere with this machine's name for localhost" if cfg.host in web.EVERYWHERE else ""
+                    print(f"Open {server.address}{note}\nAnswers go to {path}. Ctrl-C stops.", flush=True)
+                    server.serve_forever()
         except (EOFError, KeyboardInterrupt):
             print(f"\n{path} holds {len(sitting.rows):,} answers; the same command continues")
         finally:
             sitting.stop()
     if sitting.alike:
         print(f"{sitting.alike:,} prompts were omitted, because the model does not give enough different responses")
-
-
-def serve(sitting: Sitting, cfg: Config, instructions: str) -> None:
-    with Server(sitting, cfg.host, cfg.port, instructions) as server:
-        elsewhere = "; on other machines, with the name of this one for localhost" if cfg.host in web.EVERYWHERE else ""
-        print(f"Open {server.address}{elsewhere}\nAnswers go to {cfg.out}. Ctrl-C stops.", flush=True)
-        server.serve_forever()
 
 
 class Server(web.Server):

@@ -1,5 +1,3 @@
-"""`python -m tools.label`: see __init__.py."""
-
 from common import cli
 from tools.label import Config, label
 

@@ -47,7 +47,6 @@ PANELS = [
     ("learning rate", "rate", {"lr": ""}),
     ("speed", "tokens per second", {"tokens_per_s": ""}),
 ]
-DOTS = ("eval/", "loss/held_out")  # these metrics are measured now and then, and drawn as dots
 
 
 def panels(lines: list[dict]) -> list[dict]:
@@ -58,7 +57,7 @@ def panels(lines: list[dict]) -> list[dict]:
         for name, label in metrics.items():
             points = [(line["step"] + 1, line[name]) for line in lines if name in line]
             if len({y for _, y in points}) > 1:
-                kind = "dots" if name.startswith(DOTS) else "line"
+                kind = "dots" if name.startswith(("eval/", "loss/held_out")) else "line"  # measured now and then
                 series.append({"label": label, "kind": kind, "points": evenly(points, MOST_POINTS)})
         found.append({"title": title, "unit": unit, "series": series})
     path = [(line["objective/kl"], line["objective/scores"]) for line in lines if "objective/kl" in line]
@@ -72,18 +71,12 @@ def read_run(folder: str) -> dict[str, Any]:
     lines = runs.read_metrics(path)
     if not lines:
         raise InputError(f"{folder}: no step in a metrics.jsonl there; name the folder of a run")
-    report = read_object(path / "report.json")
-    return {
-        "name": folder,
-        "unit": "iteration" if "objective/kl" in lines[-1] else "step",
-        "steps": lines[-1]["step"] + 1,
-        "last": lines[-1],
-        "config": read_object(path / "config.json"),
-        "panels": panels(lines),
-        "samples": samples(path / "samples.txt"),
-        "report": report and report | {"answers": report.get("answers", [])[:MOST_ANSWERS]},
-        "rollout": read_object(path / "rollout.json"),
-    }
+    unit = "iteration" if "objective/kl" in lines[-1] else "step"
+    found = {"name": folder, "unit": unit, "steps": lines[-1]["step"] + 1, "last": lines[-1], "panels": panels(lines)}
+    found |= {name: read_object(path / f"{name}.json") for name in ("config", "report", "rollout")}
+    if found["report"]:
+        found["report"]["answers"] = found["report"].get("answers", [])[:MOST_ANSWERS]
+    return found | {"samples": samples(path / "samples.txt")}
 
 
 def read_object(path: Path) -> dict | None:

@@ -1,5 +1,3 @@
-"""`python -m tools.page`: see __init__.py."""
-
 from common import cli
 from tools.page import main
 
