@@ -102,7 +102,7 @@ def run_main(main: Callable[[], None], name: str = "") -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # where the terminal cannot show a character
-    sys.argv[0] = name or sys.argv[0]
+    sys.argv[0] = name or sys.argv[0]  # what usage and errors begin with
     code, said = 0, ""
     try:
         check_torch()

@@ -64,8 +64,7 @@ def prepare(source: Path) -> None:
 
     def openings(texts: list[str]) -> list[dict]:
         """Return prompts of 2–4 words, in random order."""
-        shuffled = [texts[i] for i in rng.permutation(len(texts))]
-        return [{"prompt": " ".join(text.split()[: rng.integers(2, 5)])} for text in shuffled]
+        return [{"prompt": " ".join(texts[i].split()[: rng.integers(2, 5)])} for i in rng.permutation(len(texts))]
 
     prompts = openings([*parts["pretrain"]])
     half = len(prompts) // 2
