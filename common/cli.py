@@ -117,11 +117,12 @@ def check_limits(field: dataclasses.Field, value: Any) -> None:
             raise InputError(f"--{field.name} {value}: give a number from {low:g} to {high:g}")
 
 
-def run_main(main: Callable[[], None]) -> None:
+def run_main(main: Callable[[], None], name: str = "") -> None:
     """Run a script's `main`. Bad input ends it with one sentence and exit code 2, a signal with its own code."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # where the terminal cannot show a character
+    sys.argv[0] = name or sys.argv[0]  # what usage and errors begin with
     code, said = 0, ""
     try:
         check_torch()

@@ -71,9 +71,8 @@ def build(saved: dict) -> tuple[GPT | ScalarModel, tiktoken.Encoding]:
     for field in dataclasses.fields(GPTConfig):
         value = getattr(config, field.name)
         numbers = value if isinstance(value, tuple) else (value,)
-        if type(value) not in ((tuple,) if field.default == () else (type(field.default), int)) or not all(
-            0 <= number < math.inf for number in numbers
-        ):
+        kinds = (tuple,) if isinstance(field.default, tuple) else (type(field.default), int)
+        if type(value) not in kinds or not all(0 <= number < math.inf for number in numbers):
             raise ValueError(f"{field.name} is {value!r}")
     if config.n_layer != sum("attn.c_attn.weight" in name for name in weights):  # before a million layers are made
         raise ValueError(f"n_layer is {config.n_layer}, but the weights are of another number of layers")

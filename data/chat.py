@@ -261,7 +261,7 @@ def turns(text: str) -> Messages:
     return [{"role": "system", "content": before.strip()}, *found] if before.strip() else found
 
 
-def split_dialogue(row: dict, chatml: bool, messages: bool = False) -> dict | str:
+def split_dialogue(row: dict, messages: bool = False) -> dict | str:
     """Return a row of HH with "prompt", "chosen", "rejected" and "opening", or the reason to omit it."""
     chosen, rejected = turns(row["chosen"]), turns(row["rejected"])
     prompt = chosen[:-1]
@@ -279,9 +279,6 @@ def split_dialogue(row: dict, chatml: bool, messages: bool = False) -> dict | st
         return "two answers that are the same"
     if messages:
         good, bad = chosen[-1:], rejected[-1:]
-    elif chatml:
-        said = [f"<|im_start|>{each['role']}\n{each['content']}<|im_end|>\n" for each in prompt]
-        prompt = "".join(said) + "<|im_start|>assistant\n"
     else:
         prompt, good, bad = plain_form(prompt), f" {good}", f" {bad}"
     return {"prompt": prompt, "chosen": good, "rejected": bad, "opening": opening}

@@ -176,7 +176,7 @@ def of_one_shape(row: dict, where: str) -> tuple[str, dict | str]:
     if is_conversation(row.get("chosen")) or is_conversation(row.get("rejected")):
         return "conversational preferences", of_conversations(row, where)
     if "prompt" not in row and are_texts([row.get("chosen"), row.get("rejected")]):
-        found = split_dialogue(row, chatml=False)
+        found = split_dialogue(row)
         return "dialogues as in HH", found if isinstance(found, str) else row | found
     if not isinstance(row.get("prompt"), TEXT):
         raise no_comparison(row)
@@ -228,8 +228,9 @@ def answers_of(
             ids = [None] * len(said)
         sizes.append(len(said))
         for text, complete, sampled in zip(said, ended, ids):
-            if isinstance(text, dict):
-                answers.append(read_answer(encoding, eos, row["prompt"], text, complete, variables))
+            if isinstance(text, dict) and isinstance(row["prompt"], list):
+                (message,) = check([text], "an answer")
+                answers.append(read_answer(encoding, eos, row["prompt"], message, complete, variables))
             elif not isinstance(text, str):
                 raise no_comparison(row)
             elif isinstance(row["prompt"], list) and not isinstance(sampled, list):  # nobody sampled it

@@ -1,6 +1,6 @@
 """A real language model made better: SmolLM2-135M-Instruct learns to write positive film reviews, every seed.
 
-    python -m tools.get.imdb                                                                   the reviews (84 MB)
+    python -m tools.get.imdb && python -m experiments.sentiment                           the reviews, and their judges
     hf download HuggingFaceTB/SmolLM2-135M-Instruct --local-dir out/smollm2-hf            the public model
     python -m tools.hf out/smollm2-hf out/smollm2
     OMP_NUM_THREADS=1 python -m experiments.reviews --model out/smollm2                   seeds 1 and 2, an hour each
@@ -35,11 +35,10 @@ from experiments.harness import (
 from tools.get import imdb
 
 HERE = FOLDER / "reviews"
-JUDGE = "tools/get/imdb.py:judge"
+JUDGE = "experiments/sentiment.py:judge"
 SFT = "--epochs 0.025 --block_size 128 --batch_size 8 --lr 2e-5 --evals 2".split()
-REWARD = (
-    "--judge tools/get/imdb.py:labeller --label_temperature 0.05 --n_prompts 300 --response_len 24 --lr 3e-4".split()
-)
+REWARD = "--judge experiments/sentiment.py:labeller --label_temperature 0.05 --n_prompts 300".split()
+REWARD += "--response_len 24 --lr 3e-4".split()
 TASK = "--response_len 24 --unended_cap inf".split() + ["--judge", JUDGE]
 TASK += ["--data", imdb.FOLDER / "ppo.jsonl", "--eval_data", imdb.FOLDER / "eval.jsonl"]
 PPO = "--iterations 60 --batch_size 32 --minibatch_size 16 --epochs 1 --lr 3e-5 --value_lr 1e-4".split()

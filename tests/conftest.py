@@ -130,8 +130,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return self.send_error(404)
         self.send_response(200)
         self.send_header("Content-Length", str(len(content)))
-        if path in self.server.md5:
-            self.send_header("Content-MD5", self.server.md5[path])
         self.end_headers()
         self.wfile.write(content[: len(content) // 2 if path.startswith("/cut/") else None])
 
@@ -145,7 +143,6 @@ def server(monkeypatch):
     monkeypatch.setattr("tools.get.download.time.sleep", lambda seconds: None)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         server.url, server.files, server.asked = f"http://127.0.0.1:{server.server_port}", {}, set()
-        server.md5 = {}  # path → Content-MD5, where one is sent
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server
         server.shutdown()

@@ -32,7 +32,7 @@ from data import InputError, chat
 from data.label import read_answers
 from tests.conftest import make_gpt
 from tools import hf, label, page
-from tools.get import imdb, tldr
+from tools.get import imdb
 from tools.label.report import report
 
 ODD = [None, True, 0, -1, 7, 10**30, 10**400, 0.5, -0.0, 1e300, float("nan"), float("inf"), "", " ", "x", "\ud800"]
@@ -42,7 +42,6 @@ JUNK = [b"\xff", b"\x00", b"{", b"[" * 5000, b'{"a":' * 5000, b"\n\n", b"\r", b"
 JUNK += [b"\\ud800", b"-Infinity", b"NaN", b"9" * 5000, b" " * 10**5, b', "prompt": 3', b', "text": null']
 PAIR = {"prompt": "a", "chosen": "b", "rejected": "c", "p_chosen": 0.7, "chosen_ids": [1, 2], "chosen_ended": True}
 ANSWER = {"checkpoint": ["m", "m"], "annotator": "x", "seconds": 1.5}
-POST = {"post": "a", "title": "b", "subreddit": "c"}
 GOOD = {  # a good row → what reads such rows
     "text": {"text": "tell me a tale.", "label": 1},
     "completions": {"prompt": "ask me.", "completion": " yes.", "completion_ended": True},
@@ -51,7 +50,6 @@ GOOD = {  # a good row → what reads such rows
     "tie": {"prompt": "a", "verdict": "tie", "responses": ["b", "c"]} | ANSWER,
     "answer": {"prompt": "a", "chosen": "b", "rejected": "c", "position": 0} | ANSWER,
     "hh": {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"},
-    "tldr": {"info": POST, "summaries": [{"text": "a"}, {"text": "b"}], "choice": 1},
 }
 
 
@@ -97,8 +95,7 @@ def read_file(path: Path, kind: str, encoding: tiktoken.Encoding) -> None:
             lambda: list(imdb.reviews(path)),
         ],
         "completions": [lambda: data.completions(path, encoding, 299), lambda: data.prompts(path, encoding)],
-        "hh": [lambda: [chat.split_dialogue(row, True) for row in data.iterate_jsonl(path, sources)]],
-        "tldr": [lambda: list(tldr.comparisons(path, lambda post: "a", Counter()))],
+        "hh": [lambda: [chat.split_dialogue(row) for row in data.iterate_jsonl(path, sources)]],
     }
     compared = [lambda: data.comparisons(path, encoding, 299), lambda: report(read_answers(path))]
     refusals = []

@@ -61,15 +61,17 @@ def test_a_dialogue_becomes_a_prompt_and_two_answers_and_what_is_left_out_is_cou
     assert len(pairs) + len(held_out) == 60 and held_out and held_out.isdisjoint(row["prompt"] for row in pairs)
 
 
-def test_chatml_turns_open_and_close(tmp_path, folder, monkeypatch):
-    call(monkeypatch, "--chatml", "--source", write(tmp_path / "a.jsonl", made_up()))
-    row = next(row for row in read(folder / "compare.jsonl") if "hi " in row["prompt"])
-    i = row["chosen"].rsplit(" ", 1)[1]
-    assert row["prompt"] == (
-        f"<|im_start|>user\nhi {i}<|im_end|>\n<|im_start|>assistant\nHello!  What can I do?<|im_end|>\n"
-        "<|im_start|>user\nname a fruit\n\nwith a long name<|im_end|>\n<|im_start|>assistant\n"
-    )
-    assert row["chosen"] == f"a pomegranate\n\nor a fox {i}"
+def test_conversations_are_lists_of_role_and_content(tmp_path, folder, monkeypatch):
+    call(monkeypatch, "--messages", "--source", write(tmp_path / "a.jsonl", made_up()))
+    row = next(row for row in read(folder / "compare.jsonl") if len(row["prompt"]) == 3)
+    (answer,) = row["chosen"]
+    i = answer["content"].rsplit(" ", 1)[1]
+    assert answer == {"role": "assistant", "content": f"a pomegranate\n\nor a fox {i}"}
+    assert row["prompt"] == [
+        {"role": "user", "content": f"hi {i}"},
+        {"role": "assistant", "content": "Hello!  What can I do?"},
+        {"role": "user", "content": "name a fruit\n\nwith a long name"},
+    ]
 
 
 def serve(server, name, content):
@@ -138,7 +140,7 @@ for name in sys.argv[1:]:
 
 def test_a_command_starts_without_a_warning(tmp_path):
     """Python warns if a package imports the file that is to be run."""
-    names = ["tools.get.hh", "tools.get.imdb", "tools.get.tldr", "tools.hf", "tools.label", "tools.page"]
+    names = ["tools.get.hh", "tools.get.imdb", "tools.hf", "tools.label", "tools.page"]
     (tmp_path / "help.py").write_text(HELP)
     done = run(tmp_path / "help.py", *names)
     assert done.returncode == 0 and done.stderr == "", done.stderr

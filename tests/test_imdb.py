@@ -1,4 +1,4 @@
-"""tools/get/imdb.py: the three forms of its source, the download, its linear models, on a small made-up data set."""
+"""tools/get/imdb.py and the models of experiments/sentiment.py, on a small made-up data set."""
 
 import io
 import json
@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from data import InputError
+from experiments import sentiment
 from tests.conftest import run, write
 from tools.get import imdb
 
@@ -41,7 +42,7 @@ def make_tar(path, rows):
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.setattr(imdb, "FOLDER", tmp_path / "imdb")
-    imdb._weights.cache_clear()
+    sentiment._weights.cache_clear()
     return tmp_path / "imdb"
 
 
@@ -56,6 +57,7 @@ def test_tar_folder_and_jsonl_hold_the_same_reviews(tmp_path):
 
 def test_splits_are_disjoint_prompts_are_openings_and_the_two_models_are_independent(tmp_path, folder):
     imdb.prepare(make_tar(tmp_path / "a.tar.gz", made_up_reviews()))
+    sentiment.main()
     rows = {path.stem: [json.loads(line) for line in open(path)] for path in folder.glob("*.jsonl")}
     texts = [row["text"] for row in rows["pretrain"]]
     assert "<br" not in "".join(texts) and len(set(texts)) == len(texts)
@@ -64,14 +66,16 @@ def test_splits_are_disjoint_prompts_are_openings_and_the_two_models_are_indepen
     assert not any(text.startswith(f"{prompt} ") for prompt in openings["eval"] if ":" in prompt for text in texts)
     for name in openings:
         assert all(2 <= len(prompt.split()) <= 4 for prompt in openings[name])
-    assert imdb.judge("", GOOD) == 1 and imdb.judge("", BAD) == 0
-    assert imdb.labeller("", GOOD) > 0.6 > 0.4 > imdb.labeller("", BAD)
+    parts = [{row["text"] for row in rows["labelled"] if row["part"] == part} for part in ("labeller", "judge", "eval")]
+    assert len(set(texts).union(*parts)) == len(texts) + sum(map(len, parts)) == 400
+    assert sentiment.judge("", GOOD) == 1 and sentiment.judge("", BAD) == 0
+    assert sentiment.labeller("", GOOD) > 0.6 > 0.4 > sentiment.labeller("", BAD)
     assert not np.array_equal(np.load(folder / "judge.npy"), np.load(folder / "labeller.npy"))
 
 
 def test_a_judge_without_its_file_says_what_to_run(folder):
-    with pytest.raises(InputError, match="run python -m tools.get.imdb first"):
-        imdb.judge("", "text")
+    with pytest.raises(InputError, match="run python -m experiments.sentiment first"):
+        sentiment.judge("", "text")
 
 
 @pytest.mark.parametrize("content, words", [(None, "No such file"), (b"not a tar", "cannot be read (ReadError")])

@@ -92,7 +92,7 @@ def test_a_public_set_in_miniature_goes_through_all_three_stages(folders, encodi
     write(tmp / "pairs.jsonl", rows)
     if shape == "hh":
         monkeypatch.setattr(hh, "FOLDER", tmp / "hh")
-        hh.prepare([(tmp / "pairs.jsonl", "")], chatml=False, messages=True)
+        hh.prepare([(tmp / "pairs.jsonl", "")], messages=True)
         tuned, prompts = tmp / "hh" / "sft.jsonl", tmp / "hh" / "ppo.jsonl"
     else:
         tuned = write(tmp / "messages.jsonl", [{"messages": row["messages"]} for row in rows])

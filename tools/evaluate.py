@@ -1,10 +1,8 @@
 """Measure what a run has made: a policy before → after, the best of n answers, or a reward model.
 
-    python -m tools.evaluate out/ppo                               the table that ppo.py ends with, with fresh answers
-    python -m tools.evaluate out/ppo --best_of 1,4,16              beside it, the best of so many of the reference's
-    python -m tools.evaluate out/reward --data COMPARISONS.jsonl   does a reward model agree with comparisons?
-
-A policy is measured with the options of its own run (config.json); those that are given here go first.
+python -m tools.evaluate out/ppo                               the table that ppo.py ends with, with fresh answers
+python -m tools.evaluate out/ppo --best_of 1,4,16              beside it, the best of so many of the reference's
+python -m tools.evaluate out/reward --data COMPARISONS.jsonl   does a reward model agree with comparisons?
 """
 
 import math
@@ -42,8 +40,7 @@ def of_its_run(given: Config, folder: str) -> Config:
     known = {field.name for field in fields(ppo.Config)} - {"out", "resume", "device"}
     if about["stage"] != "ppo":
         known = {"seed"} | ({"init"} if options.get("init") else set())  # a run of sft.py may have none
-    default = Config()
-    left = {name for name in known & options.keys() if getattr(given, name) == getattr(default, name)}
+    left = {name for name in known & options.keys() if getattr(given, name) == getattr(Config, name)}
     words = {name: options[name] for name in left if options[name] not in (None, "") and options[name] is not False}
     try:
         its = cli.parse(Config, [f"--{name}" if x is True else f"--{name}={x}" for name, x in words.items()])
@@ -72,8 +69,7 @@ def evaluate_policy(cfg: Config, folder: str) -> None:
     after = measured(policy, held_out, "after", cfg.seed)
     dist.print0(measure.report(measure.paired(before, after, judged_by)))
     if sizes:
-        prompts = [prompt for prompt in held_out for _ in range(max(sizes))]
-        found = measured(ref, prompts, "best of", cfg.seed)
+        found = measured(ref, [prompt for prompt in held_out for _ in range(max(sizes))], "best of", cfg.seed)
         names = [*judged_by, "score", "final score"]
         columns = {name: torch.tensor(found[name]).view(len(held_out), -1) for name in names}
         dist.print0(best_of_table(columns, sizes))
@@ -85,14 +81,13 @@ def best_of_table(columns: dict[str, Tensor], sizes: list[int]) -> str:
     The best has the highest final score. Its KL to the reference is at most log n − (n − 1) / n (Stiennon et al. 2020,
     appendix G.3; Beirami et al. 2024).
     """
-    head = f"\n{'best of n by the final score':<30}{'KL (nats)':>10}  "
-    lines = [head + "  ".join(f"{name:>24}" for name in columns)]
+    rows = [["best of n by the final score", "KL (nats)", *columns]]
     for n in sizes:
         found = [expected_at_best(columns["final score"], x, n).tolist() for x in columns.values()]
         cells = [measure.cell(measure.mean_and_error(column), len(column)) for column in found]
-        kl = math.log(n) - (n - 1) / n
-        lines.append(f"{n:<30}{kl:>10.2f}  " + "  ".join(f"{text:>24}" for text in cells))
-    return "\n".join(lines)
+        rows.append([n, f"{math.log(n) - (n - 1) / n:.2f}", *cells])
+    lines = [f"{n:<30}{kl:>10}" + "".join(f"  {x:>24}" for x in cells) for n, kl, *cells in rows]
+    return "\n".join(["", *lines])
 
 
 def expected_at_best(scores: Tensor, values: Tensor, n: int) -> Tensor:
@@ -119,10 +114,8 @@ def evaluate_reward(cfg: Config, folder: str) -> None:
     groups = data.keep_short(groups, lengths, nets.context(cfg, model), f"comparisons of {cfg.data}", dist.print0)
     scores = reward.read_scores(model, groups, cfg.micro_batch_size or 4, device, autocast)
     found, table = measure.agreement(groups, measure.margins(groups, scores))
-    dist.print0(
-        f"{folder} on {cfg.data}: {found['eval/prompts']:,} prompts\n{measure.agreement_report(found, table)}\n"
-    )
-    dist.print0(by_source_and_length(groups, scores))
+    dist.print0(f"{folder} on {cfg.data}: {found['eval/prompts']:,} prompts")
+    dist.print0(f"{measure.agreement_report(found, table)}\n\n{by_source_and_length(groups, scores)}")
 
 
 def by_source_and_length(groups: list[data.Group], scores: Tensor) -> str:
@@ -137,11 +130,10 @@ def by_source_and_length(groups: list[data.Group], scores: Tensor) -> str:
         some = torch.cat([by_group[i] for i in chosen])
         found, _ = measure.agreement([groups[i] for i in chosen], some)
         lines.append(f"{source or 'no source':<32} {len(some):>7,} pairs  {measure.accuracy_text(found)}")
-    if not longer.any():
-        return "\n".join([*lines, "the two responses of every pair are equally long"])
     people, model = ((x[longer != 0] > 0).double().mean() for x in (longer, margin * longer))
-    lines.append(f"the longer response wins {people:.1%} of the pairs by the labels, {model:.1%} by the scores")
-    return "\n".join(lines)
+    share = f"the longer response wins {people:.1%} of the pairs by the labels, {model:.1%} by the scores"
+    equal = "the two responses of every pair are equally long"
+    return "\n".join([*lines, share if longer.any() else equal])
 
 
 def main() -> None:

@@ -5,9 +5,8 @@
     python -m tools.hf ckpt.pt out/NAME      nanoGPT's checkpoint with GPT-2's vocabulary → a run folder
     python -m tools.hf out/ppo FOLDER        a run folder → a Hugging Face folder for AutoModel and AutoTokenizer
 
-The supported models are GPT-2, Llama 3 to 3.3, SmolLM 2, Qwen 2 and 3, Mistral without sliding windows, and SmolLM 3,
-as language models or as sequence classifiers with one label (reward models). The supported tokenizers are byte-level
-BPE. An error names anything else. Weights become float32. The chat template comes along.
+A model is a GPT-2, Llama 3 to 3.3, SmolLM 2 or 3, Qwen 2 or 3, or a Mistral without sliding windows: a language model,
+or a classifier with one label (a reward model), with a byte-level BPE. Weights become float32.
 """
 
 import importlib.util
@@ -19,8 +18,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import tiktoken
 import torch
+from tiktoken import Encoding
 from torch import Tensor
 from torch.nn import functional
 
@@ -35,24 +34,11 @@ from tools.hf_tokenizer import eos_ids, fill_gaps, read_about, read_template, re
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "plainrlhf"
 PAD = re.compile("pad|unused|reserved", re.IGNORECASE)  # names of tokens that no text holds
 PUBLISHED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
-
-# What a file that is not as expected may raise.
-UNEXPECTED = (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError, ZeroDivisionError)
+UNEXPECTED = (LookupError, TypeError, ValueError, AttributeError, RuntimeError, ZeroDivisionError)  # of damaged files
 # The class of a language model and of a reward model.
 CLASSES = {"gpt2": ("GPT2LMHeadModel", "GPT2ForSequenceClassification")} | {
     name.lower(): (f"{name}ForCausalLM", f"{name}ForSequenceClassification")
     for name in ("Llama", "Mistral", "Qwen2", "Qwen3", "SmolLM3")
-}
-# What these keys mean if config.json lacks them: each class has its own numbers. GPT-2's are the defaults of GPTConfig.
-KEYS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-KEYS += ("num_key_value_heads", "head_dim", "max_position_embeddings", "rope_theta")
-DEFAULTS = {
-    "gpt2": (),
-    "llama": (32000, 4096, 11008, 32, 32, None, None, 2048, 1e4),
-    "mistral": (32000, 4096, 14336, 32, 32, 8, None, 131072, 1e4),
-    "qwen2": (151936, 4096, 22016, 32, 32, 32, None, 32768, 1e4),
-    "qwen3": (151936, 4096, 22016, 32, 32, 32, 128, 32768, 1e4),
-    "smollm3": (128256, 2048, 11008, 36, 16, 4, None, 32768, 2e6),
 }
 # What model.py computes. If config.json has one of these keys, it needs one of these values; if it lacks the key, the
 # first of them has to be what transformers takes then.
@@ -64,17 +50,23 @@ REQUIRED = dict.fromkeys(CLASSES, LLAMA) | {
     },
     "qwen2": LLAMA | {"attention_bias": [True, False]},  # it has the bias, and does not read this
 }  # fmt: skip
-# The numbers that config.json has under another name.
-GPT2_FIELDS = {
-    "vocab_size": "vocab_size", "block_size": "n_positions", "n_layer": "n_layer", "n_head": "n_head",
-    "n_embd": "n_embd", "n_inner": "n_inner", "norm_eps": "layer_norm_epsilon", "tied": "tie_word_embeddings",
-}  # fmt: skip
+# The names of our numbers in config.json.
+GPT2_FIELDS = {name: name for name in ("vocab_size", "n_layer", "n_head", "n_embd", "n_inner")}
+GPT2_FIELDS |= {"block_size": "n_positions", "norm_eps": "layer_norm_epsilon", "tied": "tie_word_embeddings"}
 LLAMA_FIELDS = {
     "vocab_size": "vocab_size", "block_size": "max_position_embeddings", "n_layer": "num_hidden_layers",
     "n_head": "num_attention_heads", "n_kv_head": "num_key_value_heads", "n_embd": "hidden_size",
     "n_inner": "intermediate_size", "norm_eps": "rms_norm_eps", "tied": "tie_word_embeddings", "head_dim": "head_dim",
 }  # fmt: skip
-TIED = ("gpt2", "smollm3")  # if config.json does not say
+# What these mean, and rope_theta, if config.json lacks them. GPT-2's numbers are the defaults of GPTConfig.
+DEFAULTS = {
+    "gpt2": (),
+    "llama": (32000, 2048, 32, 32, None, 4096, 11008, 1e-6, False, None, 1e4),
+    "mistral": (32000, 131072, 32, 32, 8, 4096, 14336, 1e-6, False, None, 1e4),
+    "qwen2": (151936, 32768, 32, 32, 32, 4096, 22016, 1e-6, False, None, 1e4),
+    "qwen3": (151936, 32768, 32, 32, 32, 4096, 22016, 1e-6, False, 128, 1e4),
+    "smollm3": (128256, 32768, 36, 16, 4, 2048, 11008, 1e-6, True, None, 2e6),
+}
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 ROPE_LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 # Llama's layers that make each of ours, in the order in which their rows stand in it. GPT-2's have our names.
@@ -112,7 +104,7 @@ def our_config(c: dict, path: Path) -> tuple[GPTConfig, bool]:
     require(path, "architecture", architecture, CLASSES[kind])
     if kind == "mistral":
         require(path, "sliding_window", c.get("sliding_window", 4096), [None])
-    c = dict(zip(KEYS, DEFAULTS[kind])) | {"rms_norm_eps": 1e-6, "tie_word_embeddings": kind in TIED} | c
+    c = dict(zip((*LLAMA_FIELDS.values(), "rope_theta"), DEFAULTS[kind])) | c
     derived = {"num_key_value_heads": 0, "head_dim": 0, "num_labels": 2}  # what null, or no key, means
     c = derived | {name: value for name, value in c.items() if value is not None}
     for name, allowed in REQUIRED[kind].items():
@@ -129,21 +121,14 @@ def our_config(c: dict, path: Path) -> tuple[GPTConfig, bool]:
     rope = {"original_max_position_embeddings": numbers["block_size"], "rope_theta": c["rope_theta"]} | rope
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     require(path, "rope_type", rope_type, ["default", "llama3"])
-    no_rope = ()
-    if kind == "smollm3":  # a 0 for each layer without rotary positions, or every so-many-th layer
-        layers, every = range(numbers["n_layer"]), c.get("no_rope_layer_interval", 4)
-        uses_rope = c.get("no_rope_layers") or [(i + 1) % every for i in layers]
-        no_rope = tuple(i for i in layers if not uses_rope[i])
+    layers, every = range(numbers["n_layer"]), c.get("no_rope_layer_interval", 4)
+    uses_rope = c.get("no_rope_layers") or [(i + 1) % every for i in layers]  # SmolLM 3's, by layer
     return GPTConfig(
         **numbers, eos=0, swiglu=True, bias=False, qkv_bias=kind == "qwen2", rms_norm=True, qk_norm=kind == "qwen3",
-        rope_theta=float(rope["rope_theta"]), no_rope=no_rope,
+        rope_theta=float(rope["rope_theta"]),
+        no_rope=tuple(i for i in layers if not uses_rope[i]) if kind == "smollm3" else (),
         rope_llama3=tuple(float(rope[name]) for name in ROPE_LLAMA3) if rope_type == "llama3" else (),
     ), scalar  # fmt: skip
-
-
-def written_out(config: GPTConfig) -> GPTConfig:
-    """Return the config without what is no part of the architecture."""
-    return replace(config, dropout=0.0, eos=0, stops=(), bos=(), suffix=())
 
 
 def config_json(config: GPTConfig, scalar: bool) -> dict:
@@ -153,7 +138,7 @@ def config_json(config: GPTConfig, scalar: bool) -> dict:
     """
     marks = {"smollm3": config.no_rope, "qwen3": config.qk_norm, "qwen2": config.qkv_bias, "llama": True}
     kind = next(kind for kind, has in marks.items() if has) if config.rope_theta else "gpt2"
-    shape = written_out(config)
+    shape = replace(config, dropout=0.0, eos=0, stops=(), bos=(), suffix=())  # the architecture alone
     c = {
         "architectures": [CLASSES[kind][scalar]], "model_type": kind, "dtype": "float32",
         "bos_token_id": (*config.bos, config.eos)[0], "eos_token_id": [*config.ends] if config.stops else config.eos,
@@ -163,8 +148,8 @@ def config_json(config: GPTConfig, scalar: bool) -> dict:
     if scalar:
         c |= {"id2label": {"0": "score"}, "label2id": {"score": 0}}
     if kind == "gpt2":
-        c |= dict.fromkeys(["resid_pdrop", "embd_pdrop", "attn_pdrop"], config.dropout)
-        c["activation_function"] = "gelu_new"
+        dropouts = dict.fromkeys(["resid_pdrop", "embd_pdrop", "attn_pdrop"], config.dropout)
+        c |= dropouts | {"activation_function": "gelu_new"}
     else:
         rope = {"rope_type": "llama3" if config.rope_llama3 else "default", "rope_theta": config.rope_theta}
         rope |= dict(zip(ROPE_LLAMA3, config.rope_llama3))
@@ -172,7 +157,7 @@ def config_json(config: GPTConfig, scalar: bool) -> dict:
         c |= {"hidden_act": "silu", "rope_theta": config.rope_theta, "rope_parameters": rope}
     if kind == "smollm3":
         c |= {"no_rope_layers": [int(i not in config.no_rope) for i in range(config.n_layer)], "pad_token_id": None}
-    again = written_out(our_config(c, Path("config.json"))[0])
+    again, _ = our_config(c, Path("config.json"))
     for name, value in vars(shape).items():
         if value != getattr(again, name):
             raise InputError(f"{name} {value!r} has no place in {kind}'s config.json; nothing was written")
@@ -199,7 +184,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     return found
 
 
-def read_model(folder: Path, encoding: tiktoken.Encoding | None = None) -> tuple[GPT | ScalarModel, tiktoken.Encoding]:
+def read_model(folder: Path, encoding: Encoding | None = None) -> tuple[GPT | ScalarModel, Encoding]:
     """Read a Hugging Face folder. Returns our model in float32 and its tokenizer, which is `encoding` if given."""
     try:
         c, about = read_json(folder / "config.json"), read_about(folder)
@@ -220,7 +205,7 @@ def read_model(folder: Path, encoding: tiktoken.Encoding | None = None) -> tuple
         raise InputError(f"{folder}: not as expected ({type(error).__name__}: {error}); fetch it again") from None
 
 
-def read_nanogpt(path: Path) -> tuple[GPT, tiktoken.Encoding]:
+def read_nanogpt(path: Path) -> tuple[GPT, Encoding]:
     """Read a ckpt.pt of nanoGPT. Biases that it lacks are zeros here. Its exact GELU becomes GPT-2's approximation."""
     saved = nets.read_checkpoint(path, "give a ckpt.pt of nanoGPT")
     try:
@@ -273,37 +258,24 @@ def load(config: GPTConfig, scalar: bool, found: dict[str, Tensor], source: str)
     return model.eval()
 
 
-def published(name: str) -> tuple[GPT, tiktoken.Encoding]:
-    """Return OpenAI's GPT-2. Downloads Hugging Face's copy once and keeps it in a cache."""
-    for file in ("config.json", "model.safetensors"):
-        download_from_hub(f"openai-community/{name}", file, CACHE / name / file)
-    return read_model(CACHE / name, gpt2_encoding())
-
-
-def write_model(model: GPT | ScalarModel, encoding: tiktoken.Encoding, folder: Path) -> None:
-    """Write a Hugging Face folder: config.json, model.safetensors, tokenizer.json, tokenizer_config.json.
-
-    A classifier in transformers has no output bias. GPT-2's final norm has a bias, which absorbs our constant. RMSNorm
-    has none, so the exported score is ours minus `score_bias` in config.json; this changes no comparison. The
-    classifier reads the score at the last token that is not the pad, so no text may end with that one: it is a special
-    token that is named as unused, or a new one.
-    """
+def write_model(model: GPT | ScalarModel, encoding: Encoding, folder: Path) -> None:
+    """Write a Hugging Face folder: config.json, model.safetensors, the tokenizer and its chat template."""
     from safetensors.torch import save_file
 
     scalar, config = isinstance(model, ScalarModel), model.config
     state = {name.removeprefix("trunk."): x.detach().cpu() for name, x in model.state_dict().items()}
     special = {name: i for name, i in encoding._special_tokens.items() if name not in plain_tokens(encoding)}
     pad = max((i for name, i in special.items() if PAD.search(name) and i not in config.ends), default=None)
-    if scalar and pad is None:
+    if scalar and pad is None:  # transformers reads a score at the last token that is not the pad
         pad, name = encoding.n_vocab, "<|pad|>" if "<|pad|>" not in encoding._special_tokens else "<|pad_2|>"
         rows = max(config.vocab_size, pad + 1)
         state["wte.weight"] = functional.pad(state["wte.weight"], (0, 0, 0, rows - config.vocab_size))
         encoding, config = fill_gaps(encoding, pad + 1, folder, name), replace(config, vocab_size=rows)
     c = config_json(config, scalar)
-    if scalar:
+    if scalar:  # theirs has no constant; GPT-2's last norm can take it, and RMSNorm cannot
         gain, bias, head_bias = (state.pop(name) for name in ("gain", "bias", "head.bias"))
-        weight, constant = gain * state["head.weight"], gain * head_bias + bias
-        state["head.weight"] = weight
+        constant = gain * head_bias + bias
+        state["head.weight"] = weight = gain * state["head.weight"]
         if config.rms_norm:
             c["score_bias"] = constant.item()
             print(f"the exported scores are ours minus {c['score_bias']:.4f} (score_bias in config.json)")
@@ -316,26 +288,24 @@ def write_model(model: GPT | ScalarModel, encoding: tiktoken.Encoding, folder: P
         sizes = {1: [len(x)], 2: [len(x) // 2] * 2, 3: [n_q, n_kv, n_kv]}[len(theirs)]
         for name, part in zip(theirs, x.split(sizes)):
             result[name] = turned(ours, part, config).clone(memory_format=torch.contiguous_format)
-    names = {i: name for name, i in encoding._special_tokens.items()}
-    about = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.block_size}
-    if config.bos and config.bos[0] in names:
-        about["bos_token"] = names[config.bos[0]]
-    chat = template_of(encoding)
+    names, chat = {i: name for name, i in encoding._special_tokens.items()}, template_of(encoding)
+    about = {"bos_token": names[config.bos[0]]} if config.bos and config.bos[0] in names else {}
     about |= {name: token for name, token in chat.items() if name.endswith("_token")}
-    about |= {"clean_up_tokenization_spaces": False, "eos_token": names[config.eos]}
+    about |= {"eos_token": names[config.eos], "model_max_length": config.block_size}
+    about |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     if chat:
         (folder / "chat_template.jinja").write_text(chat["template"], encoding="utf-8")
     if scalar:  # a language model needs none; transformers would not train the pad's embedding
         c["pad_token_id"], about["pad_token"] = pad, names[pad]
     files = {"config": c, "tokenizer": tokenizer_json(encoding), "tokenizer_config": about}
-    generation = {"eos_token_id": c["eos_token_id"], "do_sample": True, "top_k": 0}
-    files |= {} if scalar else {"generation_config": generation}
+    if not scalar:
+        files["generation_config"] = {"eos_token_id": c["eos_token_id"], "do_sample": True, "top_k": 0}
     for name, content in files.items():
         (folder / f"{name}.json").write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
     save_file(result, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def read(source: str) -> tuple[GPT | ScalarModel, tiktoken.Encoding]:
+def read(source: str) -> tuple[GPT | ScalarModel, Encoding]:
     """Read a model of another project: its folder, its ckpt.pt, or the name of a published one."""
     folder = Path(source)
     ckpt = folder if folder.suffix == ".pt" else folder / "ckpt.pt"
@@ -346,7 +316,9 @@ def read(source: str) -> tuple[GPT | ScalarModel, tiktoken.Encoding]:
     if ckpt.exists():
         return read_nanogpt(ckpt)
     if source in PUBLISHED and not folder.exists():
-        return published(source)
+        for file in ("config.json", "model.safetensors"):  # once; then they are in the cache
+            download_from_hub(f"openai-community/{source}", file, CACHE / source / file)
+        return read_model(CACHE / source, gpt2_encoding())
     raise InputError(f"{source}: neither {', '.join(PUBLISHED)} nor a folder with config.json, model.pt or ckpt.pt")
 
 
@@ -386,5 +358,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.argv[0] = "tools.hf"
-    cli.run_main(main)
+    cli.run_main(main, "tools.hf")

@@ -1,4 +1,4 @@
-"""Read and write Hugging Face's tokenizer.json: a byte-level BPE as a tiktoken.Encoding."""
+"""Read and write Hugging Face's tokenizer.json: a byte-level BPE as an Encoding."""
 
 import json
 import re
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import regex  # tiktoken's own dependency
-import tiktoken
+from tiktoken import Encoding
 
 from data.chat import template_of, with_template
 from data.files import InputError, read_json
@@ -29,11 +29,11 @@ def require(path: Path, name: str, value: Any, allowed: list | tuple) -> None:
         raise InputError(f"{path}: {name} {json.dumps(value)} is not supported; supported: {supported}")
 
 
-def read_tokenizer(path: Path) -> tiktoken.Encoding:
+def read_tokenizer(path: Path) -> Encoding:
     """Read a byte-level BPE from a tokenizer.json. Raises InputError with the name of what tiktoken cannot express.
 
-    Its added tokens become special tokens. Those that the file does not call special are read in every text, others
-    only in prompts. tiktoken merges in the order of the ids, so the file must list its merges in that order.
+    Its added tokens become special tokens; those that the file does not call special are read in every text. tiktoken
+    merges in the order of the ids, so the file must list its merges in that order.
     """
     spec = read_json(path)
     model, added = spec["model"], {token["content"]: token for token in spec.get("added_tokens", [])}
@@ -81,11 +81,11 @@ def steps(normalizer: dict | None) -> list[dict]:
     return [normalizer] if normalizer and (len(normalizer) == 1 or any([*normalizer.values()][1:])) else []
 
 
-def tried(pattern: str, ranks: dict, special: dict, lacks: list, path: Path) -> tiktoken.Encoding:
+def tried(pattern: str, ranks: dict, special: dict, lacks: list, path: Path) -> Encoding:
     """Return the encoding. Raises InputError if tiktoken panics or drops a character, which the pattern leaves out."""
     known = [each for each in KINDS if not any(a <= each <= z for a, z in lacks)]
     try:
-        encoding = tiktoken.Encoding("bpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+        encoding = Encoding("bpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
         pairs = [a + b for a in known for b in known]
         lost = [pair for pair in pairs if encoding.decode(encoding.encode_ordinary(pair)) != pair]
     except BaseException as error:  # a panic is no Exception
@@ -109,10 +109,9 @@ def lacking(ranks: dict[bytes, int], path: Path) -> list[tuple[str, str]]:
 
 
 def split_pattern(pre_tokenizer: dict, lacks: list[tuple[str, str]], path: Path) -> str:
-    """Return the pattern whose matches are the words for BPE. No word holds a character of `lacks`.
+    """Return the pattern whose matches are the words for BPE: GPT-2's, with or without single digits, or any Split's.
 
-    It supports GPT-2's own pattern, GPT-2's pattern after a step that separates every digit, and a Split by any
-    pattern. tiktoken drops characters that the vocabulary lacks. transformers does too, and joins the text around them.
+    No word holds a character of `lacks`: tiktoken drops these, as transformers does, which joins the text around them.
     """
     *first, last = pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
     if last["type"] == "ByteLevel" and not last["add_prefix_space"]:
@@ -151,7 +150,7 @@ def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
     return merges
 
 
-def tokenizer_json(encoding: tiktoken.Encoding) -> dict:
+def tokenizer_json(encoding: Encoding) -> dict:
     """Return a tokenizer.json for an encoding; the inverse of `read_tokenizer`."""
     ranks, special, plain = encoding._mergeable_ranks, encoding._special_tokens, plain_tokens(encoding)
     spelled = {token: "".join(CHARACTER[b] for b in token) for token in ranks}
@@ -192,12 +191,8 @@ def read_template(folder: Path, about: dict) -> dict[str, str]:
     return {"template": template, "date": today} | tokens if isinstance(template, str) else {}
 
 
-def eos_ids(folder: Path, about: dict, encoding: tiktoken.Encoding) -> list[int]:
-    """Return the id of EOS, and behind it the other ids that end a generation.
-
-    EOS is eos_token in tokenizer_config.json, else the first eos_token_id of generation_config.json or config.json.
-    The others are the rest of these lists.
-    """
+def eos_ids(folder: Path, about: dict, encoding: Encoding) -> list[int]:
+    """Return the ids that end a generation: eos_token's, if it is named, and then those called eos_token_id."""
     special = encoding._special_tokens
     ids = [special[about["eos_token"]]] if about.get("eos_token") in special else []
     for file in ("generation_config.json", "config.json"):
@@ -208,14 +203,12 @@ def eos_ids(folder: Path, about: dict, encoding: tiktoken.Encoding) -> list[int]
     return list(dict.fromkeys(ids))
 
 
-def fill_gaps(
-    encoding: tiktoken.Encoding, vocab_size: int, folder: Path, name: str = "<|unused_{}|>"
-) -> tiktoken.Encoding:
+def fill_gaps(encoding: Encoding, vocab_size: int, folder: Path, name: str = "<|unused_{}|>") -> Encoding:
     """Add a special token for each id that has an embedding row in the model but no name in the tokenizer."""
     ranks, special = encoding._mergeable_ranks, encoding._special_tokens
     used = {*ranks.values(), *special.values()}
     if max(used) >= vocab_size:
         raise InputError(f"{folder}: the tokenizer has ids up to {max(used)}, but the model has only {vocab_size} rows")
     special = special | {name.format(i): i for i in range(vocab_size) if i not in used}
-    filled = tiktoken.Encoding(encoding.name, pat_str=encoding._pat_str, mergeable_ranks=ranks, special_tokens=special)
+    filled = Encoding(encoding.name, pat_str=encoding._pat_str, mergeable_ranks=ranks, special_tokens=special)
     return with_template(with_plain_tokens(filled, plain_tokens(encoding)), template_of(encoding))

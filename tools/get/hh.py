@@ -2,18 +2,15 @@
 
     python -m tools.get.hh                            download the helpful-base set and write its files to out/data/hh
     python -m tools.get.hh --sets harmless-base,…     other sets: helpful-online, helpful-rejection-sampled
-    python -m tools.get.hh --source FILE …                read your own .jsonl or .jsonl.gz files
-    python -m tools.get.hh --chatml                   write turns as <|im_start|>user … <|im_end|>, for chat models
+    python -m tools.get.hh --source FILE …            read your own .jsonl or .jsonl.gz files
     python -m tools.get.hh --messages                 write conversations, for the model's own chat template
 
-The prompt is the dialogue up to its last "Assistant:". The train files give fine-tuning pairs (the chosen answers),
-comparisons, and prompts for PPO. The test files give the evaluation prompts; with --source, every tenth opening
-question does. The texts contain offensive language.
+The train files give fine-tuning pairs (the chosen answers), comparisons, and prompts for PPO; the test files, or every
+tenth opening question of --source, the prompts to evaluate on. The texts contain offensive language.
 """
 
 import itertools
 import json
-import sys
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -38,13 +35,13 @@ def fetch(sets: list[str]) -> list[tuple[Path, str]]:
     return sources
 
 
-def prepare(sources: list[tuple[Path, str]], chatml: bool, messages: bool = False) -> None:
+def prepare(sources: list[tuple[Path, str]], messages: bool = False) -> None:
     """Read the (file, split) of `sources`. The split "" sends every tenth opening to "eval", the rest to "train"."""
     tally: Counter[str] = Counter()
     kept: dict[str, list[dict]] = {"train": [], "eval": []}
     for source, split in sources:
         for row in iterate_jsonl(source, {"chosen": str, "rejected": str}):
-            pair = split_dialogue(row, chatml, messages)
+            pair = split_dialogue(row, messages)
             if isinstance(pair, str):
                 tally[f"omitted, {pair}"] += 1
             else:
@@ -63,13 +60,11 @@ def main() -> None:
     parser = cli.Parser(description="Anthropic's HH comparisons")
     parser.add_argument("--source", type=Path, nargs="+", help=".jsonl or .jsonl.gz files with chosen and rejected")
     parser.add_argument("--sets", default=SETS[0], help=f"comma-separated, of {', '.join(SETS)}")
-    parser.add_argument("--chatml", action="store_true", help="write turns as <|im_start|>user … <|im_end|>")
     parser.add_argument("--messages", action="store_true", help="write conversations, lists of role and content")
     options = parser.parse_args()
     sources = [(source, "") for source in options.source or []] or fetch(options.sets.split(","))
-    prepare(sources, options.chatml, options.messages)
+    prepare(sources, options.messages)
 
 
 if __name__ == "__main__":
-    sys.argv[0] = "tools.get.hh"
-    cli.run_main(main)
+    cli.run_main(main, "tools.get.hh")

@@ -3,23 +3,17 @@
     python -m tools.get.imdb                          download it (84 MB) and write the files to out/data/imdb
     python -m tools.get.imdb --source FILE_OR_DIR     read the tar.gz, its unpacked folder, or JSONL with text and label
 
-It writes pretraining text, prompts of 2–4 words (2–8 tokens, as in Rafailov et al. 2023), and two linear sentiment
-models. `labeller` simulates the person who compares; `judge` only measures. A hash assigns each review to a part: 60%
-are pretraining text and give the prompts; 15% fit each linear model; 10% give evaluation prompts and its accuracy.
+It writes pretraining text, prompts of 2–4 words (2–8 tokens, as in Rafailov et al. 2023), and labelled reviews for the
+models of experiments/sentiment.py. A hash sends 60% to text and prompts, 30% to these models, 10% to evaluation.
 """
 
-import functools
 import re
-import sys
 import tarfile
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 
 from common import cli
 from data.files import InputError, read_jsonl
@@ -28,14 +22,7 @@ from tools.get.download import download, write_files
 URL = "https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz"
 CHECKSUM = "md5:7c2ac02c03563afcf9b574c7e56c153a"
 FOLDER = Path(__file__).resolve().parents[2] / "out/data/imdb"
-BUCKETS = 2**18  # for hashed words and word pairs
 PARTS = ["pretrain"] * 60 + ["labeller"] * 15 + ["judge"] * 15 + ["eval"] * 10
-PIECE = 200  # characters: the linear models are fitted on pieces as long as the texts they will judge, too
-
-
-@dataclass
-class Config:
-    source: str = ""  # the tar.gz, its unpacked folder, or JSONL with text and label, in place of the download
 
 
 def reviews(source: Path) -> Iterator[tuple[str, int]]:
@@ -64,55 +51,6 @@ def reviews(source: Path) -> Iterator[tuple[str, int]]:
         raise InputError(f"{source}: {what}; give the tar.gz, its unpacked folder, or JSONL") from None
 
 
-def features(text: str) -> list[int]:
-    """Return the hashes of the distinct words and of the distinct pairs of adjacent words."""
-    words = re.findall(r"[a-z']+", text.lower())
-    pairs = [f"{a} {b}" for a, b in zip(words, words[1:])]
-    return sorted({zlib.crc32(word.encode()) % BUCKETS for word in words + pairs})
-
-
-def fit(texts: list[str], labels: list[int]) -> np.ndarray:
-    """Fit a logistic regression on `features` in seconds. Returns weights (BUCKETS + 1,); the last is the bias."""
-    rows = [features(text) for text in texts]
-    ids = torch.tensor([i for row in rows for i in row])
-    start = torch.tensor([0] + [len(row) for row in rows[:-1]]).cumsum(0)
-    scale = torch.tensor([1 / max(1, len(row)) ** 0.5 for row in rows])
-    target = torch.tensor(labels, dtype=torch.float32)
-    weight, bias = torch.zeros(BUCKETS, 1, requires_grad=True), torch.zeros(1, requires_grad=True)
-    optimizer = torch.optim.Adam([weight, bias], lr=0.05)
-    for _ in range(60):
-        logits = F.embedding_bag(ids, weight, start, mode="sum")[:, 0] * scale + bias
-        loss = F.binary_cross_entropy_with_logits(logits, target) + 1e-4 * weight.square().sum() / 2
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return torch.cat([weight[:, 0], bias]).detach().numpy()
-
-
-def probability(weights: np.ndarray, text: str) -> float:
-    """Return the linear model's probability that a text is positive."""
-    row = features(text)
-    return float(1 / (1 + np.exp(-(weights[row].sum() / max(1, len(row)) ** 0.5 + weights[-1]))))
-
-
-@functools.cache
-def _weights(name: str) -> np.ndarray:
-    path = FOLDER / f"{name}.npy"
-    if not path.exists():
-        raise InputError(f"{path}: does not exist; run python -m tools.get.imdb first")
-    return np.load(path)
-
-
-def labeller(prompt: str, response: str) -> float:
-    """Simulate a person: return the probability, in [0, 1], that the whole text is positive."""
-    return probability(_weights("labeller"), prompt + response)
-
-
-def judge(prompt: str, response: str) -> float:
-    """Measure independently: return 1 if the whole text is positive, else 0."""
-    return float(probability(_weights("judge"), prompt + response) > 0.5)
-
-
 def prepare(source: Path) -> None:
     parts: dict[str, dict[str, int]] = {name: {} for name in PARTS}  # text → label
     for text, label in reviews(source):
@@ -126,31 +64,26 @@ def prepare(source: Path) -> None:
 
     def openings(texts: list[str]) -> list[dict]:
         """Return prompts of 2–4 words, in random order."""
-        shuffled = [texts[i] for i in rng.permutation(len(texts))]
-        return [{"prompt": " ".join(text.split()[: rng.integers(2, 5)])} for text in shuffled]
+        return [{"prompt": " ".join(texts[i].split()[: rng.integers(2, 5)])} for i in rng.permutation(len(texts))]
 
     prompts = openings([*parts["pretrain"]])
     half = len(prompts) // 2
     files = {"pretrain": [{"text": text} for text in parts["pretrain"]]}
     files |= {"compare": prompts[:half], "ppo": prompts[half:], "eval": openings([*parts["eval"]])}
+    labelled = [(part, *review) for part in ("labeller", "judge", "eval") for review in parts[part].items()]
+    files["labelled"] = [{"part": part, "text": text, "label": label} for part, text, label in labelled]
     write_files(FOLDER, files)
-    for name in ("labeller", "judge"):
-        rows = [*parts[name].items()]
-        rows += [(text[i : i + PIECE], label) for text, label in rows for i in range(0, len(text), PIECE)]
-        weights = fit(*zip(*rows))
-        np.save(FOLDER / f"{name}.npy", weights)
-        right = [(probability(weights, text) > 0.5) == label for text, label in parts["eval"].items()]
-        print(f"{name}: held-out accuracy {np.mean(right):.3f}")
 
 
 def main() -> None:
-    source = cli.parse(Config).source
+    parser = cli.Parser(description="the Large Movie Review Dataset")
+    parser.add_argument("--source", type=Path, help="the tar.gz, its unpacked folder, or JSONL with text and label")
+    source = parser.parse_args().source
     if not source:
         source = FOLDER / "aclImdb_v1.tar.gz"
         download(URL, source, CHECKSUM)
-    prepare(Path(source))
+    prepare(source)
 
 
 if __name__ == "__main__":
-    sys.argv[0] = "tools.get.imdb"
-    cli.run_main(main)
+    cli.run_main(main, "tools.get.imdb")

@@ -1,13 +1,10 @@
 """Comparisons from people: sample several responses to a prompt, ask which is better, append the answer to a JSONL.
 
-    python -m tools.label --init out/sft --prompts PROMPTS.jsonl --out mine.jsonl    show people a page in the browser
-    python -m tools.label … --init out/sft,out/ppo        two models answer; the page does not name them
-    python -m tools.label … --samples 4                   rank four responses instead of choosing between two
-    python -m tools.label … --terminal                    ask the same questions in the terminal
-    python -m tools.label --out mine.jsonl --report       summarise a file: counts, position bias, agreement
-
-Each answer is on disk before the next question appears, so no answer is lost; the same command continues. A model's
-responses to a prompt depend only on the seed and the prompt. data/README.md lists the columns of a row.
+python -m tools.label --init out/sft --prompts PROMPTS.jsonl --out mine.jsonl    show people a page in the browser
+python -m tools.label … --init out/sft,out/ppo        two models answer; the page does not name them
+python -m tools.label … --samples 4                   rank four responses instead of choosing between two
+python -m tools.label … --terminal                    ask the same questions in the terminal
+python -m tools.label --out mine.jsonl --report       summarise a file: counts, position bias, agreement
 """
 
 import html
@@ -114,20 +111,16 @@ def label(cfg: Config) -> None:
             if cfg.terminal:
                 ask_in_terminal(sitting, cfg.annotator, instructions)
             else:
-                serve(sitting, cfg, instructions)
+                with Server(sitting, cfg.host, cfg.port, instructions) as server:
+                    note = "; elsewhere with this machine's name for localhost" if cfg.host in web.EVERYWHERE else ""
+                    print(f"Open {server.address}{note}\nAnswers go to {path}. Ctrl-C stops.", flush=True)
+                    server.serve_forever()
         except (EOFError, KeyboardInterrupt):
             print(f"\n{path} holds {len(sitting.rows):,} answers; the same command continues")
         finally:
             sitting.stop()
     if sitting.alike:
         print(f"{sitting.alike:,} prompts were omitted, because the model does not give enough different responses")
-
-
-def serve(sitting: Sitting, cfg: Config, instructions: str) -> None:
-    with Server(sitting, cfg.host, cfg.port, instructions) as server:
-        elsewhere = "; on other machines, with the name of this one for localhost" if cfg.host in web.EVERYWHERE else ""
-        print(f"Open {server.address}{elsewhere}\nAnswers go to {cfg.out}. Ctrl-C stops.", flush=True)
-        server.serve_forever()
 
 
 class Server(web.Server):

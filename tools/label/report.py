@@ -13,7 +13,6 @@ from tools.label.sitting import question_of
 
 SURE = {3: "very sure", 2: "fairly sure", 1: "not sure"}
 RESAMPLES = 2000
-Units = dict[tuple, dict[str, object]]  # question (its prompt, its number) → person → value
 
 
 def report(rows: list[dict]) -> str:
@@ -30,10 +29,8 @@ def report(rows: list[dict]) -> str:
     if n := len(preferred):
         share = sum(row["position"] == 0 for row in preferred) / n
         error = math.sqrt(share * (1 - share) / n)
-        chance = statistics.mean(1 / len(row["checkpoint"]) for row in preferred)
-        lines.append(
-            f"\nthe first shown was preferred in {share:.3f} ± {error:.3f} of {n} (without bias: {chance:.3f})"
-        )
+        fair = statistics.mean(1 / len(row["checkpoint"]) for row in preferred)
+        lines.append(f"\nthe first shown was preferred in {share:.3f} ± {error:.3f} of {n} (without bias: {fair:.3f})")
     compared = [row["checkpoint"] for row in preferred if len(set(row["checkpoint"])) > 1]  # each best first
     for name in sorted(set(itertools.chain(*compared))):
         won = [names[0] == name for names in compared if name in names]
@@ -44,10 +41,9 @@ def report(rows: list[dict]) -> str:
 def agreement(rows: list[dict]) -> str:
     """Report alpha, for all people and for each two, and how often two people said the same.
 
-    A value is "tie", "bad", or the number of the best response, by checkpoint and then by text. So with two models it
-    says which of them was preferred. A skip is no value.
+    A value is "tie", "bad", or the number of the best response, by checkpoint and then by text. A skip is no value.
     """
-    units: defaultdict[tuple, dict[str, object]] = defaultdict(dict)
+    units: defaultdict[tuple, dict[str, object]] = defaultdict(dict)  # (prompt, number) → person → value
     for row in rows:
         question = question_of(row)
         responses = [(name, answer.text) for name, answer in zip(question.checkpoints, question.answers)]
@@ -72,7 +68,7 @@ def agreement(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def alpha(units: Units) -> tuple[float, float, float]:
+def alpha(units: dict[tuple, dict[str, object]]) -> tuple[float, float, float]:
     """Return Krippendorff's alpha for nominal values, and the 2.5th and 97.5th percentile of its bootstrap.
 
         1 − (n − 1) Σ_u Σ_c n_uc (n_u − n_uc) / (n_u − 1)  /  (n² − Σ_c n_c²)

@@ -104,10 +104,8 @@ class Sitting:
         shown = self.progress(annotator) | {"prompt": question.prompt, "number": question.number}
         answers = [question.answers[i] for i in self.order(question, annotator)]
         shown |= {"responses": [answer.text for answer in answers], "cut": [not answer.ended for answer in answers]}
-        if row:
-            about = {"comment": row.get("comment", ""), "sure": row.get("sure", 0)}
-            shown |= {"index": index, "said": self.said(row)} | about
-        return shown
+        earlier = {"index": index, "comment": row.get("comment", ""), "sure": row.get("sure", 0)}
+        return shown | earlier | {"said": self.said(row)} if row else shown
 
     def progress(self, annotator: str) -> dict:
         """Return the number of answered and of remaining questions of this annotator, and the seconds remaining."""

@@ -1,11 +1,8 @@
 """A run as one page: HTML that needs no network, no server and no build step.
 
-    python -m tools.page out/ppo                          write out/ppo/run.html
-    python -m tools.page --compare out/ppo,out/hacked     side by side, in out/ppo/compare.html
-    python -m tools.page out/ppo --watch                  serve the page on this machine, and follow the run
-
-page.js draws what a run folder holds from one JSON object. Nothing in that object can become markup or code: `<` is
-escaped, the script writes text alone, and the page's own policy lets no other script run.
+python -m tools.page out/ppo                          write out/ppo/run.html
+python -m tools.page --compare out/ppo,out/hacked     side by side, in out/ppo/compare.html
+python -m tools.page out/ppo --watch                  serve the page on this machine, and follow the run
 """
 
 import hashlib
@@ -50,7 +47,6 @@ PANELS = [
     ("learning rate", "rate", {"lr": ""}),
     ("speed", "tokens per second", {"tokens_per_s": ""}),
 ]
-DOTS = ("eval/", "loss/held_out")  # these metrics are measured now and then, and drawn as dots
 
 
 def panels(lines: list[dict]) -> list[dict]:
@@ -61,7 +57,7 @@ def panels(lines: list[dict]) -> list[dict]:
         for name, label in metrics.items():
             points = [(line["step"] + 1, line[name]) for line in lines if name in line]
             if len({y for _, y in points}) > 1:
-                kind = "dots" if name.startswith(DOTS) else "line"
+                kind = "dots" if name.startswith(("eval/", "loss/held_out")) else "line"  # measured now and then
                 series.append({"label": label, "kind": kind, "points": evenly(points, MOST_POINTS)})
         found.append({"title": title, "unit": unit, "series": series})
     path = [
@@ -79,20 +75,15 @@ def read_run(folder: str) -> dict[str, Any]:
     lines = runs.read_metrics(path)
     if not lines:
         raise InputError(f"{folder}: no step in a metrics.jsonl there; name the folder of a run")
-    report = read_object(path / "report.json")
-    if report and not isinstance(report.get("answers", []), list):
-        raise InputError(f'{path / "report.json"}: "answers" is no list; remove the file')
-    return {
-        "name": folder,
-        "unit": "iteration" if "objective/kl" in lines[-1] else "step",
-        "steps": lines[-1]["step"] + 1,
-        "last": lines[-1],
-        "config": read_object(path / "config.json"),
-        "panels": panels(lines),
-        "samples": samples(path / "samples.txt"),
-        "report": report and report | {"answers": report.get("answers", [])[:MOST_ANSWERS]},
-        "rollout": read_object(path / "rollout.json"),
-    }
+    unit = "iteration" if "objective/kl" in lines[-1] else "step"
+    found = {"name": folder, "unit": unit, "steps": lines[-1]["step"] + 1, "last": lines[-1], "panels": panels(lines)}
+    found |= {name: read_object(path / f"{name}.json") for name in ("config", "report", "rollout")}
+    if found["report"]:
+        answers = found["report"].get("answers", [])
+        if not isinstance(answers, list):
+            raise InputError(f'{path / "report.json"}: "answers" is no list; remove the file')
+        found["report"]["answers"] = answers[:MOST_ANSWERS]
+    return found | {"samples": samples(path / "samples.txt")}
 
 
 def read_object(path: Path) -> dict | None:
@@ -150,9 +141,8 @@ class Server(web.Server):
         if action != "runs":
             return web.NOT_FOUND
         version = version_of(self.folders)
-        if query == version:
-            return 204, "", "application/json"
-        return 200, dumps(self.folders, version=version), "application/json"
+        code, text = (204, "") if query == version else (200, dumps(self.folders, version=version))
+        return code, text, "application/json"
 
 
 def version_of(folders: list[str]) -> str:
