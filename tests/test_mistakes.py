@@ -15,15 +15,17 @@ import sys
 
 import numpy as np
 import pytest
+import tiktoken
 import torch
 
 import data
 import ppo
 import reward
 import sft
-from common import cli, measure, runs
+from common import cli, compare, measure, runs
 from common import nets as rooms
 from data import InputError
+from data.label import preference
 from model import GPT, GPTConfig, ScalarModel
 from tests.conftest import ROOT, flat, make_gpt, ragged, run, write
 
@@ -696,6 +698,49 @@ def test_the_policy_stands_still_until_the_value_net_has_learned(folders):
     assert all(line["loss/value_avg"] > 0 and line["value/grad_norm"] > 0 for line in lines)
     assert [line["lr"] > 0 for line in lines] == [abs(line["policy/ratio"] - 1) > 1e-6 for line in lines]
     assert [line["lr"] > 0 for line in lines] == [False] * 2 + [True] * 6
+
+
+# 41
+@mistake(
+    "data/batches.py", "each < 2**63 / 10 for each in ordered", "each < ordered[len(ordered) // 10] for each in ordered"
+)
+@mistake(
+    "data/batches.py",
+    "if each >= ordered[n]]",
+    "if each > ordered[min(n, most) - 1]]",
+)
+def test_no_option_and_no_further_row_moves_a_prompt_between_training_and_evaluation(tmp_path, encoding):
+    rows = [{"prompt": f"ask me {i}", "completion": " yes"} for i in range(400)]
+    path, sides = tmp_path / "p.jsonl", []
+    for n, most in ((400, 512), (400, 5), (150, 512)):
+        write(path, rows[:n])
+        trained, held_out = data.prompts_and_held_out(str(path), "", encoding, 40, most)
+        sides.append([{encoding.decode(prompt.ids) for prompt in side} for side in (trained, held_out)])
+    tuned = data.hold_out(data.completions(path, encoding, encoding.eot_token), encoding)[1]
+    sides.append([{encoding.decode(row.tokens[: row.prompt_len]) for row in tuned}, set()])
+    assert len(sides[0][1]) > 20 and len(sides[1][1]) == 5
+    assert not any(trained & held_out for trained, _ in sides for _, held_out in sides)
+
+
+# 42
+@mistake(
+    "data/rows.py",
+    "return Row(start + ids + end * ended, len(start))",
+    "return Row(start + ids + [eos] * ended, len(start))",
+)
+@mistake("common/compare.py", "ended, row[first:end]))", "ended, row[first : end - ended]))")
+def test_a_reward_model_reads_the_end_token_that_was_sampled(tmp_path, encoding):
+    n = encoding.n_vocab - 1
+    special = {"<e>": n, "<f>": n + 1}
+    both = tiktoken.Encoding("2", pat_str=data.SPLIT, mergeable_ranks=encoding._mergeable_ranks, special_tokens=special)
+    model = make_gpt(vocab_size=n + 2, eos=n, stops=(n + 1,))
+    prompts = [both.encode_ordinary(f"ask {i}") for i in range(40)]
+    sampled = compare.sample_responses(model, both, prompts, 4, 40, 1.0, seed=0)
+    rows = [{"prompt": f"ask {i}"} | preference(four) for i, four in enumerate(sampled)]
+    groups = data.comparisons(write(tmp_path / "r.jsonl", rows), both, n)
+    learned = [row.tokens[-1] for group in groups for row in group.rows]
+    ended = [answer.ids[-1] for four in sampled for answer in four]
+    assert learned.count(n + 1) == ended.count(n + 1) > 9 and learned.count(n) == ended.count(n) > 9
 
 
 def test_what_a_mistake_changes_stands_in_its_file_once():
