@@ -79,22 +79,20 @@ def sample_and_compare(
 
     `cfg` has the options of reward.py. Raises InputError if all answers are alike.
     """
-    asked = list(zip(data.prompt_rows(source), data.prompts(source, encoding)))[: cfg.n_prompts or None]
-    lengths = [max(1, len(ids)) + cfg.response_len for _, ids in asked]
+    asked = data.read_prompts(source, encoding)[: cfg.n_prompts or None]
+    lengths = [max(1, len(prompt.ids)) + cfg.response_len for prompt in asked]
     what = f"prompts of {source} (with --response_len {cfg.response_len})"
     asked = data.keep_short(asked, lengths, nets.context(cfg, policy), what, dist.print0)
-    rows, prompts = zip(*asked)
-    shown = [
-        row | {"prompt": data.prompt_text(encoding, row["prompt"], template_variables(row, source))} for row in rows
-    ]
+    ids, columns = zip(*asked)
     compares = judges.load_function(judge)
-    judges.check_columns(judge, shown)
-    dist.print0(f"{cfg.init} answers {len(prompts):,} prompts of {source}, {cfg.samples} times each; {judge} compares")
-    seeds = seed_of("answers", cfg.seed), seed_of("choices", cfg.seed)
-    how = cfg.samples, cfg.response_len, cfg.temperature, seeds[0], cfg.micro_batch_size
-    answers = sample_responses(policy, encoding, prompts, *how)
-    said = [row["prompt"] for row in rows]
-    rows = simulate(said, answers, compares, cfg.label_temperature, seeds[1], shown)
+    judges.check_columns(judge, columns)
+    dist.print0(f"{cfg.init} answers {len(asked):,} prompts of {source}, {cfg.samples} times each; {judge} compares")
+    prompts = [row["prompt"] for row in columns]
+    texts = [data.prompt_text(encoding, row["prompt"], template_variables(row, source)) for row in columns]
+    how = cfg.samples, cfg.response_len, cfg.temperature, seed_of("answers", cfg.seed), cfg.micro_batch_size
+    answers = sample_responses(policy, encoding, ids, *how)
+    shown = [row | {"prompt": text} for row, text in zip(columns, texts)]
+    rows = simulate(prompts, answers, compares, cfg.label_temperature, seed_of("choices", cfg.seed), shown)
     if not rows:
         raise data.InputError(f"--init {cfg.init}: its samples are all alike; raise --temperature")
     data.write_jsonl(target, rows)

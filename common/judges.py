@@ -9,12 +9,12 @@ The names of the first two parameters tell one answer from lists. Each further o
 
 import importlib.util
 import inspect
+import itertools
 import math
 import sys
 import traceback
 from collections.abc import Callable
 from functools import cache
-from itertools import chain
 from pathlib import Path
 from types import ModuleType
 
@@ -41,12 +41,13 @@ def load_function(name: str) -> Judge:
     own = {"prompt", "response", *first}
 
     def judge(rows: list[dict]) -> list[float]:
-        check(name, more, rows)
+        check_columns(name, rows)
         columns = [{c: x for c, x in row.items() if c in more or takes_any and c not in own} for row in rows]
         prompts, responses = ([row[column] for row in rows] for column in ("prompt", "response"))
         try:
             if first == ["prompts", "responses"]:
-                lists = {column: [each.get(column) for each in columns] for column in dict.fromkeys(chain(*columns))}
+                names = dict.fromkeys(itertools.chain(*columns))
+                lists = {column: [each.get(column) for each in columns] for column in names}
                 given = list(called(prompts, responses, **lists))
             else:
                 given = [called(*texts, **each) for *texts, each in zip(prompts, responses, columns)]
@@ -84,20 +85,15 @@ def parameters(called: Callable) -> tuple[list[str], dict[str, bool], bool]:
     return [each.name for each in found[:2]], {each.name: each.default is each.empty for each in by_name}, takes_any
 
 
-def check(name: str, more: dict[str, bool], rows: list[dict]) -> None:
-    """Raises InputError if a row lacks a column that a function must get."""
-    for column in [column for column, needed in more.items() if needed]:
-        for row in rows:
-            if column not in row:
-                known = ", ".join(["prompt", *(each for each in row if each not in ("prompt", "response"))])
-                what = f'its parameter "{column}" is no column of a row, which has {known}'
-                raise InputError(f"{name}: {what}; rename one of them, or give the parameter a default")
-
-
 def check_columns(names: str, rows: list[dict]) -> None:
     """Raises InputError if a row lacks a column that a function of a comma-separated list must get."""
     for name in filter(is_function, names.split(",")):
-        check(name, parameters(find(name))[1], rows)
+        _, more, _ = parameters(find(name))
+        for column, row in itertools.product([column for column, needed in more.items() if needed], rows):
+            if column not in row:
+                known = ", ".join(each for each in row if each != "response")
+                what = f'its parameter "{column}" is no column of a row, which has {known}'
+                raise InputError(f"{name}: {what}; rename one of them, or give the parameter a default")
 
 
 def load_functions(names: str) -> dict[str, Judge]:

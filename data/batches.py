@@ -24,7 +24,7 @@ class Row(NamedTuple):
 
 
 class Prompt(NamedTuple):
-    """A prompt as ids, and the other columns of its row as they were read, for a reward or a judge that wants them."""
+    """A prompt as ids, and all columns of its row as they were read, for a reward or a judge that wants them."""
 
     ids: list[int]
     columns: dict

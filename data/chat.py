@@ -198,7 +198,7 @@ def refuse_what_is_left_out(
     """
     variables = variables or {}
 
-    def left_out(messages: Messages, variables: dict) -> bool:
+    def left_out(messages: Messages, variables: dict = variables) -> bool:
         try:
             return render(encoding, messages, variables, prompt) == text
         except InputError:  # what the template looks at, it does not leave out
@@ -214,13 +214,13 @@ def refuse_what_is_left_out(
             if answer and key == "content" and "</think>" in value:
                 others.append(value.replace("</think>", "x</think>"))  # another thought
             for other in others:
-                if left_out([*messages[:i], message | {key: other}, *messages[i + 1 :]], variables):
+                if left_out([*messages[:i], message | {key: other}, *messages[i + 1 :]]):
                     what = f"the {key} of message {i + 1} ({message['role']})"
                     raise InputError(f"the model's chat template leaves out {what}; remove it, or the row")
     chat = template_of(encoding)
     known = compiled(chat["template"])[1] if chat else set()
     for name, value in variables.items():
-        if value and name not in known or name == "tools" and left_out(messages, {"tools": value * 2}):
+        if value and name not in known or name == "tools" and left_out(messages, variables | {"tools": value * 2}):
             raise InputError(f'the model\'s chat template does not read "{name}"; remove it, or the row')
 
 

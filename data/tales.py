@@ -129,17 +129,14 @@ def rows() -> dict[str, list[dict]]:
     rng = random.Random(SEED)
     wishes = [dict(zip(SLOTS, words)) for words in itertools.product(*(WORDS[slot] for slot in SLOTS))]
     rng.shuffle(wishes)
-    tuning, comparing, ppo, evaluation = wishes[:4_000], wishes[4_000:5_000], wishes[5_000:9_800], wishes[9_800:10_312]
-    return {
-        "pretrain": [
-            {"text": (PROMPT.format(**w) if rng.random() < 0.5 else "") + write_story(w, rng)}
-            for w in rng.choices(tuning, k=8_000)
-        ],
-        "sft": [{"prompt": PROMPT.format(**w), "completion": write_story(w, rng)} for w in tuning * 4],
-        "compare": [{"prompt": PROMPT.format(**w)} for w in comparing],
-        "ppo": [{"prompt": PROMPT.format(**w)} for w in ppo],
-        "eval": [{"prompt": PROMPT.format(**w)} for w in evaluation],
-    }
+    asked = [{"prompt": PROMPT.format(**wish)} for wish in wishes]
+    texts = []
+    for wish in rng.choices(wishes[:4_000], k=8_000):
+        prompt = PROMPT.format(**wish) if rng.random() < 0.5 else ""
+        texts.append({"text": prompt + write_story(wish, rng)})
+    pairs = [row | {"completion": write_story(w, rng)} for w, row in zip(wishes[:4_000] * 4, asked[:4_000] * 4)]
+    prompts = {"compare": asked[4_000:5_000], "ppo": asked[5_000:9_800], "eval": asked[9_800:10_312]}
+    return {"pretrain": texts, "sft": pairs} | prompts
 
 
 def path(name: str) -> str:

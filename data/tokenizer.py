@@ -144,7 +144,8 @@ def encode_answer(
     start = len(prompt)
     for first, last, end in found:
         if first >= start:
-            return _encode_parts(encoding, text, spans, start, first) + [end], _encode_parts(encoding, text, spans, last)
+            ids = _encode_parts(encoding, text, spans, start, first) + [end]
+            return ids, _encode_parts(encoding, text, spans, last)
     stop = len(text.rstrip()) if template else len(text)
     if spans and spans[-1][1] == stop:
         stop = spans[-1][0]  # what ends the turn here ends no generation
