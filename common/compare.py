@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-import tiktoken
+from tiktoken import Encoding
 
 import data
 from common import dist, judges, nets
@@ -21,7 +21,7 @@ TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
 
 def sample_responses(
     model: GPT,
-    encoding: tiktoken.Encoding,
+    encoding: Encoding,
     prompts: list[list[int]],
     samples: int,
     response_len: int,
@@ -56,25 +56,22 @@ def simulate(
     """
     rng = shuffler("choices", seed)
     shown = shown or [{"prompt": prompt} for prompt in prompts]
-    judged = iter(judge([row | {"response": answer[0]} for row, each in zip(shown, answers) for answer in each]))
+    scores = iter(judge([row | {"response": answer[0]} for row, each in zip(shown, answers) for answer in each]))
     rows = []
     for prompt, row, each in zip(prompts, shown, answers):
         about = {"prompt": prompt} | {name: row[name] for name in TEMPLATE_COLUMNS if name in row}
-        compared = [Answer(*answer) for answer in each]
-        scores = list(itertools.islice(judged, len(compared)))
-        for a, b in itertools.combinations(range(len(compared)), 2):
-            if compared[a].text == compared[b].text:
+        scored = [(Answer(*answer), next(scores)) for answer in each]
+        for (a, score_a), (b, score_b) in itertools.combinations(scored, 2):
+            if a.text == b.text:
                 continue
-            p = 0.5 + 0.5 * math.tanh((scores[a] - scores[b]) / temperature / 2)  # σ, in a form that cannot overflow
+            p = 0.5 + 0.5 * math.tanh((score_a - score_b) / temperature / 2)  # σ, in a form that cannot overflow
             if rng.random() >= p:
                 a, b, p = b, a, 1 - p
-            rows.append(about | preference([compared[a], compared[b]]) | {"p_chosen": round(p, 4)})
+            rows.append(about | preference([a, b]) | {"p_chosen": round(p, 4)})
     return rows
 
 
-def sample_and_compare(
-    cfg: Any, source: str, judge: str, policy: GPT, encoding: tiktoken.Encoding, target: Path
-) -> None:
+def sample_and_compare(cfg: Any, source: str, judge: str, policy: GPT, encoding: Encoding, target: Path) -> None:
     """Let the policy answer the prompts of `source` and the judge compare; write the comparisons to `target`.
 
     `cfg` has the options of reward.py. Raises InputError if all answers are alike.

@@ -41,7 +41,7 @@ def load_function(name: str) -> Judge:
     own = {"prompt", "response", *first}
 
     def judge(rows: list[dict]) -> list[float]:
-        check_columns(name, rows)
+        check(name, more, rows)
         columns = [{c: x for c, x in row.items() if c in more or takes_any and c not in own} for row in rows]
         prompts, responses = ([row[column] for row in rows] for column in ("prompt", "response"))
         try:
@@ -85,15 +85,20 @@ def parameters(called: Callable) -> tuple[list[str], dict[str, bool], bool]:
     return [each.name for each in found[:2]], {each.name: each.default is each.empty for each in by_name}, takes_any
 
 
-def check_columns(names: str, rows: list[dict]) -> None:
-    """Raises InputError if a row lacks a column that a function of a comma-separated list must get."""
-    for name in filter(is_function, names.split(",")):
-        _, more, _ = parameters(find(name))
-        for column, row in itertools.product([column for column, needed in more.items() if needed], rows):
-            if column not in row:
+def check(name: str, more: dict[str, bool], rows: list[dict]) -> None:
+    """Raises InputError if a row lacks a column that a function must get."""
+    for row in rows:
+        for column, needed in more.items():
+            if needed and column not in row:
                 known = ", ".join(each for each in row if each != "response")
                 what = f'its parameter "{column}" is no column of a row, which has {known}'
                 raise InputError(f"{name}: {what}; rename one of them, or give the parameter a default")
+
+
+def check_columns(names: str, rows: list[dict]) -> None:
+    """Raises InputError if a row lacks a column that a function of a comma-separated list must get."""
+    for name in filter(is_function, names.split(",")):
+        check(name, parameters(find(name))[1], rows)
 
 
 def load_functions(names: str) -> dict[str, Judge]:

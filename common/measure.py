@@ -7,8 +7,8 @@ Where fewer than FEWEST prompts leave the error unknown, their number stands in 
 import math
 from collections.abc import Callable
 
-import tiktoken
 import torch
+from tiktoken import Encoding
 from torch import Tensor
 
 from common import dist
@@ -59,7 +59,7 @@ def rollout_metrics(batch: dict[str, Tensor], judged: list[float], kl_coef: floa
     return dict(zip(found, numbers)) | {"kl_coef": kl_coef}
 
 
-def as_rows(batch: dict[str, Tensor], encoding: tiktoken.Encoding, eos: int) -> list[dict]:
+def as_rows(batch: dict[str, Tensor], encoding: Encoding, eos: int) -> list[dict]:
     """Every answer as a row: "prompt" and "response" as text, without the EOS, and the prompt's columns."""
     rows = []
     lists = [batch[name].tolist() for name in ("tokens", "prompt_len", "length", "ended")]
@@ -70,9 +70,7 @@ def as_rows(batch: dict[str, Tensor], encoding: tiktoken.Encoding, eos: int) -> 
     return rows
 
 
-def by_token(
-    batch: dict[str, Tensor], rows: list[dict], encoding: tiktoken.Encoding, iteration: int, kl_coef: float
-) -> dict:
+def by_token(batch: dict[str, Tensor], rows: list[dict], encoding: Encoding, iteration: int, kl_coef: float) -> dict:
     """A rollout as plain lists, for rollout.json: each answer with what the step made of each of its tokens.
 
     At most 256 answers and about 65,536 tokens, of this process alone. Numbers have five digits.
@@ -91,7 +89,7 @@ def by_token(
     return {"iteration": iteration, "kl_coef": kl_coef, "answers": answers}
 
 
-def token_text(token: int, encoding: tiktoken.Encoding) -> str | list[int] | dict[str, str]:
+def token_text(token: int, encoding: Encoding) -> str | list[int] | dict[str, str]:
     """A token for JSON: its text, its bytes if they are only a part of a character, or {"special": its name}."""
     raw = encoding.decode_single_token_bytes(token)
     if token in encoding._special_tokens.values():
@@ -117,12 +115,7 @@ def masked_variance(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def held_out(
-    answer: Callable[[GPT, list[Prompt], torch.Generator], dict[str, Tensor]],
-    encoding: tiktoken.Encoding,
-    judges: dict[str, Judge],
-    policy: GPT,
-    prompts: list[Prompt],
-    *key: str | int,
+    answer: Callable, encoding: Encoding, judges: dict[str, Judge], policy: GPT, prompts: list[Prompt], *key: str | int
 ) -> dict[str, list]:
     """One answer to each prompt: a column for each measure, one number per prompt; and "rows", prompt and response.
 
@@ -141,13 +134,14 @@ def held_out(
     for start in dist.mine(starts):
         batch = answer(policy, prompts[start : ends[start]], generator(*key, start))
         rows = as_rows(batch, encoding, policy.config.eos)
-        new = {name: judge(rows) for name, judge in judges.items()}
-        new |= {"score": batch["score"].tolist(), "final score": batch["final_score"].tolist()}
-        new[KL] = ((batch["logp"] - batch["ref_logp"]) * batch["mask"]).sum(1).tolist()
-        new["length (tokens)"] = batch["mask"].sum(1).tolist()
-        new[ENDED] = batch["ended"].float().tolist()
-        new["rows"] = rows
-        found[start] = new
+        found[start] = {name: judge(rows) for name, judge in judges.items()} | {
+            "score": batch["score"].tolist(),
+            "final score": batch["final_score"].tolist(),
+            KL: ((batch["logp"] - batch["ref_logp"]) * batch["mask"]).sum(1).tolist(),
+            "length (tokens)": batch["mask"].sum(1).tolist(),
+            ENDED: batch["ended"].float().tolist(),
+            "rows": rows,
+        }
     parts = {start: part for each in dist.gather_objects(found) for start, part in each.items()}
     in_order = [parts[start] for start in sorted(parts)]
     return {name: [x for part in in_order for x in part[name]] for name in in_order[0]}

@@ -8,6 +8,7 @@ import functools
 import json
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from datetime import datetime
 from typing import Any
 
@@ -88,10 +89,8 @@ def template_variables(row: dict, where: str) -> dict[str, Any]:
     """Return what a row has for the template beside its messages: "tools", and what "chat_template_kwargs" names."""
     tools, more = row.get("tools") or [], row.get("chat_template_kwargs") or {}
     if isinstance(tools, str):  # tables often hold them as JSON
-        try:
+        with suppress(ValueError):
             tools = json.loads(tools)
-        except ValueError:
-            tools = None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise InputError(f'{where}: "tools" is no list of JSON objects; fix the row')
     if not isinstance(more, dict):

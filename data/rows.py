@@ -278,10 +278,7 @@ def numbered_prompts(path: str | Path) -> Iterator[tuple[str, dict]]:
 def prompts_and_held_out(
     path: str, eval_path: str, encoding: Encoding, room: int, most: int, say: Say = print
 ) -> tuple[list[Prompt], list[Prompt]]:
-    """Prompts of at most `room` ids to train on, and up to `most` to evaluate on: of `eval_path`, or some of `path`.
-
-    A prompt is evaluated once, even if it comes twice.
-    """
+    """Prompts of at most `room` ids to train on, and up to `most` to evaluate on: of `eval_path`, or some of `path`."""
 
     def load(path: str) -> list[Prompt]:
         found = read_prompts(path, encoding)
@@ -289,7 +286,7 @@ def prompts_and_held_out(
         return keep_short(found, [max(1, len(p.ids)) for p in found], room, what, say)
 
     held_out, rest = (load(eval_path), load(path)) if eval_path else hold_out(load(path), encoding, most)
-    by_hash = {prompt_hash(prompt, encoding): prompt for prompt in held_out}
+    by_hash = {prompt_hash(prompt, encoding): prompt for prompt in held_out}  # each once
     if n := len(by_hash.keys() & {prompt_hash(prompt, encoding) for prompt in rest}):
         say(f"{n:,} prompts of {eval_path} are in {path} too: they are trained on and evaluated")
     last = sorted(by_hash)[:most][-1]

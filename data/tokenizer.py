@@ -3,6 +3,7 @@
 import heapq
 from collections import Counter, defaultdict
 from collections.abc import Iterable
+from contextlib import suppress
 
 import regex  # tiktoken's own dependency
 import tiktoken
@@ -158,11 +159,9 @@ def turn_suffix(encoding: tiktoken.Encoding, eos: int) -> tuple[int, ...]:
     A published reward model of conversations is read there.
     """
     for said in ("yes", "<think>\nwell\n</think>\n\nyes") if template_of(encoding) else ():
-        try:
+        with suppress(InputError):  # the template wants a thought
             answer = {"role": "assistant", "content": said}
             return tuple(encode_answer(encoding, eos, [{"role": "user", "content": "hello"}], answer)[1])
-        except InputError:  # the template wants a thought
-            continue
     return ()
 
 
