@@ -13,10 +13,9 @@ from common.judges import Judge
 from data.chat import template_variables
 from data.label import Answer, preference
 from data.rng import generator, seed_of, shuffler
-from data.rows import PromptText
 from model import GPT
 
-TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
+KEPT = ("prompt", "tools", "chat_template_kwargs")  # columns of a prompt that its comparisons have too
 
 
 def sample_responses(
@@ -42,24 +41,19 @@ def sample_responses(
 
 
 def simulate(
-    prompts: list[PromptText],
-    answers: list[list[Answer]],
-    judge: Judge,
-    temperature: float,
-    seed: int,
-    shown: list[dict] | None = None,
+    prompts: list[dict], texts: list[str], answers: list[list[Answer]], judge: Judge, temperature: float, seed: int
 ) -> list[dict]:
     """Decide every pair of answers to a prompt: choose a with probability σ((judge a − judge b) / temperature).
 
     This is the model of Bradley and Terry (1952). "p_chosen" is the probability of the choice; it shows the amount of
-    noise in the labels. Pairs of identical texts are left out. The judge sees `shown`, rows with the prompts as texts.
+    noise in the labels. Pairs of identical texts are left out. `prompts` are rows; the judge sees them with `texts`.
     """
     rng = shuffler("choices", seed)
-    shown = shown or [{"prompt": prompt} for prompt in prompts]
+    shown = [row | {"prompt": text} for row, text in zip(prompts, texts)]
     scores = iter(judge([row | {"response": answer[0]} for row, each in zip(shown, answers) for answer in each]))
     rows = []
-    for prompt, row, each in zip(prompts, shown, answers):
-        about = {"prompt": prompt} | {name: row[name] for name in TEMPLATE_COLUMNS if name in row}
+    for row, each in zip(prompts, answers):
+        about = {name: row[name] for name in KEPT if name in row}
         scored = [(Answer(*answer), next(scores)) for answer in each]
         for (a, score_a), (b, score_b) in itertools.combinations(scored, 2):
             if a.text == b.text:
@@ -80,16 +74,14 @@ def sample_and_compare(cfg: Any, source: str, judge: str, policy: GPT, encoding:
     lengths = [max(1, len(prompt.ids)) + cfg.response_len for prompt in asked]
     what = f"prompts of {source} (with --response_len {cfg.response_len})"
     asked = data.keep_short(asked, lengths, nets.context(cfg, policy), what, dist.print0)
-    ids, columns = zip(*asked)
+    ids, prompts = zip(*asked)
     compares = judges.load_function(judge)
-    judges.check_columns(judge, columns)
+    judges.check_columns(judge, prompts)
     dist.print0(f"{cfg.init} answers {len(asked):,} prompts of {source}, {cfg.samples} times each; {judge} compares")
-    prompts = [row["prompt"] for row in columns]
-    texts = [data.prompt_text(encoding, row["prompt"], template_variables(row, source)) for row in columns]
+    texts = [data.prompt_text(encoding, row["prompt"], template_variables(row, source)) for row in prompts]
     how = cfg.samples, cfg.response_len, cfg.temperature, seed_of("answers", cfg.seed), cfg.micro_batch_size
     answers = sample_responses(policy, encoding, ids, *how)
-    shown = [row | {"prompt": text} for row, text in zip(columns, texts)]
-    rows = simulate(prompts, answers, compares, cfg.label_temperature, seed_of("choices", cfg.seed), shown)
+    rows = simulate(prompts, texts, answers, compares, cfg.label_temperature, seed_of("choices", cfg.seed))
     if not rows:
         raise data.InputError(f"--init {cfg.init}: its samples are all alike; raise --temperature")
     data.write_jsonl(target, rows)

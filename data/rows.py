@@ -158,9 +158,10 @@ def comparisons(path: str | Path, encoding: Encoding, eos: int, say: Say = lambd
 
 def of_one_shape(row: dict) -> tuple[str, dict | str]:
     """Return the kind of a row, and the row as `answers_of` reads it or why it is left out."""
-    if is_conversation(row.get("chosen")) or is_conversation(row.get("rejected")):
+    answers = [row.get("chosen"), row.get("rejected")]
+    if any(isinstance(each, list) and each and isinstance(each[0], dict) for each in answers):
         return "conversational preferences", of_conversations(row)
-    if "prompt" not in row and are_texts([row.get("chosen"), row.get("rejected")]):
+    if "prompt" not in row and are_texts(answers):
         found = split_dialogue(row, chatml=False)
         return "dialogues as in HH", found if isinstance(found, str) else row | found
     if not isinstance(row.get("prompt"), TEXT):
@@ -172,10 +173,6 @@ def of_one_shape(row: dict) -> tuple[str, dict | str]:
 def no_comparison(row: dict) -> InputError:
     wanted = 'a comparison has the texts "prompt", "chosen" and "rejected", or "prompt" and a list "ranked"'
     return InputError(f"{wanted}, and this row has {', '.join(row)}; rename its columns, or fix it")
-
-
-def is_conversation(value: object) -> bool:
-    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
 
 
 def of_conversations(row: dict) -> dict | str:
