@@ -1,9 +1,7 @@
 """The processes of torchrun. With one process, `total(x)` is x and `mine(items)` is items.
 
---shard divides parameters, gradients and optimizer states over the processes, by torch's FSDP2: each block, and the
-rest of a net as one more group, keeps one part of every parameter in each process. A forward or backward gathers the
-blocks one by one; `gathered` gathers a net at once, for a rollout or a file. Without --shard every function here gives
-back what it got, so files do not tell how a run was divided.
+--shard divides parameters, gradients and optimizer states over the processes, by torch's FSDP2. A forward or backward
+gathers the blocks one by one; `gathered` gathers a net at once, for a rollout. Files hold what is whole.
 """
 
 import importlib

@@ -192,8 +192,7 @@ def refuse_what_is_left_out(
 ) -> None:
     """Raises InputError if a part of a message could be another without a change of `text`, its rendering.
 
-    Templates leave out the thoughts of earlier turns on purpose. Those of an answer, the last message where no `prompt`
-    is rendered, must be there.
+    Only thoughts of earlier turns may be left out. Where no `prompt` is rendered, the last message is an answer.
     """
     variables = variables or {}
 

@@ -45,10 +45,7 @@ def encode_row(
 
 
 def completions(path: str | Path, encoding: Encoding, eos: int) -> list[Row]:
-    """A row has "prompt" and "completion", or "messages": then each answer of the assistant is a row to learn.
-
-    An answer is learned behind the prompt that sampling would make for it. One that opens a conversation has none.
-    """
+    """A row has "prompt" and "completion", or "messages": then each answer of the assistant is a row to learn."""
     rows: list[Row] = []
     first = first_row(path)
     conversations = "messages" in first and "completion" not in first
@@ -69,7 +66,8 @@ def completions(path: str | Path, encoding: Encoding, eos: int) -> list[Row]:
                 continue
             before = [] if conversations else conversation(prompt, "user")
             messages = before + conversation(answer, "assistant")
-            answers = [i for i in range(max(1, len(before)), len(messages)) if is_learned(messages[i])]
+            first_answer = max(1, len(before))  # what opens a conversation has no prompt
+            answers = [i for i in range(first_answer, len(messages)) if is_learned(messages[i])]
             if not answers:
                 raise InputError("no message is an answer of the assistant to learn; remove the row")
             for i in answers:

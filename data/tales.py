@@ -75,19 +75,16 @@ def write_story(wish: dict[str, str], rng: random.Random) -> str:
             told[slot] = rng.choice(favourites)
     sad = rng.random() < 0.4
     plan = [OPENING, LOSS] + [SEARCH] * rng.choice((0, 1, 1, 2)) + [NOT_FOUND if sad else FOUND, SAD if sad else HAPPY]
-    story = []
+    story: list[str] = []
     for templates in plan:
         story.append(rng.choice([t for t in templates if t not in story]))
     if rng.random() < 0.12:  # the story repeats a sentence
         index = rng.randrange(1, len(story))
         story.insert(index, story[index - 1])
-    sentences, previous = [], None
-    for template in story:
-        if template != previous:
-            sentence = template.format(**told, spot=rng.choice(WORDS["spot"]), helper=rng.choice(WORDS["helper"]))
-        sentences.append(sentence)  # a repeated sentence has the same words
-        previous = template
-    words = " ".join(sentences).split(" ")
+    written = {}  # template → sentence: a repeated one has the same words
+    for template in dict.fromkeys(story):
+        written[template] = template.format(**told, spot=rng.choice(WORDS["spot"]), helper=rng.choice(WORDS["helper"]))
+    words = " ".join(written[template] for template in story).split(" ")
     if rng.random() < 0.12:  # the story stops early
         words = words[: rng.randrange(6, len(words) - 1)]
     return " " + " ".join(words)
