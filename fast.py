@@ -156,8 +156,7 @@ def token_logprobs(
         return logp.gather(1, target[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
     rows = chunk_rows(weight)
     found = [chunk_entropy(h, weight, y, temperature) for h, y in zip(hidden.split(rows), target.split(rows))]
-    logp, entropy = map(torch.cat, zip(*found))
-    return logp, entropy
+    return tuple(map(torch.cat, zip(*found)))
 
 
 def chunk_rows(weight: Tensor) -> int:

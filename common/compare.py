@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-import tiktoken
+from tiktoken import Encoding
 
 import data
 from common import dist, judges, nets
@@ -13,15 +13,14 @@ from common.judges import Judge
 from data.chat import template_variables
 from data.label import Answer, preference
 from data.rng import generator, seed_of, shuffler
-from data.rows import PromptText
 from model import GPT
 
-TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
+KEPT = ("prompt", "tools", "chat_template_kwargs")  # columns of a prompt that its comparisons have too
 
 
 def sample_responses(
     model: GPT,
-    encoding: tiktoken.Encoding,
+    encoding: Encoding,
     prompts: list[list[int]],
     samples: int,
     response_len: int,
@@ -42,59 +41,47 @@ def sample_responses(
 
 
 def simulate(
-    prompts: list[PromptText],
-    answers: list[list[Answer]],
-    judge: Judge,
-    temperature: float,
-    seed: int,
-    shown: list[dict] | None = None,
+    prompts: list[dict], texts: list[str], answers: list[list[Answer]], judge: Judge, temperature: float, seed: int
 ) -> list[dict]:
     """Decide every pair of answers to a prompt: choose a with probability σ((judge a − judge b) / temperature).
 
     This is the model of Bradley and Terry (1952). "p_chosen" is the probability of the choice; it shows the amount of
-    noise in the labels. Pairs of identical texts are left out. The judge sees `shown`, rows with the prompts as texts.
+    noise in the labels. Pairs of identical texts are left out. `prompts` are rows; the judge sees them with `texts`.
     """
     rng = shuffler("choices", seed)
-    shown = shown or [{"prompt": prompt} for prompt in prompts]
-    judged = iter(judge([row | {"response": answer[0]} for row, each in zip(shown, answers) for answer in each]))
+    shown = [row | {"prompt": text} for row, text in zip(prompts, texts)]
+    scores = iter(judge([row | {"response": answer[0]} for row, each in zip(shown, answers) for answer in each]))
     rows = []
-    for prompt, row, each in zip(prompts, shown, answers):
-        about = {"prompt": prompt} | {name: row[name] for name in TEMPLATE_COLUMNS if name in row}
-        compared = [Answer(*answer) for answer in each]
-        scores = list(itertools.islice(judged, len(compared)))
-        for a, b in itertools.combinations(range(len(compared)), 2):
-            if compared[a].text == compared[b].text:
+    for row, each in zip(prompts, answers):
+        about = {name: row[name] for name in KEPT if name in row}
+        scored = [(Answer(*answer), next(scores)) for answer in each]
+        for (a, score_a), (b, score_b) in itertools.combinations(scored, 2):
+            if a.text == b.text:
                 continue
-            p = 0.5 + 0.5 * math.tanh((scores[a] - scores[b]) / temperature / 2)  # σ, in a form that cannot overflow
+            p = 0.5 + 0.5 * math.tanh((score_a - score_b) / temperature / 2)  # σ, in a form that cannot overflow
             if rng.random() >= p:
                 a, b, p = b, a, 1 - p
-            rows.append(about | preference([compared[a], compared[b]]) | {"p_chosen": round(p, 4)})
+            rows.append(about | preference([a, b]) | {"p_chosen": round(p, 4)})
     return rows
 
 
-def sample_and_compare(
-    cfg: Any, source: str, judge: str, policy: GPT, encoding: tiktoken.Encoding, target: Path
-) -> None:
+def sample_and_compare(cfg: Any, source: str, judge: str, policy: GPT, encoding: Encoding, target: Path) -> None:
     """Let the policy answer the prompts of `source` and the judge compare; write the comparisons to `target`.
 
     `cfg` has the options of reward.py. Raises InputError if all answers are alike.
     """
-    asked = list(zip(data.prompt_rows(source), data.prompts(source, encoding)))[: cfg.n_prompts or None]
-    lengths = [max(1, len(ids)) + cfg.response_len for _, ids in asked]
+    asked = data.read_prompts(source, encoding)[: cfg.n_prompts or None]
+    lengths = [max(1, len(prompt.ids)) + cfg.response_len for prompt in asked]
     what = f"prompts of {source} (with --response_len {cfg.response_len})"
     asked = data.keep_short(asked, lengths, nets.context(cfg, policy), what, dist.print0)
-    rows, prompts = zip(*asked)
-    shown = [
-        row | {"prompt": data.prompt_text(encoding, row["prompt"], template_variables(row, source))} for row in rows
-    ]
+    ids, prompts = zip(*asked)
     compares = judges.load_function(judge)
-    judges.check_columns(judge, shown)
-    dist.print0(f"{cfg.init} answers {len(prompts):,} prompts of {source}, {cfg.samples} times each; {judge} compares")
-    seeds = seed_of("answers", cfg.seed), seed_of("choices", cfg.seed)
-    how = cfg.samples, cfg.response_len, cfg.temperature, seeds[0], cfg.micro_batch_size
-    answers = sample_responses(policy, encoding, prompts, *how)
-    said = [row["prompt"] for row in rows]
-    rows = simulate(said, answers, compares, cfg.label_temperature, seeds[1], shown)
+    judges.check_columns(judge, prompts)
+    dist.print0(f"{cfg.init} answers {len(asked):,} prompts of {source}, {cfg.samples} times each; {judge} compares")
+    texts = [data.prompt_text(encoding, row["prompt"], template_variables(row, source)) for row in prompts]
+    how = cfg.samples, cfg.response_len, cfg.temperature, seed_of("answers", cfg.seed), cfg.micro_batch_size
+    answers = sample_responses(policy, encoding, ids, *how)
+    rows = simulate(prompts, texts, answers, compares, cfg.label_temperature, seed_of("choices", cfg.seed))
     if not rows:
         raise data.InputError(f"--init {cfg.init}: its samples are all alike; raise --temperature")
     data.write_jsonl(target, rows)

@@ -1,9 +1,7 @@
 """The processes of torchrun. With one process, `total(x)` is x and `mine(items)` is items.
 
---shard divides parameters, gradients and optimizer states over the processes, by torch's FSDP2: each block, and the
-rest of a net as one more group, keeps one part of every parameter in each process. A forward or backward gathers the
-blocks one by one; `gathered` gathers a net at once, for a rollout or a file. Without --shard every function here gives
-back what it got, so files do not tell how a run was divided.
+--shard divides parameters, gradients and optimizer states over the processes, by torch's FSDP2. A forward or backward
+gathers the blocks one by one; `gathered` gathers a net at once, for a rollout. Files hold what is whole.
 """
 
 import importlib
@@ -145,10 +143,7 @@ def check_shard(cfg: Any) -> None:
     """Raises InputError where --shard cannot do what is asked."""
     if not getattr(cfg, "shard", False):
         return
-    if tuple(map(int, torch.__version__.split(".")[:2])) < (
-        2,
-        8,
-    ):  # before, FSDP2 does not run on a CPU, where it is tested
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 8):  # before, FSDP2 does not run on a CPU, as in tests
         raise InputError(f"--shard: needs torch 2.8 or newer, not {torch.__version__}; pip install -r requirements.txt")
     if WORLD == 1:
         raise InputError("--shard: divides a net over the processes of torchrun; start several, or leave it out")
@@ -197,14 +192,11 @@ def gathered(net: GPT | ScalarModel, autocast: torch.autocast | None = None) -> 
     with torch.device("meta"):
         copy = GPT(net.config)
         copy = ScalarModel(copy) if isinstance(net, ScalarModel) else copy
-    weights = {name: full(x) for name, x in net.state_dict().items()}
+    copy.load_state_dict({name: full(x) for name, x in net.state_dict().items()}, assign=True)
     if autocast is not None and autocast._enabled:
-        for name, layer in copy.named_modules():
-            if isinstance(layer, nn.Linear) and name != "head":
-                weights |= {
-                    f"{name}.{kind}": weights[f"{name}.{kind}"].to(autocast.fast_dtype) for kind in layer.state_dict()
-                }
-    copy.load_state_dict(weights, assign=True)
+        for layer in getattr(copy, "trunk", copy).modules():
+            if isinstance(layer, nn.Linear):
+                layer.to(autocast.fast_dtype)
     return copy.eval()
 
 
@@ -223,10 +215,9 @@ def state(part: Any) -> dict:
 def load_state(part: Any, saved: dict) -> None:
     """`part.load_state_dict(saved)`. Each process keeps its part of what was divided."""
     if isinstance(part, torch.optim.Optimizer):
-        parameters = [p for group in part.param_groups for p in group["params"]]
-        states = {
-            i: {name: divided(x, parameters[i]) for name, x in each.items()} for i, each in saved["state"].items()
-        }
+        parameters, states = [p for group in part.param_groups for p in group["params"]], {}
+        for i, each in saved["state"].items():
+            states[i] = {name: divided(x, parameters[i]) for name, x in each.items()}
         saved = saved | {"state": states}
     elif is_sharded(part):
         saved = {name: divided(saved[name], x) for name, x in part.state_dict().items()}

@@ -9,12 +9,12 @@ The names of the first two parameters tell one answer from lists. Each further o
 
 import importlib.util
 import inspect
+import itertools
 import math
 import sys
 import traceback
 from collections.abc import Callable
 from functools import cache
-from itertools import chain
 from pathlib import Path
 from types import ModuleType
 
@@ -46,7 +46,8 @@ def load_function(name: str) -> Judge:
         prompts, responses = ([row[column] for row in rows] for column in ("prompt", "response"))
         try:
             if first == ["prompts", "responses"]:
-                lists = {column: [each.get(column) for each in columns] for column in dict.fromkeys(chain(*columns))}
+                names = dict.fromkeys(itertools.chain(*columns))
+                lists = {column: [each.get(column) for each in columns] for column in names}
                 given = list(called(prompts, responses, **lists))
             else:
                 given = [called(*texts, **each) for *texts, each in zip(prompts, responses, columns)]
@@ -86,10 +87,10 @@ def parameters(called: Callable) -> tuple[list[str], dict[str, bool], bool]:
 
 def check(name: str, more: dict[str, bool], rows: list[dict]) -> None:
     """Raises InputError if a row lacks a column that a function must get."""
-    for column in [column for column, needed in more.items() if needed]:
-        for row in rows:
-            if column not in row:
-                known = ", ".join(["prompt", *(each for each in row if each not in ("prompt", "response"))])
+    for row in rows:
+        for column, needed in more.items():
+            if needed and column not in row:
+                known = ", ".join(each for each in row if each != "response")
                 what = f'its parameter "{column}" is no column of a row, which has {known}'
                 raise InputError(f"{name}: {what}; rename one of them, or give the parameter a default")
 

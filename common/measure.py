@@ -7,8 +7,8 @@ Where fewer than FEWEST prompts leave the error unknown, their number stands in 
 import math
 from collections.abc import Callable
 
-import tiktoken
 import torch
+from tiktoken import Encoding
 from torch import Tensor
 
 from common import dist
@@ -29,25 +29,16 @@ def rollout_metrics(batch: dict[str, Tensor], judged: list[float], kl_coef: floa
 
     Names that TRL has mean what they mean there. Its val/num_eos_tokens, policy/approxkl_avg and val/ratio count all
     EOS of a batch, or pads too, so ours are `ended`, policy/approxkl and policy/ratio.
-
-    objective/scores         the score as it came, without a cap or TRL's penalty; rlhf_reward has the final one
-    objective/entropy        −Σ log π of the sampled tokens, as in TRL; its expected value is the entropy of a response
-    objective/kl_max         the largest KL of a response
-    ended                    the share of responses that ended by EOS
-    token_entropy            the mean entropy of the next-token distributions
-    score_length_correlation near 1: the reward model likes length
-    value/explained_variance 1 − var(return − value) / var(return) over tokens: 1 if the two differ by a constant, 0 if
-                             the values say no more than a mean does, or if the returns do not vary
     """
     mask = batch["mask"]
     kl = ((batch["logp"] - batch["ref_logp"]) * mask).sum(1)  # (B,) nats
     rows = {
         "objective/kl": kl,
-        "objective/entropy": -(batch["logp"] * mask).sum(1),
-        "objective/scores": batch["score"],
+        "objective/entropy": -(batch["logp"] * mask).sum(1),  # in expectation the entropy of a response
+        "objective/scores": batch["score"],  # as it came, without a cap or TRL's penalty
         "objective/non_score_reward": -kl_coef * kl,
         "objective/rlhf_reward": batch["final_score"] - kl_coef * kl,
-        "ended": batch["ended"],
+        "ended": batch["ended"],  # by EOS
         "response_len": mask.sum(1),
     }
     if judged:
@@ -57,10 +48,10 @@ def rollout_metrics(batch: dict[str, Tensor], judged: list[float], kl_coef: floa
     found = {name: x.mean() for name, x in columns.items()} | {
         "objective/scores_std": score.std(correction=0),
         "objective/kl_max": columns["objective/kl"].max(),
-        "score_length_correlation": correlation(score, length),
-        "token_entropy": dist.masked_mean(batch["entropy"], mask),
+        "score_length_correlation": correlation(score, length),  # near 1: the reward model likes length
+        "token_entropy": dist.masked_mean(batch["entropy"], mask),  # of the next-token distributions
     }
-    if "returns" in batch:
+    if "returns" in batch:  # 1: value and return differ by a constant; 0: the values say no more than a mean does
         spread = masked_variance(batch["returns"], mask)
         error = masked_variance(batch["returns"] - batch["values"], mask)
         found["value/explained_variance"] = torch.where(spread > 1e-8, 1 - error / spread, 0.0)
@@ -68,7 +59,7 @@ def rollout_metrics(batch: dict[str, Tensor], judged: list[float], kl_coef: floa
     return dict(zip(found, numbers)) | {"kl_coef": kl_coef}
 
 
-def as_rows(batch: dict[str, Tensor], encoding: tiktoken.Encoding, eos: int) -> list[dict]:
+def as_rows(batch: dict[str, Tensor], encoding: Encoding, eos: int) -> list[dict]:
     """Every answer as a row: "prompt" and "response" as text, without the EOS, and the prompt's columns."""
     rows = []
     lists = [batch[name].tolist() for name in ("tokens", "prompt_len", "length", "ended")]
@@ -79,27 +70,26 @@ def as_rows(batch: dict[str, Tensor], encoding: tiktoken.Encoding, eos: int) -> 
     return rows
 
 
-def by_token(
-    batch: dict[str, Tensor], rows: list[dict], encoding: tiktoken.Encoding, iteration: int, kl_coef: float
-) -> dict:
+def by_token(batch: dict[str, Tensor], rows: list[dict], encoding: Encoding, iteration: int, kl_coef: float) -> dict:
     """A rollout as plain lists, for rollout.json: each answer with what the step made of each of its tokens.
 
     At most 256 answers and about 65,536 tokens, of this process alone. Numbers have five digits.
     """
-    mask, answers = batch["mask"].cpu(), []
-    n = min(len(mask), 256, max(1, 65_536 // mask.shape[1]))
-    columns = {name: batch[name][:n].tolist() for name in BY_TOKEN if name in batch}
-    heads = [batch[name][:n].tolist() for name in ("tokens", "prompt_len", "length", "ended", "score", "final_score")]
-    for i, (row, start, end, ended, score, final_score) in enumerate(zip(*heads)):
-        answer = {"prompt": rows[i]["prompt"], "response": rows[i]["response"], "ended": ended, "score": score}
-        answer |= {"final_score": final_score, "tokens": [token_text(token, encoding) for token in row[start:end]]}
-        for name, column in columns.items():
-            answer[name] = [float(f"{x:.5g}") for x in column[i][: end - start]]
+    B, R = batch["mask"].shape
+    n = min(B, 256, max(1, 65_536 // R))
+    columns = {name: x[:n].tolist() for name, x in batch.items() if name != "columns"}
+    answers = []
+    for i, (start, end) in enumerate(zip(columns["prompt_len"], columns["length"])):
+        answer = {name: rows[i][name] for name in ("prompt", "response")}
+        answer |= {name: columns[name][i] for name in ("ended", "score", "final_score")}
+        answer["tokens"] = [token_text(token, encoding) for token in columns["tokens"][i][start:end]]
+        for name in (name for name in BY_TOKEN if name in columns):
+            answer[name] = [float(f"{x:.5g}") for x in columns[name][i][: end - start]]
         answers.append(answer)
     return {"iteration": iteration, "kl_coef": kl_coef, "answers": answers}
 
 
-def token_text(token: int, encoding: tiktoken.Encoding) -> str | list[int] | dict[str, str]:
+def token_text(token: int, encoding: Encoding) -> str | list[int] | dict[str, str]:
     """A token for JSON: its text, its bytes if they are only a part of a character, or {"special": its name}."""
     raw = encoding.decode_single_token_bytes(token)
     if token in encoding._special_tokens.values():
@@ -125,12 +115,7 @@ def masked_variance(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def held_out(
-    answer: Callable[[GPT, list[Prompt], torch.Generator], dict[str, Tensor]],
-    encoding: tiktoken.Encoding,
-    judges: dict[str, Judge],
-    policy: GPT,
-    prompts: list[Prompt],
-    *key: str | int,
+    answer: Callable, encoding: Encoding, judges: dict[str, Judge], policy: GPT, prompts: list[Prompt], *key: str | int
 ) -> dict[str, list]:
     """One answer to each prompt: a column for each measure, one number per prompt; and "rows", prompt and response.
 
@@ -149,13 +134,14 @@ def held_out(
     for start in dist.mine(starts):
         batch = answer(policy, prompts[start : ends[start]], generator(*key, start))
         rows = as_rows(batch, encoding, policy.config.eos)
-        new = {name: judge(rows) for name, judge in judges.items()}
-        new |= {"score": batch["score"].tolist(), "final score": batch["final_score"].tolist()}
-        new[KL] = ((batch["logp"] - batch["ref_logp"]) * batch["mask"]).sum(1).tolist()
-        new["length (tokens)"] = batch["mask"].sum(1).tolist()
-        new[ENDED] = batch["ended"].float().tolist()
-        new["rows"] = rows
-        found[start] = new
+        found[start] = {name: judge(rows) for name, judge in judges.items()} | {
+            "score": batch["score"].tolist(),
+            "final score": batch["final_score"].tolist(),
+            KL: ((batch["logp"] - batch["ref_logp"]) * batch["mask"]).sum(1).tolist(),
+            "length (tokens)": batch["mask"].sum(1).tolist(),
+            ENDED: batch["ended"].float().tolist(),
+            "rows": rows,
+        }
     parts = {start: part for each in dist.gather_objects(found) for start, part in each.items()}
     in_order = [parts[start] for start in sorted(parts)]
     return {name: [x for part in in_order for x in part[name]] for name in in_order[0]}
@@ -269,8 +255,7 @@ def agreement(groups: list[Group], margin: Tensor) -> tuple[dict[str, float], li
     tenth = (predicted * 10).long().clamp(max=9)
     for i in range(5, 10):
         inside = tenth == i
-        n = int(inside.sum())
-        if n:
+        if n := int(inside.sum()):
             table.append((i / 10, (i + 1) / 10, n, predicted[inside].mean().item(), right[inside].mean().item()))
     metrics["eval/calibration_error"] = sum(n * abs(p - seen) for _, _, n, p, seen in table) / len(margin)
     return metrics, table
@@ -289,8 +274,8 @@ def clustered_error(x: Tensor, cluster: Tensor) -> float:
 
 def accuracy_text(metrics: dict[str, float]) -> str:
     """The accuracy of `agreement` with its interval, or with the number of prompts if they are few."""
-    ends = [metrics[name] for name in ("eval/accuracy_low", "eval/accuracy_high") if name in metrics] or [None]
-    return cell((metrics["eval/accuracy"], *ends), metrics["eval/prompts"])
+    found = [metrics.get(f"eval/accuracy{end}") for end in ("", "_low", "_high")]
+    return cell(found[:2] if None in found else found, metrics["eval/prompts"])
 
 
 def agreement_report(metrics: dict[str, float], table: list[tuple]) -> str:

@@ -24,7 +24,7 @@ class Row(NamedTuple):
 
 
 class Prompt(NamedTuple):
-    """A prompt as ids, and the other columns of its row as they were read, for a reward or a judge that wants them."""
+    """A prompt as ids, and all columns of its row as they were read, for a reward or a judge that wants them."""
 
     ids: list[int]
     columns: dict
@@ -94,8 +94,7 @@ def hold_out(items: list, encoding: Encoding, most: int = 512) -> tuple[list, li
     ordered = sorted(set(hashes))
     n = max(1, sum(each < 2**63 / 10 for each in ordered))
     if n == len(ordered):
-        what = f"{n} different prompts are too few to hold some out and train on others"
-        raise InputError(f"--data: {what}; give more")
+        raise InputError(f"--data: {n} different prompts are too few to hold some out and train on others; give more")
     evaluated = [item for item, each in zip(items, hashes) if each <= ordered[min(n, most) - 1]]
     return evaluated, [item for item, each in zip(items, hashes) if each >= ordered[n]]
 

@@ -8,8 +8,9 @@ import functools
 import json
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from datetime import datetime
-from typing import Any, NamedTuple
+from typing import Any
 
 import regex  # tiktoken's own dependency
 import tiktoken
@@ -60,27 +61,27 @@ def pattern(names: frozenset[str]) -> regex.Pattern:
 # --- rows → messages --------------------------------------------------------------------------------------------------
 
 
-def check(messages: object, where: str) -> Messages:
+def check(messages: object) -> Messages:
     """Return the messages without what is null, and with each content as a text. Raises InputError if they are none."""
     if not isinstance(messages, list) or not messages:
-        raise InputError(f"{where}: a conversation is a list of messages; fix the row")
+        raise InputError("a conversation is a list of messages; fix the row")
     checked = []
-    for number, each in enumerate(messages, 1):
-        known = isinstance(each, dict) and each.get("role") in list(ROLES)
+    for each in messages:
+        known = isinstance(each, dict) and each.get("role") in ROLES
         each = {key: value for key, value in each.items() if value is not None} if known else {}
         if isinstance(each.get("content"), list):
-            each["content"] = "".join(text_of(part, f"{where}: message {number}") for part in each["content"])
+            each["content"] = "".join(map(text_of, each["content"]))
         if not isinstance(each.get("content", "" if "tool_calls" in each else None), str):
-            raise InputError(f'{where}: a message has a "role" ({", ".join(ROLES)}) and a text "content"; fix the row')
+            raise InputError(f'a message has a "role" ({", ".join(ROLES)}) and a text "content"; fix the row')
         checked.append(each)
     return checked
 
 
-def text_of(part: object, where: str) -> str:
+def text_of(part: object) -> str:
     """Return the text of a part of a content. Raises InputError if it is no text."""
     kind = part.get("type") if isinstance(part, dict) else type(part).__name__
     if kind != "text" or not isinstance(part.get("text"), str):
-        raise InputError(f'{where}: a part of type "{kind}" is not supported, only text is; remove the row')
+        raise InputError(f'a part of type "{kind}" is not supported, only text is; remove the row')
     return part["text"]
 
 
@@ -88,10 +89,8 @@ def template_variables(row: dict, where: str) -> dict[str, Any]:
     """Return what a row has for the template beside its messages: "tools", and what "chat_template_kwargs" names."""
     tools, more = row.get("tools") or [], row.get("chat_template_kwargs") or {}
     if isinstance(tools, str):  # tables often hold them as JSON
-        try:
+        with suppress(ValueError):
             tools = json.loads(tools)
-        except ValueError:
-            tools = None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise InputError(f'{where}: "tools" is no list of JSON objects; fix the row')
     if not isinstance(more, dict):
@@ -103,13 +102,6 @@ def template_variables(row: dict, where: str) -> dict[str, Any]:
 # --- messages → text --------------------------------------------------------------------------------------------------
 
 
-class Rendering(NamedTuple):
-    """A conversation as text, and where in it the template has written special tokens: (start, end) of each."""
-
-    text: str
-    tokens: list[tuple[int, int]]
-
-
 def prompt_text(encoding: tiktoken.Encoding, prompt: str | Messages, variables: dict | None = None) -> str:
     """Return a prompt as the text that people and judges see."""
     return prompt if isinstance(prompt, str) else render(encoding, prompt, variables)
@@ -117,13 +109,13 @@ def prompt_text(encoding: tiktoken.Encoding, prompt: str | Messages, variables: 
 
 def plain_form(messages: Messages, prompt: bool = True) -> str:
     """Return a conversation as a dialogue of HH; a prompt goes on to where the assistant is to speak."""
+    text = ""
     for each in messages:
-        if each["role"] not in PLAIN_FORM:
-            raise InputError(f"a model without a chat template knows no role {each['role']}; remove the message")
-    texts = [each.get("content", "") for each in messages]
-    said = [text.strip() if each["role"] == "assistant" else text for each, text in zip(messages, texts)]
-    turns = [PLAIN_FORM[each["role"]] + text for each, text in zip(messages, said)]
-    return "".join(turns) + ("\n\nAssistant:" if prompt else "")
+        role, said = each["role"], each.get("content", "")
+        if role not in PLAIN_FORM:
+            raise InputError(f"a model without a chat template knows no role {role}; remove the message")
+        text += PLAIN_FORM[role] + (said.strip() if role == "assistant" else said)
+    return text + ("\n\nAssistant:" if prompt else "")
 
 
 def render(encoding: tiktoken.Encoding, messages: Messages, variables: dict | None = None, prompt: bool = True) -> str:
@@ -157,11 +149,8 @@ def compiled(source: str) -> tuple[Any, set[str]]:
     def refuse(message: str) -> None:
         raise ValueError(message)
 
-    def tojson(x: Any, ensure_ascii: bool = False, **options: Any) -> str:
-        return json.dumps(x, ensure_ascii=ensure_ascii, **options)
-
     world = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-    world.filters["tojson"] = tojson
+    world.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
     world.globals["raise_exception"] = refuse
     # {% generation %} marks the assistant's text for trainers and writes nothing.
     source = re.sub(r"(\{%-?\s*)generation(\s*-?%\})", r"\1if true\2", source)
@@ -169,26 +158,28 @@ def compiled(source: str) -> tuple[Any, set[str]]:
     return world.from_string(source), meta.find_undeclared_variables(world.parse(source))
 
 
-def rendering(
+def render_with_spans(
     encoding: tiktoken.Encoding, messages: Messages, variables: dict | None = None, prompt: bool = True
-) -> Rendering:
-    """Return a conversation's text with the places of the template's special tokens."""
+) -> tuple[str, list[tuple[int, int]]]:
+    """Return a conversation as text, and the (start, end) of each special token that the template has written in it.
+
+    Where a message spells such a token, the conversation is rendered again with marks around what messages spell.
+    """
     text = render(encoding, messages, variables, prompt)
     special = pattern(frozenset(encoding._special_tokens) - plain_tokens(encoding))
-    tokens = [match.span() for match in special.finditer(text)]
+    spans = [match.span() for match in special.finditer(text)]
     said = [messages, variables or {}]
     marked = mark(said, special)
     if marked == said:
-        return Rendering(text, tokens)
-    # A message spells special tokens. In a text with marks around these, the others are the template's own.
+        return text, spans
     found = regex.findall(f"{OPEN}{special.pattern}{CLOSE}|{special.pattern}", render(encoding, *marked, prompt))
-    if [spelled or written for spelled, written in found] != [text[start:end] for start, end in tokens]:
+    if [spelled or written for spelled, written in found] != [text[start:end] for start, end in spans]:
         raise InputError("a message spells special tokens at a place that the template changes; remove them")
-    return Rendering(text, [token for token, (spelled, _) in zip(tokens, found) if not spelled])
+    return text, [span for span, (spelled, _) in zip(spans, found) if not spelled]
 
 
 def mark(x: Any, special: regex.Pattern) -> Any:
-    """Return x, a JSON value, with marks around each special token that one of its texts spells."""
+    """Return x, a JSON value, with OPEN and CLOSE around each special token that one of its texts spells."""
     if isinstance(x, str):
         return special.sub(f"{OPEN}\\1{CLOSE}", x.replace(OPEN, "").replace(CLOSE, ""))
     if isinstance(x, dict):
@@ -201,12 +192,11 @@ def refuse_what_is_left_out(
 ) -> None:
     """Raises InputError if a part of a message could be another without a change of `text`, its rendering.
 
-    Templates leave out the thoughts of earlier turns on purpose. Those of an answer, the last message where no `prompt`
-    is rendered, must be there.
+    Only thoughts of earlier turns may be left out. Where no `prompt` is rendered, the last message is an answer.
     """
     variables = variables or {}
 
-    def left_out(messages: Messages, variables: dict) -> bool:
+    def left_out(messages: Messages, variables: dict = variables) -> bool:
         try:
             return render(encoding, messages, variables, prompt) == text
         except InputError:  # what the template looks at, it does not leave out
@@ -219,16 +209,16 @@ def refuse_what_is_left_out(
             if key == "content" and message["role"] in ("user", "assistant") and value.strip() in text:
                 continue
             others = [f"{value}x" if isinstance(value, str) else value * 2 if isinstance(value, list) else "x"]
-            if answer and key == "content":
-                others.append(value.replace("</think>", "x</think>"))
-            others = [[*messages[:i], message | {key: other}, *messages[i + 1 :]] for other in others if other != value]
-            if any(left_out(other, variables) for other in others):
-                what = f"the {key} of message {i + 1} ({message['role']})"
-                raise InputError(f"the model's chat template leaves out {what}; remove it, or the row")
+            if answer and key == "content" and "</think>" in value:
+                others.append(value.replace("</think>", "x</think>"))  # another thought
+            for other in others:
+                if left_out([*messages[:i], message | {key: other}, *messages[i + 1 :]]):
+                    what = f"the {key} of message {i + 1} ({message['role']})"
+                    raise InputError(f"the model's chat template leaves out {what}; remove it, or the row")
     chat = template_of(encoding)
     known = compiled(chat["template"])[1] if chat else set()
     for name, value in variables.items():
-        if value and name not in known or name == "tools" and left_out(messages, {"tools": value * 2}):
+        if value and name not in known or name == "tools" and left_out(messages, variables | {"tools": value * 2}):
             raise InputError(f'the model\'s chat template does not read "{name}"; remove it, or the row')
 
 
@@ -242,7 +232,7 @@ def continuation(prompt: str, answer: dict) -> str:
         raise InputError("the model's chat template writes this answer otherwise than behind its own prompt; remove it")
     tag, close, blank = f"<{opened[1]}>", f"</{opened[1]}>", opened[2]
     thought, content = with_reasoning(answer).get("reasoning_content"), answer.get("content", "")
-    if thought is not None:
+    if isinstance(thought, str):
         return f"{thought.strip()}\n{close}\n\n{content}"
     if content.lstrip().startswith(tag):
         return content.lstrip().removeprefix(tag).removeprefix(blank)

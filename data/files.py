@@ -62,33 +62,26 @@ def iterate_jsonl(path: str | Path, columns: dict[str, Kind]) -> Iterator[dict]:
 def numbered(path: str | Path, columns: dict[str, Kind]) -> Iterator[tuple[str, dict]]:
     """Yield ("FILE: row N", row) for each row, as `iterate_jsonl` does. N counts the lines or rows of that file."""
     for file in sources(path):
-        empty = True
-        for number, row in _rows(file):
+        kind, row = suffix(file), None
+        if kind in CSV:
+            raise InputError(f"{file}: {kind} is not read; make it JSONL: {_as_jsonl(file, CSV[kind])}")
+        for number, row in _parquet_rows(file) if kind == ".parquet" else _json_rows(file):
             row = {column: value for column, value in row.items() if value is not None}  # tables write null for absent
-            for column, kind in columns.items():
+            for column, wanted in columns.items():
                 if column not in row:
                     raise InputError(f'{file}:{number}: no column "{column}"; a row needs {", ".join(columns)}')
-                if not _has_kind(row[column], kind):
-                    raise InputError(f'{file}:{number}: "{column}" is not a {KINDS[kind]}; fix the line')
-            empty = False
+                if not _has_kind(row[column], wanted):
+                    raise InputError(f'{file}:{number}: "{column}" is not a {KINDS[wanted]}; fix the line')
             yield f"{file}: row {number}", row
-        if empty:
+        if row is None:
             raise InputError(f"{file}: no rows; give a file with at least one")
-
-
-def _rows(file: Path) -> Iterator[tuple[int, dict]]:
-    kind = suffix(file)
-    if kind in CSV:
-        raise InputError(f"{file}: {kind} is not read; make it JSONL: {_as_jsonl(file, CSV[kind])}")
-    return _parquet_rows(file) if kind == ".parquet" else _json_rows(file)
 
 
 def _as_jsonl(file: Path, rows: str) -> str:
     """Return the command that writes a file as JSONL; `rows` is Python, with {} for the open file."""
     opened = f"{'gzip.' * (file.suffix == '.gz')}open('{file}', 'rt', newline='', encoding='utf-8-sig')"
-    name = str(file).removesuffix(".gz").removesuffix(suffix(file))
-    rows = rows.format(opened)
-    return f'python -c "import csv, gzip, json; [print(json.dumps(row)) for row in {rows}]" > {name}-rows.jsonl'
+    made = str(file).removesuffix(".gz").removesuffix(suffix(file)) + "-rows.jsonl"
+    return f'python -c "import csv, gzip, json; [print(json.dumps(row)) for row in {rows.format(opened)}]" > {made}'
 
 
 def _finite(number: str) -> float:
@@ -132,11 +125,9 @@ def _parquet_rows(path: str | Path) -> Iterator[tuple[int, dict]]:
 
 def _has_kind(value: object, kind: Kind) -> bool:
     """Return True if a JSON value is of `kind`. A whole number is a float too; true and false are no numbers."""
-    if isinstance(value, bool):
-        return kind is bool
     if kind is float:
-        return isinstance(value, (int, float)) and abs(value) < 1e300  # and neither nan nor infinite
-    return isinstance(value, kind)
+        return type(value) in (int, float) and abs(value) < 1e300  # and neither nan nor infinite
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def is_verdict(row: dict) -> bool:
@@ -190,9 +181,10 @@ def read_json(path: Path) -> dict:
 
 def first_row(path: str | Path) -> dict:
     """Return the first row that is no verdict, if there is one. Its columns show which kind of data the file holds."""
-    rows = iterate_jsonl(path, {})
-    first = next(rows)
-    return next((row for row in rows if not is_verdict(row)), first) if is_verdict(first) else first
+    for row in iterate_jsonl(path, {}):
+        if not is_verdict(row):
+            break
+    return row
 
 
 def suffix(path: str | Path) -> str:

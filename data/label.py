@@ -2,6 +2,7 @@
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,15 +51,12 @@ def read_answers(path: Path, repair: bool = False) -> list[dict]:
 def mend_last_line(path: Path) -> None:
     """Give the last line its line break if it is a whole row, and remove it if it is not."""
     whole, line_break, rest = path.read_bytes().rpartition(b"\n")
-    try:
-        complete = isinstance(json.loads(rest), dict)
-    except (ValueError, RecursionError):
-        complete = False
-    if complete:
-        with open(path, "ab") as file:
-            file.write(b"\n")
-    else:
-        os.truncate(path, len(whole + line_break))
+    with suppress(ValueError, RecursionError):
+        if isinstance(json.loads(rest), dict):
+            with open(path, "ab") as file:
+                file.write(b"\n")
+            return
+    os.truncate(path, len(whole + line_break))
 
 
 def are_texts(value: object) -> bool:

@@ -16,7 +16,7 @@ from data.label import Answer, are_texts
 from data.tokenizer import encode_answer, encode_prompt, encode_text
 
 PromptText = str | Messages
-COMPARISON = 'a comparison has the texts "prompt", "chosen" and "rejected", or "prompt" and a list "ranked"'
+FLAGS = ("weight", "train", "loss", "trainable")  # of a message: at 0 a trainer does not learn it
 
 
 def encode_row(
@@ -45,34 +45,29 @@ def encode_row(
 
 
 def completions(path: str | Path, encoding: Encoding, eos: int) -> list[Row]:
-    """A row has "prompt" and "completion", or "messages": then each answer of the assistant is a row to learn.
-
-    An answer is learned behind the prompt that sampling would make for it. One that opens a conversation has none.
-    """
+    """A row has "prompt" and "completion", or "messages": then each answer of the assistant is a row to learn."""
     rows: list[Row] = []
     first = first_row(path)
     conversations = "messages" in first and "completion" not in first
-    if not conversations and not {"prompt", "completion"} <= first.keys():
-        raise no_columns(path, first, '"prompt" and "completion", or "messages"')
     columns = {"messages": list} if conversations else {"prompt": TEXT, "completion": TEXT}
+    if not columns.keys() <= first.keys():
+        wanted = 'this stage reads "prompt" and "completion", or "messages"'
+        raise InputError(f"{path}: has the columns {', '.join(first)}; rename them: {wanted}")
     for where, row in numbered(path, columns):
         with at(where):
             ended, variables = row.get("completion_ended", True), template_variables(row, where)
             if not isinstance(ended, bool):
                 raise InputError('"completion_ended" is neither true nor false; fix the row')
-            prompt = [] if conversations else read_prompt(row["prompt"], where)
-            answer = row["messages" if conversations else "completion"]
+            prompt, answer = ([], row["messages"]) if conversations else (row["prompt"], row["completion"])
             if not answer and not ended:
                 raise InputError('"completion" is empty and has no end to learn; remove the row')
             if isinstance(prompt, str) and isinstance(answer, str):
                 rows.append(encode_row(encoding, eos, prompt, answer, ended))
                 continue
-            before = [] if conversations else conversation(prompt, where)
-            messages = before + conversation(answer, where, "assistant")
-            if messages[-1]["role"] != "assistant":
-                raise InputError("the last message is not the assistant's; fix the row")
-            behind = range(max(1, len(before)), len(messages))
-            answers = [i for i in behind if messages[i]["role"] == "assistant" and learned(messages[i])]
+            before = [] if conversations else conversation(prompt, "user")
+            messages = before + conversation(answer, "assistant")
+            first_answer = max(1, len(before))  # what opens a conversation has no prompt
+            answers = [i for i in range(first_answer, len(messages)) if is_learned(messages[i])]
             if not answers:
                 raise InputError("no message is an answer of the assistant to learn; remove the row")
             for i in answers:
@@ -91,40 +86,28 @@ def at(where: str) -> Iterator[None]:
         raise error if str(error).startswith(where) else InputError(f"{where}: {error}") from None
 
 
-def no_columns(path: str | Path, row: dict, wanted: str) -> InputError:
-    return InputError(f"{path}: has the columns {', '.join(row)}; rename them: this stage reads {wanted}")
+def conversation(value: str | list, role: str) -> Messages:
+    """Return the messages of a column; a text is what `role` says. The assistant's end with an answer."""
+    messages = [{"role": role, "content": value}] if isinstance(value, str) else check(value)
+    if role == "assistant" and messages[-1]["role"] != role:
+        raise InputError("the last message is not the assistant's; fix the row")
+    return messages
 
 
-def learned(message: dict) -> bool:
-    """Return whether a message is to be learned, by the flags of other trainers. Raises InputError for half of one."""
-    for name in ("weight", "train", "loss", "trainable"):
-        if message.get(name, 1) not in (0, 1):
-            raise InputError(
-                f'a message with "{name}": {message[name]!r} is not supported, only 0 and 1 are; fix the row'
-            )
-    return all(message.get(name, 1) for name in ("weight", "train", "loss", "trainable"))
+def is_learned(message: dict) -> bool:
+    """Return whether a message is the assistant's and no flag of another trainer leaves it out."""
+    if message["role"] != "assistant":
+        return False
+    for name in FLAGS:
+        if (flag := message.get(name, 1)) not in (0, 1):
+            raise InputError(f'a message with "{name}": {flag!r} is not supported, only 0 and 1 are; fix the row')
+    return all(message.get(name, 1) for name in FLAGS)
 
 
 def read_answer(encoding: Encoding, eos: int, before: Messages, message: dict, ended: bool, variables: dict) -> Answer:
     """Return a message of the assistant as the response to the prompt `before`: its text and ids."""
     ids, _ = encode_answer(encoding, eos, before, message, variables)
     return Answer(encoding.decode(ids[:-1]), ended, ids if ended else ids[:-1])
-
-
-def prompt_column(path: str | Path) -> str:
-    row = first_row(path)
-    return "messages" if "messages" in row and "prompt" not in row else "prompt"
-
-
-def read_prompt(value: str | list, where: str) -> PromptText:
-    return value if isinstance(value, str) else check(value, where)
-
-
-def conversation(value: str | list, where: str, role: str = "user") -> Messages:
-    """Return the messages of a column; a text is what `role` says."""
-    if isinstance(value, str):
-        return [{"role": role, "content": value}]
-    return check(value, where)
 
 
 def comparisons(path: str | Path, encoding: Encoding, eos: int, say: Say = lambda text: None) -> list[Group]:
@@ -140,7 +123,7 @@ def comparisons(path: str | Path, encoding: Encoding, eos: int, say: Say = lambd
             omitted["ties and skips"] += 1
             continue
         with at(where):
-            kind, row = of_one_shape(row, where)
+            kind, row = of_one_shape(row)
             kinds[kind] += 1
             if isinstance(row, str):
                 omitted[row] += 1
@@ -162,8 +145,8 @@ def comparisons(path: str | Path, encoding: Encoding, eos: int, say: Say = lambd
                 continue
             group.pairs.append((places[answers[winner][:2]], places[answers[loser][:2]]))
             group.certainty.append(certainty)
-    reasons = ", ".join(f"{n:,} left out ({reason})" for reason, n in omitted.most_common())
-    found = ", ".join(filter(None, [f"{' and '.join(kinds)}, {kinds.total():,} rows", reasons]))
+    reasons = [f"{n:,} left out ({reason})" for reason, n in omitted.most_common()]
+    found = ", ".join([f"{' and '.join(kinds)}, {kinds.total():,} rows", *reasons])
     say(f"{path}: {found}")
     groups = [group for group in groups if group.pairs]
     if not groups:
@@ -171,38 +154,35 @@ def comparisons(path: str | Path, encoding: Encoding, eos: int, say: Say = lambd
     return groups
 
 
-def of_one_shape(row: dict, where: str) -> tuple[str, dict | str]:
+def of_one_shape(row: dict) -> tuple[str, dict | str]:
     """Return the kind of a row, and the row as `answers_of` reads it or why it is left out."""
-    if is_conversation(row.get("chosen")) or is_conversation(row.get("rejected")):
-        return "conversational preferences", of_conversations(row, where)
-    if "prompt" not in row and are_texts([row.get("chosen"), row.get("rejected")]):
+    answers = [row.get("chosen"), row.get("rejected")]
+    if any(isinstance(each, list) and each and isinstance(each[0], dict) for each in answers):
+        return "conversational preferences", of_conversations(row)
+    if "prompt" not in row and are_texts(answers):
         found = split_dialogue(row)
         return "dialogues as in HH", found if isinstance(found, str) else row | found
     if not isinstance(row.get("prompt"), TEXT):
         raise no_comparison(row)
-    return "ranked lists" if "ranked" in row else "preferences", row | {"prompt": read_prompt(row["prompt"], where)}
+    prompt = row["prompt"] if isinstance(row["prompt"], str) else check(row["prompt"])
+    return "ranked lists" if "ranked" in row else "preferences", row | {"prompt": prompt}
 
 
 def no_comparison(row: dict) -> InputError:
-    return InputError(f"{COMPARISON}, and this row has {', '.join(row)}; rename its columns, or fix it")
+    wanted = 'a comparison has the texts "prompt", "chosen" and "rejected", or "prompt" and a list "ranked"'
+    return InputError(f"{wanted}, and this row has {', '.join(row)}; rename its columns, or fix it")
 
 
-def is_conversation(value: object) -> bool:
-    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
-
-
-def of_conversations(row: dict, where: str) -> dict | str:
+def of_conversations(row: dict) -> dict | str:
     """Return a row with the prompt and the last messages of two conversations, which may lack or repeat its prompt."""
-    chosen, rejected = (conversation(row.get(name) or "", where, "assistant") for name in ("chosen", "rejected"))
-    if chosen[-1]["role"] != "assistant" or rejected[-1]["role"] != "assistant":
-        raise InputError("the last message is not the assistant's; fix the row")
-    prompt = row.get("prompt", [])
-    if isinstance(prompt, str):  # beside whole conversations the prompt is only said again
-        prompt = [] if len(chosen) > 1 else [{"role": "user", "content": prompt}]
-    prompt = check(prompt, where) if prompt else []
-    before, same_before = ([] if each[:-1][: len(prompt)] == prompt else prompt for each in (chosen, rejected))
-    before, same_before = before + chosen[:-1], same_before + rejected[:-1]
-    if before != same_before:
+    chosen, rejected = (conversation(row.get(name) or "", "assistant") for name in ("chosen", "rejected"))
+    prompt = row.get("prompt") or []
+    if isinstance(prompt, str) and len(chosen) > 1:
+        prompt = []  # beside whole conversations the text is only said again
+    prompt = conversation(prompt, "user") if prompt else []
+    chosen, rejected = (each if each[:-1][: len(prompt)] == prompt else prompt + each for each in (chosen, rejected))
+    before = chosen[:-1]
+    if before != rejected[:-1]:
         return "part before the last answer"
     if not before:
         raise InputError('no "prompt", and the conversations hold none; fix the row')
@@ -215,32 +195,13 @@ def answers_of(
     row: dict, encoding: Encoding, eos: int, variables: dict
 ) -> tuple[list[Answer], list[tuple[int, int]], float]:
     """Return a row's answers, its pairs of them (winner, loser), and how certain these are, or nan."""
-    columns = ["ranked"] if "ranked" in row else ["chosen", "rejected"]
-    answers, sizes = [], []
-    for column in columns:
-        said, ended, ids = (row.get(f"{column}{end}") for end in ("", "_ended", "_ids"))
-        if not isinstance(said, list):  # one answer
-            said, ended, ids = [said], [True if ended is None else ended], [ids]
-        ended = [True] * len(said) if ended is None else ended
-        if not isinstance(ended, list) or [type(each) for each in ended] != [bool] * len(said):
-            raise InputError('a column "…_ended" must be true or false for each text; fix the row')
-        if not isinstance(ids, list) or len(ids) != len(said):
-            ids = [None] * len(said)
-        sizes.append(len(said))
-        for text, complete, sampled in zip(said, ended, ids):
-            if isinstance(text, dict) and isinstance(row["prompt"], list):
-                (message,) = check([text], "an answer")
-                answers.append(read_answer(encoding, eos, row["prompt"], message, complete, variables))
-            elif not isinstance(text, str):
-                raise no_comparison(row)
-            elif isinstance(row["prompt"], list) and not isinstance(sampled, list):  # nobody sampled it
-                message = {"role": "assistant", "content": text}
-                answers.append(read_answer(encoding, eos, row["prompt"], message, complete, variables))
-            else:
-                answers.append(Answer(text, complete, sampled))
-    pairs = list(itertools.combinations(range(len(answers)), 2))  # of a ranked list, best first
-    if len(columns) == 2:
-        pairs = [(i, j) for i, j in pairs if i < sizes[0] <= j]
+    if "ranked" in row:
+        answers = answers_in(row, "ranked", encoding, eos, variables)
+        pairs = list(itertools.combinations(range(len(answers)), 2))  # best first
+    else:
+        good, bad = (answers_in(row, column, encoding, eos, variables) for column in ("chosen", "rejected"))
+        answers = good + bad
+        pairs = list(itertools.product(range(len(good)), range(len(good), len(answers))))
     if not pairs:
         raise no_comparison(row)
     p = row.get("p_chosen", math.nan)
@@ -249,16 +210,40 @@ def answers_of(
     return answers, pairs, max(p, 1 - p)
 
 
+def answers_in(row: dict, column: str, encoding: Encoding, eos: int, variables: dict) -> list[Answer]:
+    """Return the answers of a column, which holds a list of them or one."""
+    said, ended, ids = (row.get(f"{column}{end}") for end in ("", "_ended", "_ids"))
+    if not isinstance(said, list):
+        said, ended, ids = [said], [True if ended is None else ended], [ids]
+    ended = [True] * len(said) if ended is None else ended
+    if not isinstance(ended, list) or [type(each) for each in ended] != [bool] * len(said):
+        raise InputError('a column "…_ended" must be true or false for each text; fix the row')
+    if not isinstance(ids, list) or len(ids) != len(said):
+        ids = [None] * len(said)
+    prompt, answers = row["prompt"], []
+    for text, complete, sampled in zip(said, ended, ids):
+        if isinstance(prompt, list) and isinstance(text, dict):
+            (message,) = conversation([text], "assistant")
+            answers.append(read_answer(encoding, eos, prompt, message, complete, variables))
+        elif not isinstance(text, str):
+            raise no_comparison(row)
+        elif isinstance(prompt, list) and not isinstance(sampled, list):  # nobody sampled it
+            message = {"role": "assistant", "content": text}
+            answers.append(read_answer(encoding, eos, prompt, message, complete, variables))
+        else:
+            answers.append(Answer(text, complete, sampled))
+    return answers
+
+
 def prompts(path: str | Path, encoding: Encoding) -> list[list[int]]:
-    return [prompt.ids for prompt in prompts_with_columns(path, encoding)]
+    return [prompt.ids for prompt in read_prompts(path, encoding)]
 
 
-def prompts_with_columns(path: str | Path, encoding: Encoding) -> list[Prompt]:
+def read_prompts(path: str | Path, encoding: Encoding) -> list[Prompt]:
     found = []
-    for where, row in _prompt_rows(path):
+    for where, row in numbered_prompts(path):
         with at(where):
-            ids = encode_prompt(encoding, row.pop("prompt"), template_variables(row, where))
-        found.append(Prompt(ids, row))
+            found.append(Prompt(encode_prompt(encoding, row["prompt"], template_variables(row, where)), row))
     return found
 
 
@@ -269,35 +254,34 @@ def prompt_texts(path: str | Path) -> list[PromptText]:
 
 def prompt_rows(path: str | Path) -> list[dict]:
     """The rows of a file: "prompt" as `prompt_texts` gives it, and all other columns as they were read."""
-    return [row for _, row in _prompt_rows(path)]
+    return [row for _, row in numbered_prompts(path)]
 
 
-def _prompt_rows(path: str | Path) -> Iterator[tuple[str, dict]]:
-    column = prompt_column(path)
+def numbered_prompts(path: str | Path) -> Iterator[tuple[str, dict]]:
+    first = first_row(path)
+    column = "messages" if "messages" in first and "prompt" not in first else "prompt"
     for where, row in numbered(path, {column: TEXT}):
-        prompt = read_prompt(row[column], where)
-        if isinstance(prompt, list) and prompt[-1]["role"] == "assistant":
-            prompt = prompt[:-1]
-        if prompt == []:
-            raise InputError(f"{where}: a conversation without a question; remove the row")
+        with at(where):
+            prompt = row[column] if isinstance(row[column], str) else check(row[column])
+            if isinstance(prompt, list) and prompt[-1]["role"] == "assistant":
+                prompt = prompt[:-1]
+            if prompt == []:
+                raise InputError("a conversation without a question; remove the row")
         yield where, row | {"prompt": prompt}
 
 
 def prompts_and_held_out(
     path: str, eval_path: str, encoding: Encoding, room: int, most: int, say: Say = print
 ) -> tuple[list[Prompt], list[Prompt]]:
-    """Prompts of at most `room` ids to train on, and up to `most` to evaluate on: of `eval_path`, or some of `path`.
-
-    A prompt is evaluated once, even if it comes twice.
-    """
+    """Prompts of at most `room` ids to train on, and up to `most` to evaluate on: of `eval_path`, or some of `path`."""
 
     def load(path: str) -> list[Prompt]:
-        found = prompts_with_columns(path, encoding)
+        found = read_prompts(path, encoding)
         what = f"prompts of {path} (with --response_len)"
         return keep_short(found, [max(1, len(p.ids)) for p in found], room, what, say)
 
     held_out, rest = (load(eval_path), load(path)) if eval_path else hold_out(load(path), encoding, most)
-    by_hash = {prompt_hash(prompt, encoding): prompt for prompt in held_out}
+    by_hash = {prompt_hash(prompt, encoding): prompt for prompt in held_out}  # each once
     if n := len(by_hash.keys() & {prompt_hash(prompt, encoding) for prompt in rest}):
         say(f"{n:,} prompts of {eval_path} are in {path} too: they are trained on and evaluated")
     last = sorted(by_hash)[:most][-1]

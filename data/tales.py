@@ -75,19 +75,16 @@ def write_story(wish: dict[str, str], rng: random.Random) -> str:
             told[slot] = rng.choice(favourites)
     sad = rng.random() < 0.4
     plan = [OPENING, LOSS] + [SEARCH] * rng.choice((0, 1, 1, 2)) + [NOT_FOUND if sad else FOUND, SAD if sad else HAPPY]
-    story = []
+    story: list[str] = []
     for templates in plan:
         story.append(rng.choice([t for t in templates if t not in story]))
     if rng.random() < 0.12:  # the story repeats a sentence
         index = rng.randrange(1, len(story))
         story.insert(index, story[index - 1])
-    sentences, previous = [], None
-    for template in story:
-        if template != previous:
-            sentence = template.format(**told, spot=rng.choice(WORDS["spot"]), helper=rng.choice(WORDS["helper"]))
-        sentences.append(sentence)  # a repeated sentence has the same words
-        previous = template
-    words = " ".join(sentences).split(" ")
+    written = {}  # template → sentence: a repeated one has the same words
+    for template in dict.fromkeys(story):
+        written[template] = template.format(**told, spot=rng.choice(WORDS["spot"]), helper=rng.choice(WORDS["helper"]))
+    words = " ".join(written[template] for template in story).split(" ")
     if rng.random() < 0.12:  # the story stops early
         words = words[: rng.randrange(6, len(words) - 1)]
     return " " + " ".join(words)
@@ -129,17 +126,14 @@ def rows() -> dict[str, list[dict]]:
     rng = random.Random(SEED)
     wishes = [dict(zip(SLOTS, words)) for words in itertools.product(*(WORDS[slot] for slot in SLOTS))]
     rng.shuffle(wishes)
-    tuning, comparing, ppo, evaluation = wishes[:4_000], wishes[4_000:5_000], wishes[5_000:9_800], wishes[9_800:10_312]
-    return {
-        "pretrain": [
-            {"text": (PROMPT.format(**w) if rng.random() < 0.5 else "") + write_story(w, rng)}
-            for w in rng.choices(tuning, k=8_000)
-        ],
-        "sft": [{"prompt": PROMPT.format(**w), "completion": write_story(w, rng)} for w in tuning * 4],
-        "compare": [{"prompt": PROMPT.format(**w)} for w in comparing],
-        "ppo": [{"prompt": PROMPT.format(**w)} for w in ppo],
-        "eval": [{"prompt": PROMPT.format(**w)} for w in evaluation],
-    }
+    asked = [{"prompt": PROMPT.format(**wish)} for wish in wishes]
+    texts = []
+    for wish in rng.choices(wishes[:4_000], k=8_000):
+        prompt = PROMPT.format(**wish) if rng.random() < 0.5 else ""
+        texts.append({"text": prompt + write_story(wish, rng)})
+    pairs = [row | {"completion": write_story(w, rng)} for w, row in zip(wishes[:4_000] * 4, asked[:4_000] * 4)]
+    prompts = {"compare": asked[4_000:5_000], "ppo": asked[5_000:9_800], "eval": asked[9_800:10_312]}
+    return {"pretrain": texts, "sft": pairs} | prompts
 
 
 def path(name: str) -> str:

@@ -3,21 +3,13 @@
 import heapq
 from collections import Counter, defaultdict
 from collections.abc import Iterable
+from contextlib import suppress
 
 import regex  # tiktoken's own dependency
 import tiktoken
 
-from data.chat import (
-    Messages,
-    continuation,
-    pattern,
-    plain_tokens,
-    refuse_what_is_left_out,
-    rendering,
-    template_of,
-    with_plain_tokens,
-    with_template,
-)
+from data import chat
+from data.chat import Messages, pattern, plain_tokens, template_of, with_plain_tokens, with_template
 from data.files import InputError
 
 SPLIT = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""  # GPT-2's words
@@ -143,9 +135,9 @@ def encode_prompt(encoding: tiktoken.Encoding, prompt: str | Messages, variables
     if isinstance(prompt, str):
         spans = [match.span() for match in pattern(frozenset(encoding._special_tokens)).finditer(prompt)]
         return _encode_parts(encoding, prompt, spans)
-    text, tokens = rendering(encoding, prompt, variables)
-    refuse_what_is_left_out(encoding, text, prompt, variables)
-    return _encode_parts(encoding, text, tokens)
+    text, spans = chat.render_with_spans(encoding, prompt, variables)
+    chat.refuse_what_is_left_out(encoding, text, prompt, variables)
+    return _encode_parts(encoding, text, spans)
 
 
 def encode_answer(
@@ -156,23 +148,24 @@ def encode_answer(
     They are what the rendering of the whole has behind the rendering of the prompt, encoded apart from the prompt as
     sampling does. Where the template ends the turn with no token that ends a generation, `eos` takes its place.
     """
-    chat = template_of(encoding)
-    ends = {name: i for name, i in encoding._special_tokens.items() if i in chat.get("ends", [eos])}
-    prompt = rendering(encoding, before, variables)
-    text, tokens = rendering(encoding, [*before, answer], variables, prompt=False)
-    if not text.startswith(prompt.text):
-        tokens = [ends[text[first:last]] for first, last in tokens if text[first:last] in ends]
-        return encode_text(encoding, continuation(prompt.text, answer)) + [eos, *tokens][-1:], []
-    refuse_what_is_left_out(encoding, text, [*before, answer], variables, prompt=False)
-    start = len(prompt.text)
-    end = next((span for span in tokens if span[0] >= start and text[slice(*span)] in ends), None)
-    if end:
-        ids = _encode_parts(encoding, text, tokens, start, end[0]) + [ends[text[slice(*end)]]]
-        return ids, _encode_parts(encoding, text, tokens, end[1])
-    stop = len(text.rstrip()) if chat else len(text)
-    if tokens and tokens[-1][1] == stop:
-        stop = tokens[-1][0]  # what ends the turn here ends no generation
-    return _encode_parts(encoding, text, tokens, start, max(start, stop)) + [eos], []
+    template = template_of(encoding)
+    ends = {name: i for name, i in encoding._special_tokens.items() if i in template.get("ends", [eos])}
+    prompt = chat.render(encoding, before, variables)
+    text, spans = chat.render_with_spans(encoding, [*before, answer], variables, prompt=False)
+    found = [(first, last, ends[text[first:last]]) for first, last in spans if text[first:last] in ends]
+    if not text.startswith(prompt):
+        end = found[-1][2] if found else eos
+        return encode_text(encoding, chat.continuation(prompt, answer)) + [end], []
+    chat.refuse_what_is_left_out(encoding, text, [*before, answer], variables, prompt=False)
+    start = len(prompt)
+    for first, last, end in found:
+        if first >= start:
+            ids = _encode_parts(encoding, text, spans, start, first) + [end]
+            return ids, _encode_parts(encoding, text, spans, last)
+    stop = len(text.rstrip()) if template else len(text)
+    if spans and spans[-1][1] == stop:
+        stop = spans[-1][0]  # what ends the turn here ends no generation
+    return _encode_parts(encoding, text, spans, start, max(start, stop)) + [eos], []
 
 
 def turn_suffix(encoding: tiktoken.Encoding, eos: int) -> tuple[int, ...]:
@@ -181,11 +174,9 @@ def turn_suffix(encoding: tiktoken.Encoding, eos: int) -> tuple[int, ...]:
     A published reward model of conversations is read there.
     """
     for said in ("yes", "<think>\nwell\n</think>\n\nyes") if template_of(encoding) else ():
-        try:
+        with suppress(InputError):  # the template wants a thought
             answer = {"role": "assistant", "content": said}
             return tuple(encode_answer(encoding, eos, [{"role": "user", "content": "hello"}], answer)[1])
-        except InputError:  # the template wants a thought
-            continue
     return ()
 
 

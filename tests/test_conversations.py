@@ -134,7 +134,7 @@ def both_sides(folder, template, eos=EOS):
 
 def compared(theirs, ours, before, answer, more):
     """How the prompt, and it with the answer, compare with transformers: "equal", our refusal, or both texts."""
-    before, answer = check(before, "x"), check([answer], "x")[0]
+    before, answer = check(before), check([answer])[0]
     kwargs = {name: value for name, value in more.items() if name != "tools"}
     variables = template_variables({"tools": more.get("tools"), "chat_template_kwargs": kwargs}, "x")
     theirs.chat_control_tokens = [name for name in theirs.get_added_vocab() if not THOUGHT.fullmatch(name)]
@@ -190,6 +190,8 @@ def test_a_thought_that_the_prompt_has_opened_is_learned_behind_it_though_the_te
     _, ours = both_sides(tmp_path / "hf", TEMPLATES[OPENS])
     prompt = encode_prompt(ours, [user("12?")])
     assert ours.decode(prompt).endswith("<think>\n")
+    with pytest.raises(InputError, match="the answer has no </think>"):
+        encode_answer(ours, ours._special_tokens[EOS], [user("12?")], assistant("yes!", reasoning_content=3))
     for answer in (THOUGHTFUL, THOUGHTFUL.removeprefix("<think>\n"), THOUGHTFUL.replace("<think>\n", "<think>")):
         row = {"messages": [user("12?"), assistant(answer)]}
         (found,) = data.completions(write(tmp_path / "a.jsonl", [row]), ours, ours._special_tokens[EOS])
@@ -304,6 +306,16 @@ def test_lists_of_good_and_bad_answers_are_pairs_of_each_good_with_each_bad(tmp_
     texts = [encoding.decode(each.tokens[each.prompt_len : -1]) for each in group.rows]
     pairs = {(texts[good], texts[bad]) for good, bad in group.pairs}
     assert pairs == {(good, bad) for good in row["chosen"] for bad in row["rejected"] if good != bad}
+
+
+@pytest.mark.parametrize("row, words", [
+    ({"prompt": "a", "chosen": assistant("yes"), "rejected": "no"}, "a comparison has the texts"),
+    ({"prompt": [user("a")], "ranked": [assistant("yes"), {"x": 3}]}, 'a message has a "role"'),
+    ({"prompt": [user("a")], "ranked": [user("yes"), assistant("no")]}, "the last message is not the assistant's"),
+])  # fmt: skip
+def test_a_message_among_answers_is_checked_like_those_of_a_conversation(tmp_path, encoding, row, words):
+    with pytest.raises(InputError, match=f"row 1: {words}"):
+        data.comparisons(write(tmp_path / "c.jsonl", [row]), encoding, 299)
 
 
 @pytest.mark.parametrize("row, words", [

@@ -113,9 +113,8 @@ def test_a_ranked_list_is_all_its_pairs(tmp_path, encoding):
 
 def test_a_judge_on_any_scale_can_be_the_simulated_person():
     answers = [[("aaa", True), ("a", True)]] * 50
-    rows = compare.simulate(
-        ["p"] * 50, answers, lambda rows: [-1000 * len(row["response"]) for row in rows], 0.1, seed=0
-    )
+    judge = lambda rows: [-1000 * len(row["response"]) for row in rows]  # noqa: E731
+    rows = compare.simulate([{"prompt": "p"}] * 50, ["p"] * 50, answers, judge, 0.1, seed=0)
     assert all(row["chosen"] == "a" and row["p_chosen"] == 1 for row in rows)
 
 
@@ -256,7 +255,8 @@ def test_sampled_ids_are_trained_on_as_they_were_sampled(tmp_path, encoding):
     letters = [encoding.encode_single_token(byte) for byte in (b" ", b"y", b"e", b"s")]
     assert encoding.encode_ordinary(" yes") != letters
     answers = [Answer(" yes", True, letters), Answer(" no", False, encoding.encode_ordinary(" no"))]
-    rows = compare.simulate(["ask"], [answers], lambda rows: [len(row["response"]) for row in rows], 0.001, seed=0)
+    judge = lambda rows: [len(row["response"]) for row in rows]  # noqa: E731
+    rows = compare.simulate([{"prompt": "ask"}], ["ask"], [answers], judge, 0.001, seed=0)
     (group,) = data.comparisons(write(tmp_path / "c.jsonl", rows), encoding, 7)
     start = encoding.encode_ordinary("ask")
     assert [row.tokens for row in group.rows] == [start + letters + [7], start + encoding.encode_ordinary(" no")]

@@ -436,8 +436,8 @@ def test_the_tokens_that_are_scored_are_those_that_were_sampled(gpt, encoding):
 @mistake("data/batches.py", "if not kept or n_long > len(items) / 10:", "if False:")
 @mistake(
     "data/rows.py",
-    "found = prompts_with_columns(path, encoding)",
-    "found = [p._replace(ids=p.ids[:room]) for p in prompts_with_columns(path, encoding)]",
+    "found = read_prompts(path, encoding)",
+    "found = [p._replace(ids=p.ids[:room]) for p in read_prompts(path, encoding)]",
 )
 def test_prompts_that_do_not_fit_are_counted_and_never_cut(folders):
     long = write(folders["tmp"] / "long.jsonl", [{"prompt": "ask me. " * n} for n in [1, 2] * 10 + [50, 60] * 2])

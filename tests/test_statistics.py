@@ -95,9 +95,8 @@ def test_the_means_of_k1_and_k3_are_the_enumerated_kl():
 def test_labels_drawn_at_a_temperature_give_its_win_rates(temperature):
     n, better = 20_000, 0.2
     answers = [[("aaa", True), ("a", True)]] * n
-    rows = compare.simulate(
-        ["p"] * n, answers, lambda rows: [len(row["response"]) / 10 for row in rows], temperature, seed=0
-    )
+    judge = lambda rows: [len(row["response"]) / 10 for row in rows]  # noqa: E731
+    rows = compare.simulate([{"prompt": "p"}] * n, ["p"] * n, answers, judge, temperature, seed=0)
     expected = 1 / (1 + math.exp(-better / temperature))  # Bradley and Terry 1952
     share = np.mean([row["chosen"] == "aaa" for row in rows])
     assert abs(share - expected) < 4 * math.sqrt(expected * (1 - expected) / n)
@@ -112,7 +111,8 @@ def test_a_reward_model_trained_on_noisy_labels_recovers_the_judges_ordering(fol
     texts, rng = list(worth), np.random.default_rng(0)
     prompts = [f"{a} {b} {c}." for a, b, c in itertools.product(["ask", "tell", "me", "yes", "no", "fox"], repeat=3)]
     answers = [[(texts[i], True) for i in rng.permutation(12)[:6]] for _ in prompts]
-    rows = compare.simulate(prompts, answers, lambda rows: [worth[row["response"]] for row in rows], 0.2, seed=0)
+    judge = lambda rows: [worth[row["response"]] for row in rows]  # noqa: E731
+    rows = compare.simulate([{"prompt": prompt} for prompt in prompts], prompts, answers, judge, 0.2, seed=0)
     options = ["--data", write(folders["tmp"] / "noisy.jsonl", rows), "--init", folders["sft"], "--response_len", 8]
     options += ["--out", folders["tmp"] / "rm", "--lr", 2e-3, "--batch_size", 2, "--n_prompts", 216]
     reward.train(cli.parse(reward.Config, [str(option) for option in options]))
