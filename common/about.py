@@ -19,11 +19,10 @@ from common.judges import ROOT
 
 def origin(cfg: Any, device: torch.device, resumed: Path | None) -> dict:
     """What made a run, for config.json. The seconds are those that a resumed run had taken before."""
-    stage = type(cfg).__module__
+    stage, commit = type(cfg).__module__, git("rev-parse", "HEAD")
+    clean = git("status", "--porcelain", "--untracked-files=no") == "" if commit else None
     found = {"stage": Path(sys.argv[0]).stem if stage == "__main__" else stage, "options": dataclasses.asdict(cfg)}
-    found |= {"command": shlex.join(sys.argv), "commit": git("rev-parse", "HEAD"), "clean": None, "seconds": 0.0}
-    if found["commit"]:
-        found["clean"] = git("status", "--porcelain", "--untracked-files=no") == ""
+    found |= {"command": shlex.join(sys.argv), "commit": commit, "clean": clean, "seconds": 0.0}
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     found |= {"python": platform.python_version(), "torch": torch.__version__, "device": f"{device.type} ({name})"}
     found |= {"processes": WORLD, "threads": torch.get_num_threads()}

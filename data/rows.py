@@ -221,17 +221,14 @@ def answers_in(row: dict, column: str, encoding: Encoding, eos: int, variables: 
     if not isinstance(ids, list) or len(ids) != len(said):
         ids = [None] * len(said)
     prompt, answers = row["prompt"], []
-    for text, complete, sampled in zip(said, ended, ids):
-        if isinstance(prompt, list) and isinstance(text, dict):
-            (message,) = conversation([text], "assistant")
-            answers.append(read_answer(encoding, eos, prompt, message, complete, variables))
-        elif not isinstance(text, str):
+    for answer, complete, sampled in zip(said, ended, ids):
+        if not isinstance(answer, (str, dict) if isinstance(prompt, list) else str):
             raise no_comparison(row)
-        elif isinstance(prompt, list) and not isinstance(sampled, list):  # nobody sampled it
-            message = {"role": "assistant", "content": text}
+        if isinstance(prompt, str) or isinstance(answer, str) and isinstance(sampled, list):
+            answers.append(Answer(answer, complete, sampled))
+        else:  # a message, which nobody sampled
+            (message,) = conversation([answer] if isinstance(answer, dict) else answer, "assistant")
             answers.append(read_answer(encoding, eos, prompt, message, complete, variables))
-        else:
-            answers.append(Answer(text, complete, sampled))
     return answers
 
 
