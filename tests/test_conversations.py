@@ -339,7 +339,7 @@ def test_answers_without_a_prompt_that_are_no_dialogues_are_not_called_equal(tmp
 
 @pytest.mark.parametrize("row, words", [
     ({"prompt": "a", "ranked": ["b", {}]}, 'row 1: a comparison has the texts "prompt"'),
-    ({"prompt": [{"role": "user", "content": "a"}], "ranked": ["b", {}]}, 'row 1: an answer: a message has a "role"'),
+    ({"prompt": [{"role": "user", "content": "a"}], "ranked": ["b", {}]}, 'row 1: a message has a "role"'),
 ])  # fmt: skip
 def test_an_object_among_the_answers_is_a_message_or_is_refused(tmp_path, encoding, row, words):
     with pytest.raises(InputError, match=words):
