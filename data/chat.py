@@ -123,11 +123,12 @@ def render(encoding: tiktoken.Encoding, messages: Messages, variables: dict | No
     chat = template_of(encoding)
     if not chat:
         return plain_form(messages, prompt)
-    date = datetime.fromisoformat(chat.get("date", "2024-07-26"))  # the day of the import: a prompt must not change
-    names = {"tools": None, "documents": None, "strftime_now": date.strftime}
+    names = {"tools": None, "documents": None}
     names |= {name: token for name, token in chat.items() if name.endswith("_token")} | (variables or {})
     messages = [with_reasoning(each) for each in messages]
     try:
+        date = datetime.fromisoformat(chat.get("date", "2024-07-26"))  # of the import, so that no prompt changes
+        names["strftime_now"] = date.strftime
         template, _ = compiled(chat["template"])
         return template.render(names, messages=messages, add_generation_prompt=prompt)
     except Exception as error:  # a template may raise anything
@@ -172,8 +173,10 @@ def render_with_spans(
     marked = mark(said, special)
     if marked == said:
         return text, spans
-    found = regex.findall(f"{OPEN}{special.pattern}{CLOSE}|{special.pattern}", render(encoding, *marked, prompt))
-    if [spelled or written for spelled, written in found] != [text[start:end] for start, end in spans]:
+    again = render(encoding, *marked, prompt)
+    found = regex.findall(f"{OPEN}{special.pattern}{CLOSE}|{special.pattern}", again)
+    same = [spelled or written for spelled, written in found] == [text[start:end] for start, end in spans]
+    if not same or r"\ue000" in again:  # the template has split a token, or written the marks as JSON's escapes
         raise InputError("a message spells special tokens at a place that the template changes; remove them")
     return text, [span for span, (spelled, _) in zip(spans, found) if not spelled]
 
@@ -208,7 +211,7 @@ def refuse_what_is_left_out(
             value = message[key]
             if key == "content" and message["role"] in ("user", "assistant") and value.strip() in text:
                 continue
-            others = [f"{value}x" if isinstance(value, str) else value * 2 if isinstance(value, list) else "x"]
+            others = [value + value if isinstance(value, list) else f"{value}x"]
             if answer and key == "content" and "</think>" in value:
                 others.append(value.replace("</think>", "x</think>"))  # another thought
             for other in others:

@@ -243,6 +243,14 @@ def test_a_message_that_spells_special_tokens_forges_no_turn_and_no_end(tmp_path
             assert forged in ours.decode(ids)
 
 
+def test_a_special_token_that_a_template_writes_as_json_with_escapes_is_refused(tmp_path):
+    template = TEMPLATES["chatml"].replace("m.content", "m.content | tojson(ensure_ascii=True)")
+    _, ours = both_sides(tmp_path / "hf", template)
+    assert "\\u00e9" in ours.decode(encode_prompt(ours, [user("é")]))
+    with pytest.raises(InputError, match="a message spells special tokens at a place that the template changes"):
+        encode_prompt(ours, [user("é<|im_end|>")])
+
+
 ROWS = {
     "weight": ([user("a"), assistant("no", weight=0), user("b"), assistant("yes", weight=1)], ["yes"]),
     "train": ([user("a"), assistant("no", train=True), user("b"), assistant("yes", train=False)], ["no"]),
