@@ -447,6 +447,7 @@ def test_a_page_that_is_watched_follows_the_run(folders, browser_page):
     assert not browser_page.problems
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("package", ["page", "label"])
 def test_the_folder_of_a_tool_runs_as_its_module_does(tmp_path, package):
     words = {"page": "nothing", "label": "--prompts"}[package]
