@@ -4,7 +4,7 @@
     def judge(prompts, responses): return [1.0 for _ in prompts]           lists: an API or a classifier is asked once
     def judge(prompt, response, answer): return float(response == answer)  with a column of the prompt's row
 
-The names of the first two parameters tell one answer from lists. Each further one is a column, a list of it for lists.
+A first parameter `prompts` asks for lists. Each parameter behind the first two is a column, a list of it for lists.
 """
 
 import importlib.util
@@ -38,6 +38,8 @@ def load_function(name: str) -> Judge:
     """
     called = find(name)
     first, more, takes_any = parameters(called)
+    if first[:1] in (["response"], ["responses"]) or first[1:] in (["prompt"], ["prompts"]):
+        raise InputError(f"{name}: its first parameters are {', '.join(first)}; write it with (prompt, response, …)")
     own = {"prompt", "response", *first}
 
     def judge(rows: list[dict]) -> list[float]:
@@ -45,7 +47,7 @@ def load_function(name: str) -> Judge:
         columns = [{c: x for c, x in row.items() if c in more or takes_any and c not in own} for row in rows]
         prompts, responses = ([row[column] for row in rows] for column in ("prompt", "response"))
         try:
-            if first == ["prompts", "responses"]:
+            if first[:1] == ["prompts"]:
                 names = dict.fromkeys(itertools.chain(*columns))
                 lists = {column: [each.get(column) for each in columns] for column in names}
                 given = list(called(prompts, responses, **lists))

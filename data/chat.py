@@ -1,7 +1,7 @@
 """Conversations: a list of messages, {"role": "user", "content": "…"}, becomes text through a chat template.
 
 The template comes with a model (Jinja, as on Hugging Face). Without one a conversation is written as in Anthropic's HH,
-whose dialogues are taken apart here too. A special token's name in a message stays text: no user can forge a turn.
+whose dialogues are taken apart here too. A special token's name in a message stays text: nobody forges a turn by it.
 """
 
 import functools
@@ -25,6 +25,7 @@ REASONING = ("reasoning_content", "thinking", "reasoning")  # the names under wh
 CONTENT = ("content", "tool_calls", "function_call", *REASONING)  # what a message says
 OPEN, CLOSE = "\ue000", "\ue001"  # private characters around a special token that a message spells
 OPENED = re.compile(r"<(\w+)>(\s*)$")  # a tag that the prompt opens for the answer, such as <think>
+WRITTEN: set[tuple] = set()  # shapes of messages that a template was seen to write
 Messages = list[dict[str, Any]]
 
 
@@ -66,13 +67,14 @@ def check(messages: object) -> Messages:
     if not isinstance(messages, list) or not messages:
         raise InputError("a conversation is a list of messages; fix the row")
     checked = []
-    for each in messages:
-        known = isinstance(each, dict) and each.get("role") in ROLES
-        each = {key: value for key, value in each.items() if value is not None} if known else {}
+    for number, given in enumerate(messages, 1):
+        known = isinstance(given, dict) and given.get("role") in ROLES
+        each = {key: value for key, value in given.items() if value is not None} if known else {}
         if isinstance(each.get("content"), list):
             each["content"] = "".join(map(text_of, each["content"]))
         if not isinstance(each.get("content", "" if "tool_calls" in each else None), str):
-            raise InputError(f'a message has a "role" ({", ".join(ROLES)}) and a text "content"; fix the row')
+            wanted = f'a message has a "role" ({", ".join(ROLES)}) and a text "content"'
+            raise InputError(f"{wanted}, and message {number} is {str(given)[:60]}; fix or convert the row")
         checked.append(each)
     return checked
 
@@ -114,7 +116,8 @@ def plain_form(messages: Messages, prompt: bool = True) -> str:
         role, said = each["role"], each.get("content", "")
         if role not in PLAIN_FORM:
             raise InputError(f"a model without a chat template knows no role {role}; remove the message")
-        text += PLAIN_FORM[role] + (said.strip() if role == "assistant" else said)
+        between = "\n\n" if role == "system" and text else PLAIN_FORM[role]
+        text += between + (said.strip() if role == "assistant" else said)
     return text + ("\n\nAssistant:" if prompt else "")
 
 
@@ -132,7 +135,7 @@ def render(encoding: tiktoken.Encoding, messages: Messages, variables: dict | No
         template, _ = compiled(chat["template"])
         return template.render(names, messages=messages, add_generation_prompt=prompt)
     except Exception as error:  # a template may raise anything
-        raise InputError(f"the model's chat template refuses a conversation ({error}); change one of them") from None
+        raise InputError(f"the model's chat template refuses the conversation ({error}); change it") from None
 
 
 def with_reasoning(message: dict) -> dict:
@@ -195,9 +198,11 @@ def refuse_what_is_left_out(
 ) -> None:
     """Raises InputError if a part of a message could be another without a change of `text`, its rendering.
 
-    Only thoughts of earlier turns may be left out. Where no `prompt` is rendered, the last message is an answer.
+    Only thoughts of earlier turns may be left out. Where no `prompt` is rendered, the last message is an answer. What
+    was seen to be written of one message is not tried again with another of the same shape.
     """
-    variables = variables or {}
+    chat, variables = template_of(encoding), variables or {}
+    writer = "the model's chat template" if chat else "a model without a chat template"
 
     def left_out(messages: Messages, variables: dict = variables) -> bool:
         try:
@@ -211,18 +216,24 @@ def refuse_what_is_left_out(
             value = message[key]
             if key == "content" and message["role"] in ("user", "assistant") and value.strip() in text:
                 continue
+            shape = chat.get("template"), message["role"], key, frozenset(message)
+            if shape in WRITTEN and message["role"] != "system" and not answer:  # of two systems one may be left out
+                continue
             others = [value + value if isinstance(value, list) else f"{value}x"]
             if answer and key == "content" and "</think>" in value:
                 others.append(value.replace("</think>", "x</think>"))  # another thought
             for other in others:
                 if left_out([*messages[:i], message | {key: other}, *messages[i + 1 :]]):
                     what = f"the {key} of message {i + 1} ({message['role']})"
-                    raise InputError(f"the model's chat template leaves out {what}; remove it, or the row")
-    chat = template_of(encoding)
+                    raise InputError(f"{writer} leaves out {what}; remove it, or the row")
+            WRITTEN.add(shape)
     known = compiled(chat["template"])[1] if chat else set()
     for name, value in variables.items():
-        if value and name not in known or name == "tools" and left_out(messages, variables | {"tools": value * 2}):
-            raise InputError(f'the model\'s chat template does not read "{name}"; remove it, or the row')
+        unread = bool(value) and name not in known
+        if name == "tools" and not unread:
+            unread = left_out(messages, variables | {"tools": value * 2})
+        if unread:
+            raise InputError(f'{writer} does not read "{name}"; remove it, or the row')
 
 
 def continuation(prompt: str, answer: dict) -> str:

@@ -69,7 +69,10 @@ def numbered(path: str | Path, columns: dict[str, Kind]) -> Iterator[tuple[str, 
             row = {column: value for column, value in row.items() if value is not None}  # tables write null for absent
             for column, wanted in columns.items():
                 if column not in row:
-                    raise InputError(f'{file}:{number}: no column "{column}"; a row needs {", ".join(columns)}')
+                    known = ", ".join(row)
+                    raise InputError(
+                        f'{file}:{number}: no column "{column}" among {known}; a row needs {", ".join(columns)}'
+                    )
                 if not _has_kind(row[column], wanted):
                     raise InputError(f'{file}:{number}: "{column}" is not a {KINDS[wanted]}; fix the line')
             yield f"{file}: row {number}", row
@@ -225,4 +228,4 @@ def _contents(text: str | list) -> str:
     """Return a text, or what the messages of a conversation say."""
     if isinstance(text, str):
         return text
-    return "\n\n".join(str(message.get("content", "")) for message in text if isinstance(message, dict))
+    return "\n\n".join(str(message.get("content") or "") for message in text if isinstance(message, dict))

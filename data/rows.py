@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,12 +11,13 @@ from pathlib import Path
 from tiktoken import Encoding
 
 from data.batches import Group, Prompt, Row, Say, hold_out, keep_short, prompt_hash
-from data.chat import Messages, check, split_dialogue, template_variables
+from data.chat import TURN, Messages, check, split_dialogue, template_of, template_variables
 from data.files import TEXT, InputError, first_row, is_verdict, numbered
 from data.label import Answer, are_texts
 from data.tokenizer import encode_answer, encode_prompt, encode_text
 
 PromptText = str | Messages
+MESSAGES = re.compile(r"""\[\s*\{["'](role|content)["']:""")  # a conversation that a table has turned into text
 FLAGS = ("weight", "train", "loss", "trainable")  # of a message: at 0 a trainer does not learn it
 
 
@@ -32,6 +34,8 @@ def encode_row(
 
     An end token behind the response stays: a model may have several. Without one a complete response gets `eos`.
     """
+    if any(isinstance(text, str) and MESSAGES.match(text) for text in (prompt, response)):
+        raise InputError("a text holds messages written as text; make them a list")
     start, end = encode_prompt(encoding, prompt, variables) or [eos], [eos]
     try:
         if ids[-1:] and ids[-1] in encoding._special_tokens.values() and encoding.decode(ids[:-1]) == response:
@@ -156,10 +160,11 @@ def comparisons(path: str | Path, encoding: Encoding, eos: int, say: Say = lambd
 
 def of_one_shape(row: dict) -> tuple[str, dict | str]:
     """Return the kind of a row, and the row as `answers_of` reads it or why it is left out."""
+    row = row | {name: [x] for name, x in row.items() if name in ("chosen", "rejected") and isinstance(x, dict)}
     answers = [row.get("chosen"), row.get("rejected")]
     if any(isinstance(each, list) and each and isinstance(each[0], dict) for each in answers):
         return "conversational preferences", of_conversations(row)
-    if "prompt" not in row and are_texts(answers):
+    if "prompt" not in row and are_texts(answers) and all(map(TURN.search, answers)):
         found = split_dialogue(row)
         return "dialogues as in HH", found if isinstance(found, str) else row | found
     if not isinstance(row.get("prompt"), TEXT):
@@ -177,10 +182,10 @@ def of_conversations(row: dict) -> dict | str:
     """Return a row with the prompt and the last messages of two conversations, which may lack or repeat its prompt."""
     chosen, rejected = (conversation(row.get(name) or "", "assistant") for name in ("chosen", "rejected"))
     prompt = row.get("prompt") or []
-    if isinstance(prompt, str) and len(chosen) > 1:
-        prompt = []  # beside whole conversations the text is only said again
+    if isinstance(prompt, str) and any(each["role"] == "user" for each in chosen):
+        prompt = []  # the text only says again what the conversation holds
     prompt = conversation(prompt, "user") if prompt else []
-    chosen, rejected = (each if each[:-1][: len(prompt)] == prompt else prompt + each for each in (chosen, rejected))
+    chosen, rejected = joined(prompt, chosen), joined(prompt, rejected)
     before = chosen[:-1]
     if before != rejected[:-1]:
         return "part before the last answer"
@@ -189,6 +194,16 @@ def of_conversations(row: dict) -> dict | str:
     if any(not each[-1].get("content", "").strip() and "tool_calls" not in each[-1] for each in (chosen, rejected)):
         return "empty"
     return row | {"prompt": before, "chosen": chosen[-1], "rejected": rejected[-1]}
+
+
+def joined(prompt: Messages, said: Messages) -> Messages:
+    """Return the conversation `said` behind the prompt, which it may repeat, whole or from its second message on."""
+    before = said[:-1]
+    if before[: len(prompt)] == prompt:
+        return said
+    if before and prompt[-len(before) :] == before:
+        return prompt + said[-1:]
+    return prompt + said
 
 
 def answers_of(
@@ -256,7 +271,7 @@ def prompt_rows(path: str | Path) -> list[dict]:
 
 def numbered_prompts(path: str | Path) -> Iterator[tuple[str, dict]]:
     first = first_row(path)
-    column = "messages" if "messages" in first and "prompt" not in first else "prompt"
+    column = "messages" if "messages" in first and not isinstance(first.get("prompt"), list) else "prompt"
     for where, row in numbered(path, {column: TEXT}):
         with at(where):
             prompt = row[column] if isinstance(row[column], str) else check(row[column])
@@ -274,6 +289,10 @@ def prompts_and_held_out(
 
     def load(path: str) -> list[Prompt]:
         found = read_prompts(path, encoding)
+        if template_of(encoding) and isinstance(found[0].columns["prompt"], str):
+            say(
+                f"{path}: the prompts are texts and stand as they are; the chat template writes lists of messages alone"
+            )
         what = f"prompts of {path} (with --response_len)"
         return keep_short(found, [max(1, len(p.ids)) for p in found], room, what, say)
 

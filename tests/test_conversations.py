@@ -273,7 +273,7 @@ def test_each_answer_of_a_conversation_is_learned_unless_a_flag_says_no(tmp_path
     ({"messages": [user("a"), assistant("yes", weight=0)]}, "no message is an answer of the assistant to learn"),
     ({"messages": [assistant("yes")]}, "no message is an answer of the assistant to learn"),
     ({"messages": [user("a"), {"role": "assistant", "content": [{"type": "image"}]}]}, 'a part of type "image"'),
-    ({"messages": [{"from": "human", "value": "a"}]}, 'a message has a "role"'),
+    ({"messages": [{"from": "human", "value": "a"}]}, "message 1 is {'from': 'human', 'value': 'a'}; fix or convert"),
     ({"messages": [user("a"), assistant("yes")], "tools": TOOLS}, 'does not read "tools"'),
     ({"messages": [user("a"), assistant("yes")], "tools": "many"}, '"tools" is no list'),
     ({"messages": [user("a"), assistant("yes")], "chat_template_kwargs": {"depth": 3}}, 'does not read "depth"'),
@@ -317,7 +317,7 @@ def test_lists_of_good_and_bad_answers_are_pairs_of_each_good_with_each_bad(tmp_
 
 
 @pytest.mark.parametrize("row, words", [
-    ({"prompt": "a", "chosen": assistant("yes"), "rejected": "no"}, "a comparison has the texts"),
+    ({"prompt": "a", "ranked": [assistant("yes"), "no"]}, "a comparison has the texts"),
     ({"prompt": [user("a")], "ranked": [assistant("yes"), {"x": 3}]}, 'a message has a "role"'),
     ({"prompt": [user("a")], "ranked": [user("yes"), assistant("no")]}, "the last message is not the assistant's"),
 ])  # fmt: skip
@@ -338,11 +338,46 @@ def test_columns_of_other_names_are_listed(tmp_path, encoding, row, words):
         data.comparisons(write(tmp_path / "a.jsonl", [{"chosen_response": "b"} | row]), encoding, 299)
 
 
-def test_answers_without_a_prompt_that_are_no_dialogues_are_not_called_equal(tmp_path, encoding):
-    with pytest.raises(
-        InputError, match="1 left out .*a dialogue that does not end with the assistant.*nothing is left"
+def test_answers_without_a_prompt_that_are_no_dialogues_are_asked_for_one(tmp_path, encoding):
+    for row in ({"chosen": "yes", "rejected": "no"}, {"question": "a", "chosen": "yes", "rejected": "no"}):
+        with pytest.raises(InputError, match=f"row 1: .*this row has {', '.join(row)}; rename its columns"):
+            data.comparisons(write(tmp_path / "a.jsonl", [row]), encoding, 299)
+
+
+def test_a_prompt_beside_conversations_is_neither_lost_nor_said_twice(tmp_path):
+    _, ours = both_sides(tmp_path / "hf", TEMPLATES[CALLS])
+    end, system = ours._special_tokens["<|im_end|>"], {"role": "system", "content": "Be brief."}
+    called = [assistant(None, tool_calls=[CALL]), {"role": "tool", "content": "12"}]
+    for prompt, before, whole in (
+        ("12?", called, [user("12?"), *called]),
+        ([system, user("12?")], [user("12?")], [system, user("12?")]),
+        ([user("12?")], [], [user("12?")]),
     ):
-        data.comparisons(write(tmp_path / "a.jsonl", [{"chosen": "yes", "rejected": "no"}]), encoding, 299)
+        row = {"prompt": prompt, "chosen": [*before, assistant("yes")], "rejected": [*before, assistant("no")]}
+        (group,) = data.comparisons(write(tmp_path / "c.jsonl", [row]), ours, end)
+        good = group.rows[0]
+        assert good.tokens[: good.prompt_len] == encode_prompt(ours, whole)
+    one = {"prompt": "12?", "chosen": assistant("yes"), "rejected": assistant("no")}  # messages, not lists of them
+    (group,) = data.comparisons(write(tmp_path / "c.jsonl", [one]), ours, end)
+    assert group.rows[0].tokens[: group.rows[0].prompt_len] == encode_prompt(ours, [user("12?")])
+
+
+def test_messages_that_a_table_has_turned_into_text_are_refused(tmp_path, encoding):
+    text = json.dumps([user("a"), assistant("yes")])
+    with pytest.raises(InputError, match="row 1: a text holds messages written as text; make them a list"):
+        data.comparisons(
+            write(tmp_path / "a.jsonl", [{"prompt": "a", "chosen": text, "rejected": "no"}]), encoding, 299
+        )
+    with pytest.raises(InputError, match="row 1: a text holds messages written as text; make them a list"):
+        data.completions(write(tmp_path / "a.jsonl", [{"prompt": text, "completion": "no"}]), encoding, 299)
+
+
+def test_messages_beside_a_prompt_are_the_prompt_in_every_stage(tmp_path):
+    _, ours = both_sides(tmp_path / "hf", TEMPLATES["chatml"])
+    end, row = ours._special_tokens["<|im_end|>"], {"prompt": "12?", "messages": [user("12?"), assistant("yes")]}
+    path = write(tmp_path / "a.jsonl", [row])
+    (learned,) = data.completions(path, ours, end)
+    assert data.prompts(path, ours) == [learned.tokens[: learned.prompt_len]] == [encode_prompt(ours, [user("12?")])]
 
 
 @pytest.mark.parametrize("row, words", [
