@@ -84,7 +84,7 @@ def test_a_column_that_is_null_in_some_rows_takes_the_default_and_in_lists_none(
         "def lists(prompts, responses, hint=()):\n    return [len(h or '') for h in hint] or [9.0] * len(prompts)\n"
     )
     rows = [{"prompt": "", "response": "", "hint": "abc"}, {"prompt": "", "response": ""}]
-    one, lists = (judges.judges.load_function(f"{tmp_path}/m.py:{name}") for name in ("one", "lists"))
+    one, lists = (judges.load_function(f"{tmp_path}/m.py:{name}") for name in ("one", "lists"))
     assert one(rows) == [3, 1] and lists(rows) == [3, 0] and lists(rows[1:]) == [9]
 
 
@@ -153,7 +153,7 @@ def test_a_batch_without_columns_is_scored_as_before(gpt, encoding):
 def test_the_example_of_the_readme_is_a_reward_by_column(tmp_path):
     text = (ROOT / "data" / "README.md").read_text()
     (tmp_path / "arithmetic.py").write_text(text.split("# arithmetic.py")[1].partition("\n")[2].split("```")[0])
-    exact = judges.judges.load_function(f"{tmp_path}/arithmetic.py:exact")
+    exact = judges.load_function(f"{tmp_path}/arithmetic.py:exact")
     rows = [{"prompt": "1 + 2 =", "answer": "3", "response": text} for text in (" 3", " 13", "3.", " I think 3", " 4")]
     assert exact(rows) == [1, 0, 1, 1, 0]
 
