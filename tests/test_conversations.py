@@ -202,7 +202,7 @@ def test_a_thought_that_the_prompt_has_opened_is_learned_behind_it_though_the_te
 
 @pytest.mark.slow
 def test_published_templates_have_the_tokens_of_transformers(tmp_path):
-    """The templates of the installed trl. Where ours differs it is because of one of four things, which are checked."""
+    """The templates of the installed trl. Where ours differs it is for one of three reasons, which are checked."""
     folder = Path(pytest.importorskip("trl").__file__).parent / "chat_templates"
     counts = Counter()
     for file in sorted(folder.glob("*.jinja")):
