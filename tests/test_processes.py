@@ -193,4 +193,5 @@ def test_two_processes_share_an_evaluation_and_report_what_one_reports(folders):
     one, two = (run("tools/evaluate.py", folders["sft"], *options, processes=n) for n in (1, 2))
     assert one.returncode == two.returncode == 0, one.stderr + two.stderr
     said = re.sub(r"\[Gloo\].*\n", "", two.stdout)  # older torch tells of its connections
-    assert len(rows) > 256 and "390 held-out prompts" in one.stdout and said == one.stdout
+    n = len({row["prompt"] for row in rows})  # each once
+    assert n > 128 and f"{n} held-out prompts" in one.stdout and said == one.stdout

@@ -391,7 +391,7 @@ def test_a_hostile_text_is_shown_and_runs_nothing(folders, monkeypatch, browser_
 @needs_chromium
 def test_two_runs_stand_side_by_side_and_what_differs_is_marked(folders, monkeypatch, browser_page):
     run_ppo(folders, monkeypatch, "out/a", kl_coef=0.3)
-    run_ppo(folders, monkeypatch, "out/b", kl_coef=0.0, iterations=6)
+    run_ppo(folders, monkeypatch, "out/b", kl_coef=0.0, iterations=6, seed=1)
     a, b = (folders["tmp"] / "out" / name for name in "ab")
     show(browser_page, a, b)
     panel = browser_page.locator("#curves .card").filter(has_text="judge, never trained on").locator("svg")
@@ -415,7 +415,7 @@ def test_two_runs_stand_side_by_side_and_what_differs_is_marked(folders, monkeyp
 def test_runs_of_the_other_stages_have_a_page_too(folders, monkeypatch, browser_page):
     monkeypatch.chdir(folders["tmp"])
     sft.train(sft.Config(data="pairs.jsonl", init="sft", out="out/sft"))
-    reward.train(reward.Config(data="comparisons.jsonl", init="sft", out="out/reward", response_len=8))
+    reward.train(reward.Config(data="comparisons.jsonl", init="sft", out="out/reward", response_len=8, lr=1e-4, seed=1))
     for name, title in (("sft", "loss"), ("reward", "accuracy")):
         show(browser_page, folders["tmp"] / "out" / name)
         assert title in browser_page.locator("#curves h3").all_text_contents()
