@@ -243,6 +243,23 @@ def test_a_message_that_spells_special_tokens_forges_no_turn_and_no_end(tmp_path
             assert forged in ours.decode(ids)
 
 
+def test_a_message_is_missed_though_the_template_has_written_another_of_its_shape(tmp_path):
+    """Like DeepSeek's, this template writes the last system turn alone, and cuts the thought out of an answer."""
+    template = (
+        "{%- set ns = namespace(said='') -%}{%- for m in messages if m.role == 'system' -%}"
+        "{%- set ns.said = m.content -%}{%- endfor -%}{{- ns.said -}}{%- for m in messages if m.role != 'system' -%}{{- '<|user|>' + "
+        "m.content.split('</think>')[-1] | upper + eos_token -}}{%- endfor -%}"
+    )
+    _, ours = both_sides(tmp_path / "hf", template)
+    systems = [{"role": "system", "content": text} for text in ("Be brief.", "Be kind.")]
+    encode_prompt(ours, [systems[0], user("12?")])
+    with pytest.raises(InputError, match="leaves out the content of message 1 .system."):
+        encode_prompt(ours, [*systems, user("12?")])
+    encode_answer(ours, ours._special_tokens[EOS], [user("12?")], assistant("yes"))
+    with pytest.raises(InputError, match="leaves out the content of message 2 .assistant."):
+        encode_answer(ours, ours._special_tokens[EOS], [user("12?")], assistant(THOUGHTFUL))
+
+
 def test_a_special_token_that_a_template_writes_as_json_with_escapes_is_refused(tmp_path):
     template = TEMPLATES["chatml"].replace("m.content", "m.content | tojson(ensure_ascii=True)")
     _, ours = both_sides(tmp_path / "hf", template)
