@@ -247,7 +247,8 @@ def test_a_message_is_missed_though_the_template_has_written_another_of_its_shap
     """Like DeepSeek's, this template writes the last system turn alone, and cuts the thought out of an answer."""
     template = (
         "{%- set ns = namespace(said='') -%}{%- for m in messages if m.role == 'system' -%}"
-        "{%- set ns.said = m.content -%}{%- endfor -%}{{- ns.said -}}{%- for m in messages if m.role != 'system' -%}{{- '<|user|>' + "
+        "{%- set ns.said = m.content -%}{%- endfor -%}{{- ns.said -}}"
+        "{%- for m in messages if m.role != 'system' -%}{{- '<|user|>' + "
         "m.content.split('</think>')[-1] | upper + eos_token -}}{%- endfor -%}"
     )
     _, ours = both_sides(tmp_path / "hf", template)
