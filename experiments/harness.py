@@ -12,8 +12,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+from torch import Tensor
+
+import ppo
+from common import cli, judges, measure, nets
 from common.about import git
+from data import Prompt
 from data.files import replacing
+from model import GPT
+from tools import evaluate
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = Path("out/experiments")
@@ -85,6 +93,59 @@ def start(seed: int) -> Path:
     return folder
 
 
+def start_answers(
+    folder: Path, rewards: list[str], n_prompts: int, n: int, seed: int, *options: object
+) -> dict[str, Tensor]:
+    """The start's answers, `n` to each of the first held-out prompts, drawn once and kept in `folder`.
+
+    (n_prompts, n) each: "judge", and by the name of each reward model its final score.
+    """
+    kept = folder / f"start-{n_prompts}x{n}-{'-'.join(rewards)}.pt"
+    if kept.exists():
+        return torch.load(kept)
+    print(f"{folder}: {n} answers of the start to each of {n_prompts} prompts", flush=True)
+    words = ["--init", folder / "out" / "sft", "--reward", folder / "out" / rewards[0], "--seed", seed]
+    words += ["--eval_prompts", n_prompts, "--judge", JUDGE, "--device", "cpu", *options]
+    cfg = cli.parse(ppo.Config, [str(word) for word in words])
+    device, autocast = cli.setup(cfg)
+    start, *nets_and_score, encoding = ppo.build(cfg, device, autocast)
+    _, held_out = ppo.load_prompts(cfg, start, encoding)
+    others = {name: nets.load_scalar(folder / "out" / name)[0] for name in rewards}
+    scores = {name: ppo.scorer(net.eval(), encoding, start.config.eos, cfg) for name, net in others.items()}
+    found: dict[str, list[float]] = {name: [] for name in rewards}
+
+    def answer(policy: GPT, prompts: list[Prompt], rng: torch.Generator) -> dict[str, Tensor]:
+        batch = ppo.answer(cfg, autocast, tuple(nets_and_score), policy, prompts, rng)
+        for name, score in scores.items():
+            found[name] += ppo.final_scores(batch | {"score": score(batch)}, cfg).tolist()
+        return batch
+
+    prompts = [prompt for prompt in held_out for _ in range(n)]
+    measured = measure.held_out(answer, encoding, judges.load_functions(cfg.judge), start, prompts, "best of", seed)
+    columns = found | {"judge": measured[cfg.judge]}
+    columns = {name: torch.tensor(column, dtype=torch.float64).view(-1, n) for name, column in columns.items()}
+    torch.save(columns, kept)
+    return columns
+
+
+def best_of(score: Tensor, judge: Tensor, n: int) -> tuple[float, float, float]:
+    """KL (at most), judge and score of the best of n answers by the score, from (P, N) of each."""
+    found = [evaluate.expected_at_best(score, x, n).mean().item() for x in (judge, score)]
+    return math.log(n) - (n - 1) / n, *found
+
+
+def tilted(score: Tensor, judge: Tensor, beta: float) -> tuple[float, float, float, float]:
+    """KL, judge and score of π* ∝ π₀ exp(score / β), from π₀'s answers (P, N), and how many of the N count.
+
+    Each answer weighs exp(score / β); the last number is the mean of 1 / Σ w² over the prompts. Where it is small, the
+    answers that π* would give have hardly been drawn, and its KL is underestimated (it cannot exceed log N).
+    """
+    weight = (score / beta).softmax(1)
+    kl = (weight * (weight * score.shape[1]).log()).nansum(1).mean()
+    judged, scored = ((weight * x).sum(1).mean() for x in (judge, score))
+    return kl.item(), judged.item(), scored.item(), (1 / weight.square().sum(1)).mean().item()
+
+
 # --- reading what was printed -----------------------------------------------------------------------------------------
 
 CELL = r"-?\d+\.\d+ (?:± \S+|\[\S+ \S+\]|\(n \d+\))"  # what `measure.cell` writes
@@ -127,15 +188,6 @@ def best_of_n(text: str) -> list[BestOfN]:
 def number(cell: str) -> float:
     """The mean in a cell."""
     return float(cell.split()[0])
-
-
-def course(lines: list[dict]) -> list[str]:
-    """How a run of PPO went: its highest and last KL, lowest and first judge, range of ratios, highest approxkl."""
-    column = lambda name: [line[name] for line in lines]  # noqa: E731
-    kl, judge, ratio = (column(name) for name in ("objective/kl", "objective/judge", "policy/ratio"))
-    approxkl = max(column("policy/approxkl"))
-    ratios = f"{min(ratio):.3f}–{max(ratio):.3f}"
-    return [f"{max(kl):.1f}", f"{kl[-1]:.1f}", f"{min(judge):.2f}", f"{judge[0]:.2f}", ratios, f"{approxkl:.3f}"]
 
 
 # --- showing ----------------------------------------------------------------------------------------------------------

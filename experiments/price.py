@@ -1,72 +1,121 @@
-"""The price of KL: PPO with five values of β, and the best of n answers of the start, every seed.
+"""The price of KL: PPO at five values of β, best of n, and the best policy that there is, every seed.
 
-    OMP_NUM_THREADS=1 python -m experiments.price       seeds 1 to 3, from the first two stages of `experiments.kl`
+    OMP_NUM_THREADS=1 python -m experiments.price      seeds 30 to 34, after experiments.kl; 50 minutes per seed
 
-PPO runs with β = 0.01, 0.03, 0.1, 0.3 and 1, and is measured on 512 held-out prompts. Best of n takes the answer with
-the highest final score among n, to the first 128 of these prompts; n goes from 1 to 256, and its numbers are means
-over all choices of n among 256 answers. Its KL is at most log n − (n − 1) / n, which is what is shown. It prints two
-tables and draws experiments/price.svg.
+PPO runs for 64 and for 160 iterations at each β, and is measured on 512 held-out prompts. The start gives 256 answers
+to each of the first 64 of these prompts. From them come the best of n by the score, in the mean over all choices of n
+among the 256, and the best policy π* ∝ π₀ exp(score / β): its answers are π₀'s, weighted. No policy has a higher score
+at the same KL. It prints the tables, writes experiments/results/price.json and draws experiments/price.svg.
 """
 
 import argparse
+import json
+import math
 from pathlib import Path
 
-from experiments.harness import EVAL, JUDGE, KL, best_of_n, closing_table, markdown, number, pyplot, save, stage, start
+import numpy
 
-COEFFICIENTS = (0.01, 0.03, 0.1, 0.3, 1.0)
-SIZES = "1,2,4,8,16,32,64,128,256"
+from common.measure import KL
+from experiments.harness import (
+    JUDGE,
+    best_of,
+    markdown,
+    pyplot,
+    save,
+    stage,
+    start,
+    start_answers,
+    t_interval,
+    tilted,
+    write_results,
+)
+
+BETAS = (0.01, 0.05, 0.15, 0.5)
+LENGTHS = (64, 160)  # iterations
+SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+PROMPTS, ANSWERS = 64, 256
+TILTS = (10, 3, 2, 1.5, 1, 0.8, 0.6, 0.5, 0.4, 0.35, 0.3, 0.25, 0.2, 0.15, 0.1)  # β of π*
+NAMES = {(0.05, 64): "ppo", (0.05, 160): "good-0.05"}  # the default run, and one of experiments.kl
 Point = tuple[float, float, float]  # KL, judge, score
 
 
-def run(seed: int) -> tuple[list[dict[str, str]], str]:
-    """The last column of each β's closing table, and what best of n printed."""
-    folder, ends = start(seed), []
-    for kl_coef in COEFFICIENTS:
-        options = ["--seed", seed, "--kl_coef", kl_coef, "--out", f"out/beta-{kl_coef:g}"]
-        table = closing_table(stage(folder, f"beta-{kl_coef:g}", "ppo.py", *options))
-        ends.append({name: after for name, (_, after) in table.items()})
-    options = [f"out/beta-{COEFFICIENTS[0]:g}", "--judge", JUDGE, "--eval_prompts", 128, "--best_of", SIZES]
-    return ends, stage(folder, "best-of-n", EVAL, *options)
+def run(seed: int) -> dict[str, dict]:
+    """For each method: what was asked for, β or n → where it ends."""
+    folder, found = start(seed), {}
+    for iterations in LENGTHS:
+        ends = {}
+        for beta in BETAS:
+            name = NAMES.get((beta, iterations), f"beta-{beta:g}-{iterations}")
+            options = ["--reward", "out/reward", "--kl_coef", beta, "--iterations", iterations, "--out", f"out/{name}"]
+            stage(folder, name, "ppo.py", "--seed", seed, *(options if name != "ppo" else []))
+            ends[beta] = point(json.loads((folder / "out" / name / "report.json").read_text())["table"])
+        found[f"PPO, {iterations} iterations"] = ends
+    answers = start_answers(folder, ["reward"], PROMPTS, ANSWERS, seed)
+    score, judge = answers["reward"], answers["judge"]
+    found["best of n"] = {n: best_of(score, judge, n) for n in SIZES}
+    found["π*"] = {beta: tilted(score, judge, beta) for beta in TILTS}
+    return found
 
 
-def draw(ppo: dict[int, list[Point]], best: dict[int, list[Point]], target: Path) -> None:
-    figure, axes = pyplot().subplots(1, 2, figsize=(8, 3.2), layout="constrained")
-    for axis, which, title in zip(axes, (1, 2), ("judge (never trained on)", "score of the reward model")):
-        for i, seed in enumerate(ppo):
-            for who, points, line in (("PPO", ppo[seed], "o-"), ("best of n", best[seed], "x--")):
-                x, y = [point[0] for point in points], [point[which] for point in points]
-                axis.plot(x, y, line, color=f"C{i}", markersize=4, linewidth=1, label=f"{who}, seed {seed}")
-        axis.set(xlabel="KL to the start (nats; of best of n: at most)", title=title)
+def point(table: dict[str, dict]) -> Point:
+    return tuple(table[name]["after"][0] for name in (KL, JUDGE, "score"))
+
+
+def at_kl(kl: float, curve: list[Point], column: int) -> float:
+    """The curve's judge (1) or score (2) at a KL, between the two points around it; nan outside the curve."""
+    x, y = [each[0] for each in curve], [each[column] for each in curve]
+    return float(numpy.interp(kl, x, y, left=math.nan, right=math.nan))
+
+
+def rows(found: dict[int, dict[str, dict]]) -> list[list[str]]:
+    """For PPO at each β: means over the seeds with intervals, and what the others have at the same KL."""
+    table = []
+    for iterations in LENGTHS:
+        for beta in BETAS:
+            ends = {seed: each[f"PPO, {iterations} iterations"][beta] for seed, each in found.items()}
+            cells = [t_interval([end[column] for end in ends.values()]) for column in (0, 1, 2)]
+            for method, column in (("best of n", 1), ("π*", 1), ("best of n", 2), ("π*", 2)):
+                curves = {seed: list(each[method].values()) for seed, each in found.items()}
+                apart = [end[column] - at_kl(end[0], curves[seed], column) for seed, end in ends.items()]
+                inside = [x for x in apart if not math.isnan(x)]
+                cells.append(t_interval(inside) if inside else "further than any")
+            table.append([iterations, beta, *cells])
+    return table
+
+
+def draw(found: dict[int, dict[str, dict]], target: Path) -> None:
+    figure, axes = pyplot().subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    styles = {"π*": ("0.5", "-"), "best of n": ("C1", "x--")}
+    styles |= {f"PPO, {iterations} iterations": (f"C{i * 2}", "o-") for i, iterations in enumerate(LENGTHS)}
+    for axis, column, title in zip(axes, (2, 1), ("score of the reward model", "judge (never trained on)")):
+        for method, (colour, style) in styles.items():
+            for i, each in enumerate(found.values()):
+                points = sorted((end[0], end[column]) for end in each[method].values())
+                label = "" if i else method
+                axis.plot(*zip(*points), style, color=colour, alpha=0.7, markersize=4, linewidth=1, label=label)
+        axis.set(xlabel="KL to the start (nats; of best of n: at most)", ylabel=title.split(" (")[0], title=title)
         axis.grid(alpha=0.25)
-    axes[0].legend(frameon=False, fontsize=7)
+    axes[1].legend(frameon=False, loc="lower right")
     save(figure, target)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--seeds", default="1,2,3", help="comma-separated")
+    parser.add_argument("--seeds", default="30,31,32,33,34", help="comma-separated")
     parser.add_argument("--figure", type=Path, default=Path(__file__).with_name("price.svg"))
     options = parser.parse_args()
-    seeds = [int(seed) for seed in options.seeds.split(",")]
-    found = {seed: run(seed) for seed in seeds}
-    rows = []
-    for i, kl_coef in enumerate(COEFFICIENTS):
-        each = [found[seed][0][i] for seed in seeds]
-        rows.append([kl_coef, *(", ".join(end[name] for end in each) for name in (KL, JUDGE, "score"))])
-    print(markdown(["β", "KL", "judge", "score"], rows), end="\n\n")
-    tables = {seed: best_of_n(found[seed][1]) for seed in seeds}
-    rows = []
-    for each in zip(*tables.values()):
-        judges = ", ".join(f"{row.judge:.3f} ± {row.judge_error:.3f}" for row in each)
-        scores = ", ".join(f"{row.score:.3f} ± {row.score_error:.3f}" for row in each)
-        rows.append([each[0].n, f"{each[0].kl:.2f}", judges, scores])
-    print(markdown(["n", "KL at most", "judge", "score"], rows), end="\n\n")
-    ppo = {
-        seed: [tuple(number(end[name]) for name in (KL, JUDGE, "score")) for end in found[seed][0]] for seed in seeds
-    }
-    draw(
-        ppo, {seed: [(row.kl, row.judge, row.score) for row in table] for seed, table in tables.items()}, options.figure
-    )
+    found = {seed: run(seed) for seed in map(int, options.seeds.split(","))}
+    write_results("price", found)
+    header = ["iterations", "β", "KL (nats)", "judge", "score", "judge less best of n's", "judge less π*'s"]
+    print(markdown([*header, "score less best of n's", "score less π*'s"], rows(found)), end="\n\n")
+    for method in ("best of n", "π*"):
+        lines = []
+        for asked in found[min(found)][method]:
+            points = [each[method][asked] for each in found.values()]
+            lines.append([asked, *(t_interval(list(column)) for column in zip(*points))])
+        header = [{"best of n": "n", "π*": "β"}[method], "KL (nats)", "judge", "score", "answers that count"]
+        print(markdown(header[: len(lines[0])], lines), end="\n\n")
+    draw(found, options.figure)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """One run of TRL's PPO on the tales, for race.py: metrics.jsonl, a line an iteration, and the policy in --out.
 
-TRL 1.12 is the last release that has PPOTrainer. It gets ppo.py's settings, but: it has one rate for both nets, which
-falls linearly from the first iteration on; it has no iterations for the value net alone; it keeps its own Adam (ε 1e-8,
-β₂ 0.999); it takes 1 from the score of an answer without EOS; it does not clip gradients.
+TRL 1.12 is the last release that has PPOTrainer. It gets ppo.py's settings: the Adam, the clipping of gradients, the
+warm-up and the value net's own rate are handed to it, for its options do not offer them. Two things stay its own: it
+takes 1 from the score of an answer without EOS, and it draws other random numbers.
 """
 
 import argparse
@@ -10,6 +10,7 @@ import json
 import time
 from pathlib import Path
 
+import torch
 from datasets import Dataset
 from transformers import (
     AutoModelForCausalLM,
@@ -20,7 +21,17 @@ from transformers import (
 )
 from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
+import ppo
 from data import tales
+
+
+class ClippedAdamW(torch.optim.AdamW):
+    """AdamW that clips the gradients of each net first, as ppo.py does. A group is a net."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            torch.nn.utils.clip_grad_norm_(group["params"], ppo.Config.max_grad_norm)
+        return super().step(closure)
 
 
 def main() -> None:
@@ -75,6 +86,13 @@ def main() -> None:
             metrics.flush()
 
     batch_generation, ppo_trainer.batch_generation = ppo_trainer.batch_generation, generate
+    cfg = ppo.Config(
+        lr=options.lr, value_lr=2.5 * options.lr, iterations=options.iterations
+    )  # the ratio of ppo.py's own
+    groups = [{"params": [*policy.parameters()], "lr": cfg.lr}, {"params": [*value.parameters()], "lr": cfg.value_lr}]
+    optimizer = ClippedAdamW(groups, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0)
+    factors = [lambda step: ppo.rates(step, cfg)[0] / cfg.lr, lambda step: ppo.rates(step, cfg)[1] / cfg.value_lr]
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
     args = PPOConfig(
         output_dir=str(options.out), per_device_train_batch_size=64, gradient_accumulation_steps=1,
         num_mini_batches=2, num_ppo_epochs=1, total_episodes=options.iterations * 64, learning_rate=options.lr,
@@ -86,6 +104,7 @@ def main() -> None:
     PPOTrainer(
         args=args, processing_class=tokenizer, model=policy, ref_model=ref, reward_model=reward, value_model=value,
         train_dataset=rows, eval_dataset=rows.select(range(64)), callbacks=[Record()],
+        optimizers=(optimizer, scheduler),
     ).train()  # fmt: skip
     policy.resize_token_embeddings(n_tokens)
     policy.save_pretrained(options.out)

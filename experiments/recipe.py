@@ -1,47 +1,49 @@
-"""What each part of PPO's recipe is for: the default run, and the same run with one part taken out, every seed.
+"""What each part of PPO's recipe is for: the default run, and the same run with one part changed, every seed.
 
-    python -m experiments.recipe                  seeds 1 to 5, from the first two stages of `python -m experiments.kl`
-    python -m experiments.recipe --seeds 6,7      other seeds
+    OMP_NUM_THREADS=1 python -m experiments.recipe                  seeds 30 to 39, after kl; half an hour each
+    OMP_NUM_THREADS=1 python -m experiments.recipe --seeds 30,31    some of them
 
-It prints a table and draws experiments/recipe.svg. Variants of one seed share everything before PPO, so the difference
-to the default is taken seed by seed. What has run is kept in out/experiments/kl; a stopped run goes on.
+Variants of one seed share everything before PPO, so each is compared with the default run seed by seed. The placebo is
+the default run with another seed of PPO: what chance alone changes. Intervals are Student's t, of 95%. The p-values are
+of a sign-flip test, corrected for the ten variants by Holm's method. It prints the tables, writes
+experiments/results/recipe.json and draws experiments/recipe.svg. A stopped run goes on.
 """
 
 import argparse
-import re
-import statistics
+import itertools
+import json
 from pathlib import Path
 
 from common import nets
+from common.measure import KL
 from common.runs import read_metrics
 from experiments.harness import (
     FOLDER,
     JUDGE,
-    KL,
     ROOT,
-    closing_table,
-    course,
     markdown,
-    number,
     pyplot,
     save,
     stage,
     start,
+    t_interval,
+    write_results,
 )
 
 FRESH = "value = ScalarModel(GPT(policy.config)).to(device)"
-WITHOUT = {  # what is taken out → its run folder, its options, and what is changed in ppo.py
-    "nothing": ("ppo", [], {}),
-    "KL term (--kl_coef 0)": ("no-kl", ["--kl_coef", 0], {}),
-    "clip of the ratio (--cliprange 1e9)": ("no-clip", ["--cliprange", 1e9], {}),
-    "whitening": ("no-whitening", [], {"whiten(advantages, mask)": "advantages"}),
-    "clip of the value (--cliprange_value 1e9)": ("no-value-clip", ["--cliprange_value", 1e9], {}),
-    "unit scores (the reward model's as they came)": ("raw-scores", ["--reward", "out/raw-reward"], {}),
-    "value net from the reward model (new weights)": ("new-value", [], {"value = copy.deepcopy(reward)": FRESH}),
-    "value net first (--value_warmup 0)": ("no-value-warmup", ["--value_warmup", 0], {}),
-    "single epoch (--epochs 2)": ("two-epochs", ["--epochs", 2], {}),
-    "cap without EOS (--unended_cap inf)": ("no-cap", ["--unended_cap", "inf"], {}),
-    "Adam's ε of 1e-5 (1e-8)": ("small-eps", [], {"eps=1e-5": "eps=1e-8"}),
+VARIANTS = {  # what changes → its run folder, its options, and what is changed in ppo.py
+    "default": ("ppo", [], {}),
+    "placebo: other seed of PPO": ("placebo", [], {}),
+    "β: 0.05 → 0": ("no-kl", ["--kl_coef", 0], {}),
+    "clip of the ratio: 0.2 → none": ("no-clip", ["--cliprange", 1e9], {}),
+    "whitening of advantages → none": ("no-whitening", [], {"whiten(advantages, mask)": "advantages"}),
+    "clip of the value: 0.2 → none": ("no-value-clip", ["--cliprange_value", 1e9], {}),
+    "scores: mean 0, variance 1 → as they came": ("raw-scores", ["--reward", "out/raw-reward"], {}),
+    "value net: the reward model's weights → new ones": ("new-value", [], {"value = copy.deepcopy(reward)": FRESH}),
+    "iterations of the value net alone: 2 → 0": ("no-value-warmup", ["--value_warmup", 0], {}),
+    "epochs: 1 → 2": ("two-epochs", ["--epochs", 2], {}),
+    "score without EOS: at most -1 → as it came": ("no-cap", ["--unended_cap", "inf"], {}),
+    "Adam's ε: 1e-5 → 1e-8": ("small-eps", [], {"eps=1e-5": "eps=1e-8"}),
 }
 
 
@@ -56,9 +58,9 @@ def raw_reward(folder: Path) -> None:
         nets.save_model(net, encoding, target)
 
 
-def run(what: str, seed: int) -> tuple[Path, str]:
-    """The run folder of a variant, and what it printed."""
-    name, options, changes = WITHOUT[what]
+def run(what: str, seed: int) -> dict[str, float]:
+    """Judge, KL and score at the end of a variant, and its highest KL of an iteration; empty if it diverged."""
+    name, options, changes = VARIANTS[what]
     folder, script = start(seed), Path("ppo.py")
     if name == "raw-scores":
         raw_reward(folder)
@@ -66,17 +68,31 @@ def run(what: str, seed: int) -> tuple[Path, str]:
         script = (FOLDER / "recipe" / name / "ppo.py").resolve()
         script.parent.mkdir(parents=True, exist_ok=True)
         script.write_text(changed((ROOT / "ppo.py").read_text(), changes))
+    options = ["--seed", seed + 100] if name == "placebo" else ["--seed", seed, *options]
     out = [] if name == "ppo" else ["--out", f"out/{name}"]
-    return folder / "out" / name, stage(folder, name, script, "--seed", seed, *options, *out, may_diverge=True)
+    stage(folder, name, script, *options, *out, may_diverge=True)
+    report = folder / "out" / name / "report.json"
+    if not report.exists():
+        return {}
+    table = json.loads(report.read_text())["table"]
+    highest = max(line["objective/kl"] for line in read_metrics(folder / "out" / name))
+    ends = {column: table[row]["after"][0] for column, row in (("judge", JUDGE), ("kl", KL), ("score", "score"))}
+    return ends | {"highest kl": highest}
 
 
-def numbers(printed: str, lines: list[dict]) -> list[str] | None:
-    """Judge and KL at the end, the highest KL and the lowest judge of an iteration. None for a run that failed."""
-    table = closing_table(printed)
-    if not table:
-        return None
-    highest, _, lowest, *_ = course(lines)
-    return [table[JUDGE][1].split()[0], table[KL][1].split()[0], highest, lowest]
+def sign_flip_test(differences: list[float]) -> float:
+    """The p-value of paired differences, were each as likely to have the other sign (Fisher 1935), all 2ⁿ listed."""
+    flipped = [abs(sum(signs)) for signs in itertools.product(*([x, -x] for x in differences))]
+    return sum(each >= abs(sum(differences)) - 1e-12 for each in flipped) / len(flipped)
+
+
+def holm(p_values: list[float]) -> list[float]:
+    """The p-values, corrected for their number (Holm 1979)."""
+    corrected, highest = [0.0] * len(p_values), 0.0
+    for rank, i in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[i]))
+        corrected[i] = highest
+    return corrected
 
 
 def changed(source: str, changes: dict[str, str]) -> str:
@@ -87,56 +103,67 @@ def changed(source: str, changes: dict[str, str]) -> str:
     return source
 
 
-def draw(folders: dict[str, list[Path]], target: Path) -> None:
-    """For each variant the judge over the iterations, and below it the KL; a line a seed."""
-    n, columns = len(folders), 6
-    bands = -(-n // columns)
-    figure, axes = pyplot().subplots(2 * bands, columns, figsize=(12, 3 * bands), layout="constrained", sharex=True)
-    for i, (what, runs) in enumerate(folders.items()):
-        band, column = divmod(i, columns)
-        judge, kl = axes[2 * band][column], axes[2 * band + 1][column]
-        for folder in runs:
-            lines = read_metrics(folder)
-            steps = [line["step"] + 1 for line in lines]
-            judge.plot(steps, [line["objective/judge"] for line in lines], linewidth=0.9)
-            kl.plot(steps, [line["objective/kl"] for line in lines], linewidth=0.9)
-        judge.set(ylim=(0, 1))
-        judge.set_title(re.sub(r" \(.*", "", what), fontsize=7)
-        for axis in (judge, kl):
-            axis.grid(alpha=0.25)
-            axis.tick_params(labelsize=6)
-    for empty in range(n, bands * columns):
-        band, column = divmod(empty, columns)
-        axes[2 * band][column].axis("off")
-        axes[2 * band + 1][column].axis("off")
-    for band in range(bands):
-        axes[2 * band][0].set_ylabel("judge", fontsize=7)
-        axes[2 * band + 1][0].set_ylabel("KL (nats)", fontsize=7)
+def draw(found: dict[str, dict[int, dict]], target: Path) -> None:
+    """A row for each variant: the change in judge and in KL of every seed, and their mean."""
+    figure, axes = pyplot().subplots(1, 2, figsize=(9, 4), layout="constrained", sharey=True)
+    names = [what for what in found if what != "default"]
+    for axis, column, title in ((axes[0], 0, "change in judge"), (axes[1], 1, "change in KL (nats)")):
+        for place, what in enumerate(names):
+            apart = differences(found[what], found["default"])[column]
+            colour = "0.5" if what.startswith("placebo") else "C0"
+            axis.plot(apart, [-place] * len(apart), "o", color=colour, alpha=0.5, markersize=4)
+            axis.plot(sum(apart) / len(apart), -place, "|", color="black", markersize=14)
+        axis.axvline(0, color="black", linewidth=0.8)
+        axis.set(title=title, xlabel="variant less default; a point per seed, a bar for the mean")
+        axis.set_yticks([-place for place in range(len(names))], names)
+        axis.grid(alpha=0.25)
+    axes[1].set_xscale("symlog", linthresh=1)
+    axes[0].set_xscale("symlog", linthresh=0.02)
     save(figure, target)
+
+
+def rows(found: dict[str, dict[int, dict]]) -> list[list[str]]:
+    """For each variant: the change in judge and in KL over the seeds, and the judge's p-value; then the means."""
+    default = found["default"]
+    apart = {what: differences(runs, default) for what, runs in found.items() if what != "default"}
+    tested = [what for what in apart if not what.startswith("placebo")]
+    p_values = dict(zip(tested, holm([sign_flip_test(apart[what][0]) for what in tested])))
+    table = []
+    for what, runs in found.items():
+        ended = [run for run in runs.values() if run]
+        cells = [f"{len(ended)} of {len(runs)}", "", "", ""]
+        if what in apart:
+            judges, kls = apart[what]
+            p_value = f"{p_values[what]:.3f}" if what in p_values else ""
+            cells[1:] = [t_interval(judges, 3), p_value, t_interval(kls)]
+        means = [t_interval([run[column] for run in ended]) for column in ("judge", "kl", "highest kl")]
+        table.append([what, *cells, *means])
+    return table
+
+
+def differences(runs: dict[int, dict], default: dict[int, dict]) -> tuple[list[float], list[float]]:
+    """By seed: how judge and KL differ from the default's, where both runs ended."""
+    pairs = [(runs[seed], default[seed]) for seed in runs if runs[seed] and default[seed]]
+    return tuple([run[column] - other[column] for run, other in pairs] for column in ("judge", "kl"))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--seeds", default="1,2,3,4,5", help="comma-separated")
+    parser.add_argument("--seeds", default=",".join(map(str, range(30, 40))), help="comma-separated")
     parser.add_argument("--figure", type=Path, default=Path(__file__).with_name("recipe.svg"))
     options = parser.parse_args()
-    found, folders = {what: [] for what in WITHOUT}, {what: [] for what in WITHOUT}
-    for seed in map(int, options.seeds.split(",")):
-        for what in WITHOUT:
-            folder, printed = run(what, seed)
-            folders[what].append(folder)
-            found[what].append(numbers(printed, read_metrics(folder)))
-    rows = []
-    for what, runs in found.items():
-        pairs = [(mine[0], default[0]) for mine, default in zip(runs, found["nothing"]) if mine and default]
-        change = [number(mine) - number(default) for mine, default in pairs]
-        error = f" ± {statistics.stdev(change) / len(change) ** 0.5:.3f}" if len(change) > 1 else ""
-        mean = f"{statistics.mean(change):+.3f}{error}" if change and what != "nothing" else ""
-        columns = zip(*(each or ["failed"] * 4 for each in runs))
-        rows.append([what, mean, *map(", ".join, columns)])
-    header = ["taken out", "judge less the default's", "judge", "KL", "highest KL of an iteration"]
-    print(markdown([*header, "lowest judge of one"], rows))
-    draw(folders, options.figure)
+    seeds = [int(seed) for seed in options.seeds.split(",")]
+    found = {what: {} for what in VARIANTS}
+    for seed in seeds:
+        for what in VARIANTS:
+            found[what][seed] = run(what, seed)
+    write_results("recipe", found)
+    header = ["what changes", "ended", "change in judge", "p", "change in KL", "judge", "KL (nats)"]
+    print(markdown([*header, "highest KL of an iteration"], rows(found)), end="\n\n")
+    cells = lambda run: f"{run['judge']:.3f} at {run['kl']:.1f}" if run else "diverged"  # noqa: E731
+    lines = [[what, *map(cells, runs.values())] for what, runs in found.items()]
+    print(markdown(["judge at KL", *(f"seed {seed}" for seed in seeds)], lines))
+    draw(found, options.figure)
 
 
 if __name__ == "__main__":

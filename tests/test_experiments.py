@@ -4,10 +4,12 @@ import ast
 import json
 import math
 import os
+import shutil
 import time
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 import ppo
 import reward
@@ -51,9 +53,9 @@ def length(prompt: str, response: str) -> float:
     return len(response) / 10
 
 
-@pytest.mark.parametrize("what", recipe.WITHOUT)
-def test_what_is_taken_out_of_ppo_is_in_it(what):
-    _, options, changes = recipe.WITHOUT[what]
+@pytest.mark.parametrize("what", recipe.VARIANTS)
+def test_what_a_variant_changes_of_ppo_is_in_it(what):
+    _, options, changes = recipe.VARIANTS[what]
     source = (ROOT / "ppo.py").read_text()
     assert (recipe.changed(source, changes) != source) == bool(changes)
     ast.parse(recipe.changed(source, changes))
@@ -75,9 +77,48 @@ def test_a_stage_has_the_options_that_it_is_given(stage, options):
 
 def test_the_goal_is_reached_where_the_mean_of_five_iterations_is_high_enough():
     judges = [1.0, 0.0, 0.9, 0.94, 0.96, 0.97, 0.98, 1.0]
-    lines = [{"objective/judge": judge, "seconds": 10.0 * i} for i, judge in enumerate(judges)]
-    assert race.to_goal(lines) == 60  # 0.9, 0.94, 0.96, 0.97, 0.98 have the mean 0.95
+    lines = [{"objective/judge": judge} for judge in judges]
+    assert race.to_goal(lines) == 7  # 0.9, 0.94, 0.96, 0.97, 0.98 have the mean 0.95
     assert race.to_goal(lines[:6]) is None
+
+
+def test_the_interval_over_seeds_is_students():
+    assert harness.t_interval([1.0, 2.0, 3.0]) == "2.00 [-0.48, 4.48]"  # 2 ± 4.303 / √3
+
+
+def test_holms_correction_multiplies_the_smallest_p_value_by_all_and_never_falls():
+    assert recipe.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])  # 3 × 0.01, 2 × 0.03, not 1 × 0.04
+    assert recipe.holm([0.6, 0.9]) == [1.0, 1.0]
+
+
+def test_the_sign_flip_test_counts_the_signs_that_are_as_far_from_zero():
+    assert recipe.sign_flip_test([1.0, 2.0, 3.0]) == 2 / 8  # all + and all −
+    assert recipe.sign_flip_test([1.0, 2.0, -3.0]) == 1.0  # the sum is 0
+
+
+def test_the_best_policy_weighs_the_starts_answers_by_their_score():
+    """Four answers, each π₀'s in a quarter of the cases: π* ∝ exp(score / β), its KL and its means by hand."""
+    score, judge = [0.0, 1.0, 2.0, 3.0], [0.1, 0.9, 0.5, 0.2]
+    weights = [math.exp(x / 2) for x in score]
+    pi = [w / sum(weights) for w in weights]
+    by_hand = (
+        sum(p * math.log(4 * p) for p in pi),
+        sum(map(math.prod, zip(pi, judge))),
+        sum(map(math.prod, zip(pi, score))),
+    )
+    found = harness.tilted(torch.tensor([score], dtype=torch.float64), torch.tensor([judge], dtype=torch.float64), 2.0)
+    assert found == pytest.approx((*by_hand, 1 / sum(p * p for p in pi)), abs=1e-9)
+
+
+def test_the_starts_answers_are_scored_by_every_reward_model_and_drawn_once(folders, tmp_path, monkeypatch):
+    for name, source in (("sft", "sft"), ("reward", "reward"), ("again", "reward")):
+        shutil.copytree(folders[source], tmp_path / "out" / name)
+    prompts = folders["tmp"] / "prompts.jsonl"
+    options = ["--data", prompts, "--response_len", 8, "--batch_size", 4, "--judge", f"{__file__}:length"]
+    found = harness.start_answers(tmp_path, ["reward", "again"], 2, 3, 0, *options)
+    assert found["judge"].shape == (2, 3) and torch.equal(found["reward"], found["again"])
+    monkeypatch.setattr(harness.ppo, "answer", None)  # a second call reads the file
+    assert torch.equal(harness.start_answers(tmp_path, ["reward", "again"], 2, 3, 0, *options)["judge"], found["judge"])
 
 
 def test_beta_has_settled_where_the_kl_stays_near_the_target_to_the_end():
