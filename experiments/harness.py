@@ -221,6 +221,11 @@ def write_results(name: str, content: dict) -> None:
         json.dump(about | {"found": content}, file, indent=1)
 
 
+def read_results(name: str) -> dict:
+    """What `write_results` kept. Seeds are text there, as all keys of JSON are."""
+    return json.loads((Path(__file__).parent / "results" / f"{name}.json").read_text())["found"]
+
+
 def interval(mean: float, error: float) -> str:
     """A mean with its 95% interval, from its standard error."""
     return f"{mean:.3f} [{mean - 1.96 * error:.3f}, {mean + 1.96 * error:.3f}]"

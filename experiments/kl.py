@@ -77,6 +77,18 @@ def differences(found: dict[int, dict[str, dict]]) -> list[list]:
     return rows
 
 
+def tables(found: dict[int, dict[str, dict]]) -> list[str]:
+    header = ["reward model of", "β", "fell", "judge before", "judge after", "KL (nats)", "score"]
+    cells = lambda end: f"{end['after']:.2f} at {end['kl']:.1f}" if "after" in end else "diverged"  # noqa: E731
+    rows = [[seed, f"{ends['good-0']['before']:.2f}", *map(cells, ends.values())] for seed, ends in found.items()]
+    arms = [f"{NAMES[reward]}, β = {beta}" for reward, beta in ARMS.values()]
+    return [
+        markdown(header, summary(found)),
+        markdown(["reward model of", "judge", "difference [95%]"], differences(found)),
+        markdown(["seed", "start", *arms], rows),
+    ]
+
+
 def draw(seeds: list[int], target: Path) -> None:
     figure, axes = pyplot().subplots(2, 3, figsize=(9, 5.4), layout="constrained", sharex=True)
     for row, reward in zip(axes, NAMES):
@@ -103,12 +115,7 @@ def main() -> None:
     options = parser.parse_args()
     found = {seed: run(seed) for seed in map(int, options.seeds.split(","))}
     write_results("kl", found)
-    header = ["reward model of", "β", "fell", "judge before", "judge after", "KL (nats)", "score"]
-    print(markdown(header, summary(found)), end="\n\n")
-    print(markdown(["reward model of", "judge", "difference [95%]"], differences(found)), end="\n\n")
-    cells = lambda end: f"{end['after']:.2f} at {end['kl']:.1f}" if "after" in end else "diverged"  # noqa: E731
-    rows = [[seed, f"{ends['good-0']['before']:.2f}", *map(cells, ends.values())] for seed, ends in found.items()]
-    print(markdown(["seed", "start", *(f"{NAMES[reward]}, β = {beta}" for reward, beta in ARMS.values())], rows))
+    print("\n\n".join(tables(found)))
     draw(list(found), options.figure)
 
 

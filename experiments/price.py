@@ -48,12 +48,12 @@ def run(seed: int) -> dict[str, dict]:
             name = NAMES.get((beta, iterations), f"beta-{beta:g}-{iterations}")
             options = ["--reward", "out/reward", "--kl_coef", beta, "--iterations", iterations, "--out", f"out/{name}"]
             stage(folder, name, "ppo.py", "--seed", seed, *(options if name != "ppo" else []))
-            ends[beta] = point(json.loads((folder / "out" / name / "report.json").read_text())["table"])
+            ends[f"{beta:g}"] = point(json.loads((folder / "out" / name / "report.json").read_text())["table"])
         found[f"PPO, {iterations} iterations"] = ends
     answers = start_answers(folder, ["reward"], PROMPTS, ANSWERS, seed)
     score, judge = answers["reward"], answers["judge"]
-    found["best of n"] = {n: best_of(score, judge, n) for n in SIZES}
-    found["π*"] = {beta: tilted(score, judge, beta) for beta in TILTS}
+    found["best of n"] = {str(n): best_of(score, judge, n) for n in SIZES}
+    found["π*"] = {str(beta): tilted(score, judge, beta) for beta in TILTS}
     return found
 
 
@@ -68,10 +68,10 @@ def at_kl(kl: float, curve: list[Point], column: int) -> float:
 
 
 def rows(found: dict[int, dict[str, dict]]) -> list[list[str]]:
-    """For PPO at each β: means over the seeds with intervals, and what the others have at the same KL."""
+    """For PPO at each β: means over the seeds with intervals, and how far it is from the others at the same KL."""
     table = []
     for iterations in LENGTHS:
-        for beta in BETAS:
+        for beta in map("{:g}".format, BETAS):
             ends = {seed: each[f"PPO, {iterations} iterations"][beta] for seed, each in found.items()}
             cells = [t_interval([end[column] for end in ends.values()]) for column in (0, 1, 2)]
             for method, column in (("best of n", 1), ("π*", 1), ("best of n", 2), ("π*", 2)):
@@ -81,6 +81,19 @@ def rows(found: dict[int, dict[str, dict]]) -> list[list[str]]:
                 cells.append(t_interval(inside) if inside else "further than any")
             table.append([iterations, beta, *cells])
     return table
+
+
+def tables(found: dict[int, dict[str, dict]]) -> list[str]:
+    header = ["iterations", "β", "KL (nats)", "judge", "score", "judge less best of n's", "judge less π*'s"]
+    shown = [markdown([*header, "score less best of n's", "score less π*'s"], rows(found))]
+    for method, asked in (("best of n", "n"), ("π*", "β")):
+        lines = []
+        for name in next(iter(found.values()))[method]:
+            points = [each[method][name] for each in found.values()]
+            lines.append([name, *(t_interval(list(column)) for column in zip(*points))])
+        header = [f"{method}: {asked}", "KL (nats)", "judge", "score", "answers that count"]
+        shown.append(markdown(header[: len(lines[0])], lines))
+    return shown
 
 
 def draw(found: dict[int, dict[str, dict]], target: Path) -> None:
@@ -106,15 +119,7 @@ def main() -> None:
     options = parser.parse_args()
     found = {seed: run(seed) for seed in map(int, options.seeds.split(","))}
     write_results("price", found)
-    header = ["iterations", "β", "KL (nats)", "judge", "score", "judge less best of n's", "judge less π*'s"]
-    print(markdown([*header, "score less best of n's", "score less π*'s"], rows(found)), end="\n\n")
-    for method in ("best of n", "π*"):
-        lines = []
-        for asked in found[min(found)][method]:
-            points = [each[method][asked] for each in found.values()]
-            lines.append([asked, *(t_interval(list(column)) for column in zip(*points))])
-        header = [{"best of n": "n", "π*": "β"}[method], "KL (nats)", "judge", "score", "answers that count"]
-        print(markdown(header[: len(lines[0])], lines), end="\n\n")
+    print("\n\n".join(tables(found)))
     draw(found, options.figure)
 
 

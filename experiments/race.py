@@ -98,6 +98,16 @@ def draw(runs: dict[str, list[list[dict]]], target: Path) -> None:
     save(figure, target)
 
 
+def table(found: dict[str, dict[int, dict]]) -> str:
+    rows, digits = [], {"judge": 3, "KL (nats)": 1, "highest KL of an iteration": 1, "seconds per iteration": 2}
+    for who, seeds in found.items():
+        columns = {name: [run[name] for run in seeds.values()] for name in next(iter(seeds.values()))}
+        reached = {name: [x for x in column if x is not None] for name, column in columns.items()}
+        cells = [t_interval(x, digits.get(name, 0)) if x else "never" for name, x in reached.items()]
+        rows.append([who, *cells, f"{len(reached['seconds to 0.95'])} of {len(seeds)}"])
+    return markdown(["who", *columns, "reached it"], rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", default="30,31,32,33,34", help="comma-separated")
@@ -112,14 +122,7 @@ def main() -> None:
             runs.setdefault(who, []).append(run[1])
             found.setdefault(who, {})[seed] = summary(*run)
     write_results(f"race{'' if options.rates == str(RATE) else '-rates'}", found)
-    rows = []
-    for who, seeds in found.items():
-        columns = {name: [run[name] for run in seeds.values()] for name in next(iter(seeds.values()))}
-        reached = {name: [x for x in column if x is not None] for name, column in columns.items()}
-        digits = {"judge": 3, "KL (nats)": 1, "highest KL of an iteration": 1, "seconds per iteration": 2}
-        cells = [t_interval(x, digits.get(name, 0)) if x else "never" for name, x in reached.items()]
-        rows.append([who, *cells, f"{len(reached['seconds to 0.95'])} of {len(seeds)}"])
-    print(markdown(["who", *columns, "reached it"], rows), end="\n\n")
+    print(table(found), end="\n\n")
     draw(runs, options.figure)
 
 

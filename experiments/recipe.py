@@ -147,22 +147,27 @@ def differences(runs: dict[int, dict], default: dict[int, dict]) -> tuple[list[f
     return tuple([run[column] - other[column] for run, other in pairs] for column in ("judge", "kl"))
 
 
+def tables(found: dict[str, dict[int, dict]]) -> list[str]:
+    header = ["what changes", "ended", "change in judge", "p", "change in KL", "judge", "KL (nats)"]
+    cells = lambda run: f"{run['judge']:.3f} at {run['kl']:.1f}" if run else "diverged"  # noqa: E731
+    lines = [[what, *map(cells, runs.values())] for what, runs in found.items()]
+    return [
+        markdown([*header, "highest KL of an iteration"], rows(found)),
+        markdown(["judge at KL", *(f"seed {seed}" for seed in found["default"])], lines),
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", default=",".join(map(str, range(30, 40))), help="comma-separated")
     parser.add_argument("--figure", type=Path, default=Path(__file__).with_name("recipe.svg"))
     options = parser.parse_args()
-    seeds = [int(seed) for seed in options.seeds.split(",")]
     found = {what: {} for what in VARIANTS}
-    for seed in seeds:
+    for seed in map(int, options.seeds.split(",")):
         for what in VARIANTS:
             found[what][seed] = run(what, seed)
     write_results("recipe", found)
-    header = ["what changes", "ended", "change in judge", "p", "change in KL", "judge", "KL (nats)"]
-    print(markdown([*header, "highest KL of an iteration"], rows(found)), end="\n\n")
-    cells = lambda run: f"{run['judge']:.3f} at {run['kl']:.1f}" if run else "diverged"  # noqa: E731
-    lines = [[what, *map(cells, runs.values())] for what, runs in found.items()]
-    print(markdown(["judge at KL", *(f"seed {seed}" for seed in seeds)], lines))
+    print("\n\n".join(tables(found)))
     draw(found, options.figure)
 
 
