@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import platform
 import re
 import shlex
@@ -22,7 +23,8 @@ def origin(cfg: Any, device: torch.device, resumed: Path | None) -> dict:
     stage, commit = type(cfg).__module__, git("rev-parse", "HEAD")
     clean = git("status", "--porcelain", "--untracked-files=no") == "" if commit else None
     found = {"stage": Path(sys.argv[0]).stem if stage == "__main__" else stage, "options": dataclasses.asdict(cfg)}
-    found |= {"command": shlex.join(sys.argv), "commit": commit, "clean": clean, "seconds": 0.0}
+    command = shlex.join(["python", os.path.relpath(sys.argv[0] or "."), *sys.argv[1:]])
+    found |= {"command": command, "commit": commit, "clean": clean, "seconds": 0.0}
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     found |= {"python": platform.python_version(), "torch": torch.__version__, "device": f"{device.type} ({name})"}
     found |= {"processes": WORLD, "threads": torch.get_num_threads()}
