@@ -19,7 +19,7 @@ from experiments.kl import ending
 STARTS, TARGET = (0.01, 0.3), 6.0
 OPTIONS = ["--kl_target", TARGET, "--iterations", 160]
 PANELS = {"objective/kl": "KL to the start (nats an answer)", "kl_coef": "β", "objective/judge": "judge (0 to 1)"}
-COLUMNS = ("highest kl", "late kl", "late β", "kl", "after")
+COLUMNS = {"highest kl": 1, "late kl": 2, "late β": 3, "kl": 2, "after": 2}  # and digits
 
 
 def run(kl_coef: float, seed: int) -> tuple[dict, list[dict]]:
@@ -47,9 +47,11 @@ def rows(found: dict[float, dict[int, dict]]) -> list[list]:
     table = []
     for kl_coef, runs in found.items():
         for seed, each in runs.items():
-            table.append([kl_coef, seed, each["settled"] or "never", *(f"{each[column]:.3g}" for column in COLUMNS)])
+            table.append(
+                [kl_coef, seed, each["settled"] or "never", *(f"{each[x]:.{digits}f}" for x, digits in COLUMNS.items())]
+            )
         count = f"{sum(each['settled'] is not None for each in runs.values())} of {len(runs)}"
-        means = [t_interval([each[column] for each in runs.values()]) for column in COLUMNS]
+        means = [t_interval([each[column] for each in runs.values()], digits) for column, digits in COLUMNS.items()]
         table.append([kl_coef, "all", count, *means])
     return table
 

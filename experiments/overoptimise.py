@@ -28,6 +28,7 @@ SETS = {  # what is equal → its reward models: run folder → prompts, steps; 
 }
 MODELS = {name: what for models in SETS.values() for name, what in models.items()}
 SIZES = [2**i for i in range(11)]
+ONE_EPOCH = "max(1, len(groups) // cfg.batch_size)"  # what reward.py says of its steps
 FITTED, PREDICTED, PROMPTS = 64, (256, 1024), 32
 PREDICTION = Path(__file__).parent / "results" / "overoptimise-prediction.json"
 
@@ -37,8 +38,7 @@ def answers(seed: int, n: int) -> dict[str, Tensor]:
     folder = harness.start(seed)
     for name, (prompts, steps) in MODELS.items():
         if name != "reward":
-            changes = {"max(1, len(groups) // cfg.batch_size)": str(steps)}  # in place of one epoch
-            script = write_changed("reward.py", changes, FOLDER / "overoptimise" / f"{steps}-steps")
+            script = write_changed("reward.py", {ONE_EPOCH: str(steps)}, FOLDER / "overoptimise" / f"{steps}-steps")
             options = ["--data", "out/reward/comparisons.jsonl", "--n_prompts", prompts, "--out", f"out/{name}"]
             harness.stage(folder, name, script, "--seed", seed, *options)
     return harness.start_answers(folder, list(MODELS), PROMPTS, n, seed + n)  # another n has other answers
