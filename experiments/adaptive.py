@@ -47,9 +47,8 @@ def rows(found: dict[float, dict[int, dict]]) -> list[list]:
     table = []
     for kl_coef, runs in found.items():
         for seed, each in runs.items():
-            table.append(
-                [kl_coef, seed, each["settled"] or "never", *(f"{each[x]:.{digits}f}" for x, digits in COLUMNS.items())]
-            )
+            cells = [f"{each[column]:.{digits}f}" for column, digits in COLUMNS.items()]
+            table.append([kl_coef, seed, each["settled"] or "never", *cells])
         count = f"{sum(each['settled'] is not None for each in runs.values())} of {len(runs)}"
         means = [t_interval([each[column] for each in runs.values()], digits) for column, digits in COLUMNS.items()]
         table.append([kl_coef, "all", count, *means])
@@ -57,7 +56,7 @@ def rows(found: dict[float, dict[int, dict]]) -> list[list]:
 
 
 def draw(metrics: dict[float, list[list[dict]]], target: Path) -> None:
-    figure, axes = pyplot().subplots(1, 3, figsize=(9, 3.2), layout="constrained")
+    figure, axes = pyplot().subplots(1, 3, figsize=(10, 3.2), layout="constrained")
     axes[1].set_yscale("log")
     axes[0].axhline(TARGET, color="black", linewidth=0.8, linestyle=":")
     for axis, (name, ylabel) in zip(axes, PANELS.items()):

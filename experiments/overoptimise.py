@@ -26,7 +26,7 @@ SETS = {  # what is equal → its reward models: run folder → prompts, steps; 
     "226 steps": {f"reward-{n}x226": (n, 226) for n in (20, 80, 320)} | {"reward": (1000, 226)},
     "1,000 prompts": {f"reward-1000x{n}": (1000, n) for n in (14, 56, 904)} | {"reward": (1000, 226)},
 }
-MODELS = {name: what for models in SETS.values() for name, what in models.items()}
+MODELS = dict(sorted((each for models in SETS.values() for each in models.items()), key=lambda each: each[1]))
 SIZES = [2**i for i in range(11)]
 ONE_EPOCH = "max(1, len(groups) // cfg.batch_size)"  # what reward.py says of its steps
 FITTED, PREDICTED, PROMPTS = 64, (256, 1024), 32
@@ -80,11 +80,11 @@ def draw(found: dict[str, dict], predictions: dict[str, dict], target: Path) -> 
     for column, (equal, models) in enumerate(SETS.items()):
         for axis, (what, ylabel) in zip(axes[:, column], names.items()):
             labels = {}
-            for i, name in enumerate(sorted(models, key=MODELS.get)):
+            for i, name in [each for each in enumerate(MODELS) if each[1] in models]:
                 middle, low, high = zip(*found[name][what])
                 axis.plot(kl, middle, color=f"C{i}")
                 axis.fill_between(kl, low, high, color=f"C{i}", alpha=0.15, linewidth=0)
-                labels[f"{MODELS[name][column]:,} {('prompts', 'steps')[column]}"] = kl[-1], middle[-1], f"C{i}"
+                labels[f"{MODELS[name][column]:,} {('prompts', 'steps')[column]}"] = kl[-1] + 0.4, middle[-1], f"C{i}"
                 for n, (at, low, high) in zip(PREDICTED, predictions[name]["fit"][2:] if what == "judge" else []):
                     axis.errorbar(best_of_kl(n) + i / 20, at, [[at - low], [high - at]], fmt="x", color=f"C{i}")
             harness.label_ends(axis, labels)
