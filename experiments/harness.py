@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -130,8 +131,12 @@ def start_answers(
 
 def best_of(score: Tensor, judge: Tensor, n: int) -> tuple[float, float, float]:
     """KL (at most), judge and score of the best of n answers by the score, from (P, N) of each."""
-    found = [evaluate.expected_at_best(score, x, n).mean().item() for x in (judge, score)]
-    return math.log(n) - (n - 1) / n, *found
+    return best_of_kl(n), *(evaluate.expected_at_best(score, x, n).mean().item() for x in (judge, score))
+
+
+def best_of_kl(n: int) -> float:
+    """KL of the best of n to the start, at most, in nats (Beirami et al. 2024, arXiv 2401.01879)."""
+    return math.log(n) - (n - 1) / n
 
 
 def tilted(score: Tensor, judge: Tensor, beta: float) -> tuple[float, float, float, float]:
@@ -144,6 +149,15 @@ def tilted(score: Tensor, judge: Tensor, beta: float) -> tuple[float, float, flo
     kl = (weight * (weight * score.shape[1]).log()).nansum(1).mean()
     judged, scored = ((weight * x).sum(1).mean() for x in (judge, score))
     return kl.item(), judged.item(), scored.item(), (1 / weight.square().sum(1)).mean().item()
+
+
+def agreement(score: Tensor, judge: Tensor) -> float:
+    """Share of a prompt's pairs of answers that the score orders as the judge, from (P, N) of each.
+
+    Pairs of equal judge are left out; those of equal score count half.
+    """
+    scored, judged = ((x[:, :, None] - x[:, None, :]).sign() for x in (score, judge))
+    return ((scored * judged)[judged != 0].mean().item() + 1) / 2
 
 
 # --- reading what was printed -----------------------------------------------------------------------------------------
@@ -211,11 +225,31 @@ def t_interval(numbers: list[float], digits: int = 2) -> str:
     return f"{mean:.{digits}f} [{mean - half:.{digits}f}, {mean + half:.{digits}f}]"
 
 
+def bootstrap(curves: numpy.ndarray, of: Callable, draws: int = 2000) -> list[list[float]]:
+    """What `of` makes of the mean curve, k numbers, each with its interval of 95%: k times [number, low, high].
+
+    `curves` (seeds, prompts, points) are of the same prompts for every seed. Seeds and prompts are drawn again; `of`
+    gets curves (…, points) and gives (…, k). With few seeds such an interval is too narrow: with five, by a third.
+    """
+    rng, (seeds, prompts, _) = numpy.random.default_rng(0), curves.shape
+    seed, prompt = rng.integers(seeds, size=(draws, seeds, 1)), rng.integers(prompts, size=(draws, 1, prompts))
+    drawn = of(curves[seed, prompt].mean((1, 2)))
+    return numpy.stack([of(curves.mean((0, 1))), *numpy.quantile(drawn, (0.025, 0.975), axis=0)], 1).tolist()
+
+
+def cell(ends: list[float], digits: int = 2) -> str:
+    """A number with its interval, as text."""
+    return "{:.{d}f} [{:.{d}f}, {:.{d}f}]".format(*ends, d=digits)
+
+
 def write_results(name: str, content: dict) -> None:
-    """Keep what an experiment found as experiments/results/NAME.json, with the code and the command that made it."""
+    """Keep what an experiment found as experiments/results/NAME.json, with the code and the command that made it.
+
+    What stands behind a hyphen in NAME tells results of one experiment apart.
+    """
     about = {
         "commit": git("rev-parse", "HEAD"),
-        "command": " ".join(["python", "-m", f"experiments.{name}", *sys.argv[1:]]),
+        "command": " ".join(["python", "-m", f"experiments.{name.split('-')[0]}", *sys.argv[1:]]),
     }
     with replacing(Path(__file__).parent / "results" / f"{name}.json") as file:
         json.dump(about | {"found": content}, file, indent=1)
@@ -251,6 +285,18 @@ def pyplot():
     from matplotlib import pyplot
 
     return pyplot
+
+
+def label_ends(axis, ends: dict[str, tuple[float, float, str]]) -> None:
+    """Write each label beside the end of its line, apart from the others: label → (x, y, colour)."""
+    axis.figure.draw_without_rendering()  # fixes the axis's size
+    free = -math.inf  # lowest height at which a label fits, in points
+    for label, (x, y, colour) in sorted(ends.items(), key=lambda item: item[1][1]):
+        height = axis.transData.transform((x, y))[1] * 72 / axis.figure.dpi
+        place = max(height, free)
+        offset = dict(xytext=(4, place - height), textcoords="offset points", annotation_clip=False)
+        axis.annotate(label, (x, y), color=colour, va="center", **offset)
+        free = place + 11
 
 
 def save(figure, target: Path) -> None:

@@ -65,9 +65,7 @@ def run(what: str, seed: int) -> dict[str, float]:
     if name == "raw-scores":
         raw_reward(folder)
     if changes:
-        script = (FOLDER / "recipe" / name / "ppo.py").resolve()
-        script.parent.mkdir(parents=True, exist_ok=True)
-        script.write_text(changed((ROOT / "ppo.py").read_text(), changes))
+        script = write_changed("ppo.py", changes, FOLDER / "recipe" / name)
     options = ["--seed", seed + 100] if name == "placebo" else ["--seed", seed, *options]
     out = [] if name == "ppo" else ["--out", f"out/{name}"]
     stage(folder, name, script, *options, *out, may_diverge=True)
@@ -98,9 +96,17 @@ def holm(p_values: list[float]) -> list[float]:
 def changed(source: str, changes: dict[str, str]) -> str:
     for old, new in changes.items():
         if old not in source:
-            raise ValueError(f"ppo.py has no {old!r}")
+            raise ValueError(f"the script has no {old!r}")
         source = source.replace(old, new)
     return source
+
+
+def write_changed(script: str, changes: dict[str, str], folder: Path) -> Path:
+    """Write a changed copy of a stage into a folder; return its whole path."""
+    target = (folder / script).resolve()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(changed((ROOT / script).read_text(), changes))
+    return target
 
 
 def draw(found: dict[str, dict[int, dict]], target: Path) -> None:

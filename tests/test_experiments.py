@@ -8,6 +8,7 @@ import shutil
 import time
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,7 +16,7 @@ import ppo
 import reward
 import sft
 from common import cli, measure, runs
-from experiments import adaptive, harness, helpful, overoptimise, race, recipe, reviews
+from experiments import adaptive, fewer, harness, helpful, overoptimise, race, recipe, reviews
 from experiments.forks import __main__ as forks
 from tests.conftest import ROOT
 from tools import evaluate
@@ -66,7 +67,7 @@ def test_what_a_variant_changes_of_ppo_is_in_it(what):
     "stage, options",
     [
         *((sft, each.SFT) for each in (helpful, reviews)),
-        *((reward, each.REWARD) for each in (helpful, reviews)),
+        *((reward, each.REWARD) for each in (fewer, helpful, reviews)),
         *((ppo, each) for each in (helpful.PPO, reviews.TASK + reviews.PPO, adaptive.OPTIONS)),
         (evaluate, reviews.BEST_OF),
     ],
@@ -130,13 +131,76 @@ def test_beta_has_settled_where_the_kl_stays_near_the_target_to_the_end():
     assert adaptive.settled(lines[10:]) == 10
 
 
-@pytest.mark.parametrize("logarithm", [False, True])
-def test_the_fit_finds_the_coefficients_that_made_a_curve(logarithm):
+def test_the_fit_finds_the_coefficients_that_made_a_curve_and_goes_on_with_it():
     alpha, beta, start = 0.4, 0.07, 0.6
-    d = [0.5, 1.0, 2.0, 3.5]
-    risen = [x * (alpha - beta * (math.log(x) if logarithm else x)) for x in d]
-    curve = [(0.0, start, 0.0)] + [(x, start + r, 0.0) for x, r in zip(d, risen)]
-    assert overoptimise.fit(curve, logarithm) == pytest.approx((alpha, beta, 0), abs=1e-9)
+    kl = {n: math.log(n) - (n - 1) / n for n in (1, 2, 4, 8, 16, 32, 64, 256, 1024)}
+    judge = {n: start + x**0.5 * (alpha - beta * x**0.5) for n, x in kl.items()}
+    known = [judge[n] for n in (1, 2, 4, 8, 16, 32, 64)]
+    expected = [alpha, beta, judge[256], judge[1024]]
+    for more in ([], [9.0]):  # what n = 128 has is not looked at
+        assert overoptimise.fit(np.array([known + more] * 2)) == pytest.approx(np.array([expected] * 2), abs=1e-9)
+
+
+def test_the_prediction_is_written_from_few_answers_and_must_be_there_before_the_many(tmp_path, monkeypatch, capsys):
+    asked, rng = [], torch.Generator().manual_seed(0)
+
+    def answers(seed: int, n: int) -> dict[str, torch.Tensor]:
+        asked.append(n)
+        return {name: torch.rand(3, n, generator=rng, dtype=torch.float64) for name in ("reward", "judge")}
+
+    for name, few in {"MODELS": {"reward": (1000, 226)}, "SIZES": [1, 2, 4, 8], "FITTED": 4, "PREDICTED": (8,)}.items():
+        monkeypatch.setattr(overoptimise, name, few)
+    (tmp_path / "results").mkdir()
+    monkeypatch.setattr(harness, "__file__", str(tmp_path / "harness.py"))
+    monkeypatch.setattr(overoptimise, "PREDICTION", tmp_path / "results" / overoptimise.PREDICTION.name)
+    monkeypatch.setattr(overoptimise, "answers", answers)
+    monkeypatch.setattr(overoptimise, "draw", lambda *_: None)
+    monkeypatch.setattr("sys.argv", ["overoptimise.py", "--seeds", "1,2"])
+    with pytest.raises(SystemExit):
+        overoptimise.main()
+    assert not asked and "write it first, with --predict" in capsys.readouterr().err
+    monkeypatch.setattr("sys.argv", ["overoptimise.py", "--seeds", "1,2", "--predict"])
+    overoptimise.main()
+    assert asked == [4, 4]
+    monkeypatch.setattr("sys.argv", ["overoptimise.py", "--seeds", "1,2"])
+    overoptimise.main()
+    assert asked == [4, 4, 8, 8]
+    written = [json.loads(path.read_text()) for path in sorted((tmp_path / "results").iterdir())]
+    guessed, measured = (each["found"]["models"]["reward"] for each in written)
+    assert written[0]["command"] == "python -m experiments.overoptimise --seeds 1,2 --predict"
+    _, low, high = guessed["fit"][2]  # the judge at n = 8
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| 1,000 | 226 | 8 |"))
+    assert row.endswith("| hit |" if low <= measured["judge"][3][0] <= high else "| miss |")
+
+
+def test_the_copy_of_reward_takes_as_many_steps_as_it_is_told(tmp_path):
+    target = recipe.write_changed("reward.py", {overoptimise.ONE_EPOCH: "14"}, tmp_path / "new")
+    (steps,) = [line for line in target.read_text().splitlines() if line.startswith("    steps = ")]
+    assert steps.split("#")[0].strip() == "steps = 14" and target.is_absolute()
+
+
+def test_the_bootstrap_draws_seeds_and_prompts_again():
+    constant = np.full((3, 4, 2), 0.7)
+    assert np.allclose(harness.bootstrap(constant, lambda curve: curve), 0.7)
+    for shape in ((2, 1, 1), (1, 2, 1)):  # two numbers drawn again: a mean of 0, 0.5 or 1, each end in a quarter
+        assert harness.bootstrap(np.array([0.0, 1.0]).reshape(shape), lambda curve: 10 * curve) == [[5, 0, 10]]
+
+
+def test_the_agreement_is_over_pairs_of_unlike_judge_and_a_tie_of_the_score_is_half():
+    judge, score = [[0.0, 1.0, 1.0, 2.0]], [[0.0, 3.0, 1.0, 1.0]]
+    # pairs of unlike judge: 01 right, 02 right, 03 right, 13 wrong, 23 a tie; 12 is left out
+    found = harness.agreement(torch.tensor(score, dtype=torch.float64), torch.tensor(judge, dtype=torch.float64))
+    assert found == pytest.approx(3.5 / 5)
+
+
+def test_labels_beside_lines_keep_apart():
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    figure, axis = pyplot.subplots(layout="constrained")
+    axis.set_ylim(0, 1)
+    harness.label_ends(axis, {"a": (1, 0.50, "C0"), "b": (1, 0.49, "C1"), "c": (1, 0.9, "C2")})
+    figure.draw_without_rendering()
+    boxes = {text.get_text(): text.get_window_extent() for text in axis.texts}
+    assert not boxes["a"].overlaps(boxes["b"]) and boxes["b"].y0 < boxes["a"].y0 < boxes["c"].y0
 
 
 def test_a_stage_runs_once_and_its_log_belongs_to_one_command(tmp_path, monkeypatch, capsys):
