@@ -215,7 +215,7 @@ def write_results(name: str, content: dict) -> None:
     """Keep what an experiment found as experiments/results/NAME.json, with the code and the command that made it."""
     about = {
         "commit": git("rev-parse", "HEAD"),
-        "command": " ".join(["python", "-m", f"experiments.{name}", *sys.argv[1:]]),
+        "command": " ".join(["python", "-m", f"experiments.{name.split('-')[0]}", *sys.argv[1:]]),
     }
     with replacing(Path(__file__).parent / "results" / f"{name}.json") as file:
         json.dump(about | {"found": content}, file, indent=1)
