@@ -16,6 +16,7 @@ import ppo
 import reward
 import sft
 from common import cli, measure, runs
+from data import InputError
 from experiments import adaptive, fewer, harness, helpful, overoptimise, race, recipe, reviews
 from experiments.forks import __main__ as forks
 from tests.conftest import ROOT
@@ -230,18 +231,106 @@ def test_the_seconds_of_a_stage_are_those_of_every_run_that_it_wrote(tmp_path):
     assert harness.run_seconds(tmp_path / "none", began - 5) == pytest.approx(5, abs=1)
 
 
-def test_a_row_of_ppo_is_of_the_beta_that_stands_beside_it(monkeypatch, tmp_path):
+def pretend(monkeypatch, tmp_path, kl=lambda words: 2.0) -> list[tuple]:
+    """Stages of the forks that run nothing: their commands. The judge of a run is a hundredth of its KL."""
     commands = []
-    monkeypatch.setattr(forks, "FOLDER", tmp_path)
-    monkeypatch.setattr(forks, "start", lambda seed: tmp_path)
-    monkeypatch.setattr(forks, "stage", lambda folder, name, *words: commands.append(words) or "took 1 s")
-    monkeypatch.setattr(
-        forks, "closing_table", lambda text: dict.fromkeys((forks.JUDGE, forks.KL, "score"), ("", "1 ±"))
-    )
-    forks.run("ppo", 0.05, 1)
-    forks.run("ppo", 0.1, 1)
-    assert commands[0] == ("ppo.py", "--seed", 1)
-    assert commands[1][1:5] == ("--seed", 1, "--kl_coef", 0.1)
+
+    def stage(folder, name, *words, may_diverge=False):
+        commands.append((name, *map(str, words)))
+        numbers = {forks.KL: kl(commands[-1]), forks.JUDGE: kl(commands[-1]) / 100, "score": 1.0}
+        return "".join(f"{row}  0.500 (n 4)  {x:.3f} (n 4)  0.100 (n 4)\n" for row, x in numbers.items()) + "took 9 s\n"
+
+    monkeypatch.setattr(harness, "FOLDER", tmp_path)
+    monkeypatch.setattr(harness, "start", lambda seed: tmp_path)
+    monkeypatch.setattr(forks, "stage", stage)
+    return commands
+
+
+def option(words: tuple, name: str) -> str:
+    return words[words.index(name) + 1] if name in words else ""
+
+
+def test_a_run_of_a_fork_has_its_own_folder_for_each_rate_and_beta_and_ppo_shares_the_default(monkeypatch, tmp_path):
+    commands = pretend(monkeypatch, tmp_path)
+    assert forks.run(1, "PPO", [], []) == {"judge": 0.02, "KL": 2.0, "score": 1.0, "seconds": 9.0}
+    forks.run(1, "PPO", [], [], 1, 0.05)
+    assert commands == [("ppo", "ppo.py", "--seed", "1")] * 2
+    forks.run(1, "PPO", [], [], 2, 0.1)
+    forks.run(1, "RLOO", ["grpo", "rloo"], [], 1, 0.05)
+    assert commands[2][1:] == ("ppo.py", "--seed", "1", "--lr", "0.0008", "--kl_coef", "0.1", *commands[2][-2:])
+    assert len({option(words, "--out") for words in commands[1:]}) == 3
+    source = (ROOT / "ppo.py").read_text()
+    with open(commands[3][1]) as file:
+        assert file.read() == forks.patched(source, "grpo", "rloo")
+
+
+def test_a_forks_beta_is_matched_by_kl_to_ppos_at_each_rate_and_the_highest_judge_comes_first(monkeypatch, tmp_path):
+    def kl(words):
+        rate = float(option(words, "--lr") or 4e-4) / 4e-4
+        return 2.0 * (0.05 / float(option(words, "--kl_coef") or 0.05)) ** 0.5 * (rate if "RLOO" in words[0] else 1)
+
+    commands = pretend(monkeypatch, tmp_path, kl)
+    half, same, twice = sorted(forks.choose("RLOO"), key=lambda each: each["rate"])
+    assert [each["beta"] for each in (half, same, twice)] == [pytest.approx(x, abs=1e-3) for x in (0.0125, 0.05, 0.2)]
+    assert [each["KL"] for each in (half, same, twice)] == pytest.approx([2, 2, 2], rel=0.02)
+    assert {option(words, "--seed") for words in commands} == {"10", "11"}
+    assert forks.matched(0.05, 2.1, 2.0) == 0.05 and forks.matched(0.05, 90.0, 2.0) == 0.2  # near enough; at most × 4
+    judges = [each["judge"] for each in forks.choose("RLOO")]
+    assert judges == sorted(judges, reverse=True)
+
+
+def test_a_diff_of_ones_own_runs_beside_the_default_and_a_changed_one_runs_again(monkeypatch, tmp_path, capsys):
+    mine = tmp_path / "mine.diff"
+    commands = pretend(monkeypatch, tmp_path, lambda words: 3.0 if "mine" in words[0] else 2.0 + int(words[3]) / 10)
+    labels = set()
+    for name in ("length_penalty", "clip_higher"):
+        mine.write_text((forks.HERE / f"{name}.diff").read_text())
+        argv = ["forks", "--diff", str(mine), "--seeds", "1,2", "--kl_coef", "0.1"]
+        monkeypatch.setattr("sys.argv", argv)
+        forks.main()
+        labels |= {words[0] for words in commands if "mine" in words[0]}
+    assert len(labels) == 2
+    of_mine = [words for words in commands if "mine" in words[0]]
+    assert all(option(words, "--kl_coef") == "0.1" for words in of_mine) and len(commands) == 8
+    table = capsys.readouterr().out.splitlines()  # header, rule, default, mine
+    kl = harness.t_interval([3.0 - 2.1, 3.0 - 2.2])  # paired by seed
+    assert f"| {kl} |" in table[3] and table[3].startswith("| mine.diff | 2 of 2 |")
+    assert table[2].startswith("| default | 2 of 2 |  |  |  | 0.0")
+
+
+def test_the_table_of_forks_has_the_rates_and_betas_that_were_chosen(monkeypatch, tmp_path, capsys):
+    commands, kept = pretend(monkeypatch, tmp_path), {}
+    tried = {"GRPO": [{"rate": 2, "beta": 0.3, "judge": 0.9}, {"rate": 1, "beta": 0.2}]}
+    tried |= {"on-policy distillation": [{"rate": 0.5, "beta": None}]}
+    (tmp_path / "forks-choice.json").write_text("{}")
+    monkeypatch.setattr(forks, "CHOICE", tmp_path / "forks-choice.json")
+    monkeypatch.setattr(harness, "read_results", lambda name: tried)
+    monkeypatch.setattr(harness, "write_results", lambda name, found: kept.update({name: found}))
+    monkeypatch.setattr("sys.argv", ["forks", "--seeds", "1,2"])
+    forks.main()
+    ran = [(option(words, "--lr"), option(words, "--kl_coef")) for words in commands if words[0] != "sft"]
+    assert ran == [("0.0008", "0.3")] * 2 + [("0.0002", "")] * 2 + [("", "")] * 2
+    names = ["default", "GRPO, rate × 2, β 0.3", "on-policy distillation, rate × 0.5"]
+    assert list(kept["forks"]) == names and [words[:2] for words in commands].count(("sft", "sft.py")) == 2
+    assert [line.split(" | ")[0] for line in capsys.readouterr().out.splitlines()[2:]] == [f"| {x}" for x in names]
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--diff", "LICENSE"], "LICENSE: does not apply to ppo.py"),
+        (["--kl_coef", "0.1"], "--kl_coef: there is no such option"),
+        ([], "run `python -m experiments.forks --choose` first"),
+    ],
+)
+def test_forks_that_cannot_run_are_refused_before_anything_runs(monkeypatch, tmp_path, words, said):
+    commands = pretend(monkeypatch, tmp_path)
+    monkeypatch.setattr(forks, "CHOICE", tmp_path / "none.json")
+    monkeypatch.setattr("sys.argv", ["forks", *words])
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(InputError, match=said):
+        forks.main()
+    assert commands == []
 
 
 def test_a_run_that_diverged_is_a_result_where_that_is_asked_for(tmp_path, monkeypatch):

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 import data
 from common import cli, measure, nets, runs
-from experiments.forks import HERE, dpo, hunks, patched
+from experiments.forks import FORKS, HERE, dpo, patched
 from model import GPT, ScalarModel
 from tests import test_optimum as letters
 from tests.conftest import ROOT, flat, make_gpt, ragged, write
@@ -28,8 +28,7 @@ from tests.conftest import ROOT, flat, make_gpt, ragged, write
 CPU, OFF = torch.device("cpu"), torch.autocast("cpu", enabled=False)
 DIFFS = sorted(path.stem for path in HERE.glob("*.diff"))
 SOURCE = (ROOT / "ppo.py").read_text()
-FORKS = [(name,) for name in DIFFS] + [("grpo", "kl_in_loss")]  # the last is GRPO as its paper has it
-GROUPED = {"rloo", "grpo"}  # without a value net
+STACKS = sorted({tuple(diffs) for diffs, _, _ in FORKS.values() if diffs})  # each fork's diffs, in turn
 groups = st.tuples(st.integers(0, 2**32 - 1), st.integers(1, 4), st.integers(2, 5), st.integers(1, 6))
 
 
@@ -80,45 +79,64 @@ def stopped_after(step: int, monkeypatch):
 
 
 @pytest.mark.parametrize("name", DIFFS)
-def test_a_diff_changes_at_most_40_lines(name):
+def test_a_diff_changes_at_most_20_lines_and_that_which_takes_the_value_net_out_40(name):
     text = (HERE / f"{name}.diff").read_text()
     lines = text[text.index("--- a/ppo.py\n") :].splitlines()[2:]
     changed = [line for line in lines if line[0] in "+-"]
-    assert 0 < len(changed) <= 40
+    assert 0 < len(changed) <= (40 if name == "grpo" else 20)
 
 
-@pytest.mark.parametrize("command", ["patch -p1 -i", "git apply"])
-@pytest.mark.parametrize("names", FORKS, ids="+".join)
-def test_a_diff_applies_by_hand_as_it_does_here(tmp_path, names, command):
+def test_every_diff_is_of_a_fork():
+    assert {name for diffs in STACKS for name in diffs} == set(DIFFS)
+
+
+@pytest.mark.parametrize("command", ["patch -p1 -F0", "git apply"])
+@pytest.mark.parametrize("names", STACKS, ids="+".join)
+def test_a_forks_diffs_one_behind_the_other_apply_by_hand_as_they_do_here(tmp_path, names, command):
     if not shutil.which(command.split()[0]):
         pytest.skip(f"needs {command.split()[0]}")
     shutil.copy(ROOT / "ppo.py", tmp_path)
-    for name in names:
-        argv = [*command.split(), str(HERE / f"{name}.diff")]
-        done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
+    text = "".join((HERE / f"{name}.diff").read_text() for name in names)
+    done = subprocess.run(command.split(), cwd=tmp_path, input=text, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "ppo.py").read_text() == patched(SOURCE, *names)
 
 
-@pytest.mark.parametrize("name", DIFFS)
-def test_a_diff_whose_old_lines_are_gone_is_refused(name):
-    for old, _ in hunks((HERE / f"{name}.diff").read_text()):
-        assert old in SOURCE
-        with pytest.raises(ValueError, match=f"{name}.diff does not apply"):
-            patched(SOURCE.replace(old, ""), name)
+def test_a_diff_that_does_not_apply_is_refused_in_one_sentence(tmp_path):
+    for diffs, why in (
+        (["grpo", "grpo"], "grpo.diff: does not apply to ppo.py (patch failed"),
+        (["rloo"], "rloo.diff: does not apply to ppo.py (patch failed"),  # without grpo.diff
+        ([tmp_path / "none.diff"], "none.diff: does not apply to ppo.py (can't open patch"),
+        ([ROOT / "LICENSE"], "LICENSE: does not apply to ppo.py (No valid patches"),
+    ):
+        with pytest.raises(data.InputError) as error:
+            patched(SOURCE, *diffs)
+        assert why in str(error.value)
 
 
-@pytest.mark.parametrize("names", FORKS, ids="+".join)
-def test_a_fork_trains_and_leaves_no_name_undefined(folders, names, monkeypatch):
+def test_the_options_of_a_fork_are_options_of_its_ppo():
+    for name, (diffs, _, options) in FORKS.items():
+        stage = dpo if name == "DPO" else fork(*diffs)
+        cli.parse(stage.Config, [*map(str, options), "--kl_coef", "0.1", "--lr", "1e-4", "--resume"])
+
+
+@pytest.mark.parametrize("names", STACKS, ids="+".join)
+def test_a_fork_trains_and_leaves_no_name_undefined(folders, encoding, names, monkeypatch):
     stage, asked = fork(*names), []
     rollout = stage.rollout
     monkeypatch.setattr(stage, "rollout", lambda policy, ids, *rest: asked.append(ids) or rollout(policy, ids, *rest))
     if "rule" in names:
         monkeypatch.setattr(stage, "rule", lambda prompt, response: len(response) / 10)  # these prompts ask for no tale
-    lines = train(stage, folders, unended_cap="inf")
+    more = {}
+    if "distil" in names:
+        more["ref"] = folders["tmp"] / "teacher"
+        more["ref"].mkdir()
+        teacher = make_gpt(seed=5, n_layer=3, n_embd=48, vocab_size=encoding.n_vocab, eos=encoding.eot_token)
+        nets.save_model(teacher, encoding, more["ref"] / "model.pt")
+    lines = train(stage, folders, unended_cap="inf", **more)
     assert [line["step"] for line in lines] == [0, 1] and lines[-1]["policy/grad_norm"] > 0
     state = torch.load(folders["tmp"] / "fork" / "state.pt", weights_only=True)
-    grouped = GROUPED & set(names)
+    grouped = "grpo" in names
     if grouped:
         for ids in asked[:2]:  # each prompt 4 times in a row; the rest are of the closing table
             assert len(ids) == 8 and all(ids[i] == ids[i // 4 * 4] for i in range(8)) and ids[0] != ids[4]
@@ -129,9 +147,8 @@ def test_a_fork_trains_and_leaves_no_name_undefined(folders, names, monkeypatch)
     assert "rule" not in names or all(each["score"] == pytest.approx(len(each["response"]) / 10) for each in answers)
 
 
-@pytest.mark.parametrize("name", sorted(GROUPED))
-def test_groups_ask_every_prompt_before_one_again_and_the_policy_learns_from_the_first(folders, name, monkeypatch):
-    stage, asked, rollout = fork(name), [], fork(name).rollout
+def test_groups_ask_every_prompt_before_one_again_and_the_policy_learns_from_the_first(folders, monkeypatch):
+    stage, asked, rollout = fork("grpo"), [], fork("grpo").rollout
     monkeypatch.setattr(stage, "rollout", lambda policy, ids, *rest: asked.append(ids) or rollout(policy, ids, *rest))
     rows = data.read_jsonl(folders["tmp"] / "prompts.jsonl", {})
     few = {"data": write(folders["tmp"] / "8.jsonl", rows[:8])}
@@ -144,11 +161,11 @@ def test_groups_ask_every_prompt_before_one_again_and_the_policy_learns_from_the
 @pytest.mark.parametrize("options", [{"group": 1}, {"group": 3}, {"group": 16}])
 def test_a_batch_that_groups_do_not_divide_is_refused(folders, options):
     with pytest.raises(data.InputError, match=f"--group {options['group']}: give 2 or more, and whole groups of"):
-        train(fork("rloo"), folders, **options)
+        train(fork("grpo"), folders, **options)
 
 
 def test_a_fork_without_value_net_goes_on_where_it_was_stopped(folders):
-    stage = fork("rloo")
+    stage = fork("grpo")
     whole = train(stage, folders, out=folders["tmp"] / "whole")
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         stopped_after(1, patch)
@@ -189,7 +206,7 @@ def test_rloo_advantages_are_the_papers_leave_one_out(shape):
     expected = np.zeros_like(total)
     for p, i in np.ndindex(*total.shape):
         expected[p, i] = total[p, i] - sum(total[p, j] for j in range(K) if j != i) / (K - 1)
-    stage = fork("rloo")
+    stage = fork("grpo", "rloo")
     same_for_every_token(stage.estimate(batch, 0.3, stage.Config(group=K)), expected, batch["mask"])
 
 
@@ -205,6 +222,31 @@ def test_grpo_advantages_are_in_standard_deviations_from_the_groups_mean(shape):
         expected[p, i] = (total[p, i] - mean) / (deviation + 1e-4)
     stage = fork("grpo")
     same_for_every_token(stage.estimate(batch, 0.3, stage.Config(group=K)), expected, batch["mask"])
+
+
+def test_dr_grpo_divides_neither_by_the_groups_deviation_nor_by_the_answers_length():
+    """Liu et al. 2025, section 3.2, in float64: the gradient of −1 / (N L) Σ_i Σ_t (R_i − mean of R) log π(y_t), at a
+    ratio of 1; N answers of at most L tokens."""
+    stage = fork("grpo", "dr_grpo")
+    cfg = stage.Config(response_len=9, minibatch_size=8, micro_batch_size=3, max_grad_norm=0.0, unended_cap=math.inf)
+    policy, score = make_gpt(), torch.randn(8, generator=torch.Generator().manual_seed(1))
+    batch = stage.rollout(policy, [[1, 2]] * 4 + [[3]] * 4, cfg, torch.Generator().manual_seed(0))
+    batch["length"] = batch["prompt_len"] + torch.tensor([9, 1, 4, 2, 7, 3, 5, 8])
+    batch |= stage.read(batch, policy, policy, None, lambda part: score, cfg)
+    batch |= stage.estimate(batch, 0.3, cfg)  # the reference is the policy, so the KL is 0
+    exact, loss = copy.deepcopy(policy).double(), 0.0
+    exact.zero_grad()
+    for i in range(8):
+        group = score[i // 4 * 4 : i // 4 * 4 + 4].double()
+        tokens, start, end = (batch[name][i] for name in ("tokens", "prompt_len", "length"))
+        logp = exact(tokens[None, :end])[0].log_softmax(-1)
+        for t in range(start, end):
+            loss = loss - (score[i] - group.mean()) * logp[t - 1, tokens[t]] / (8 * 9)
+    loss.backward()
+    before = flat(policy)
+    stage.update(policy, None, torch.optim.SGD(policy.parameters(), lr=1.0), None, batch, 1.0, 0.0, cfg, OFF, seed=0)
+    gradient = torch.cat([p.grad.flatten() for p in exact.parameters()])
+    assert (before - flat(policy) - gradient).norm() < 1e-4 * gradient.norm()
 
 
 def test_grpo_with_the_kl_in_the_loss_has_advantages_from_the_scores_alone():
@@ -240,29 +282,106 @@ def test_clip_higher_stops_a_gain_at_its_own_bound_and_a_loss_at_the_old_one(adv
     assert found["loss/policy_avg"] == pytest.approx(-min(advantage * ratio, advantage * bounded), abs=1e-4)
 
 
-def test_k3_in_the_loss_is_the_kl_as_a_number_and_has_the_gradient_of_the_kl_the_other_way_round():
-    """Answers of one token, all listed. The step is that of KL(π₀ ‖ π), and it is not that of KL(π ‖ π₀). The β is the
-    iteration's, which may have moved, not the first."""
-    stage, n = fork("rloo", "kl_in_loss"), 20_000
-    policy, ref = make_gpt(seed=5), nets.freeze(make_gpt(), OFF)
-    cfg = stage.Config(response_len=1, minibatch_size=n, epochs=1, max_grad_norm=0.0, kl_coef=9.0, unended_cap=math.inf)
+@pytest.mark.parametrize("estimator", ["k2", "k3"])
+def test_k2_in_the_loss_has_the_gradient_of_the_kl_and_k3_that_of_the_kl_the_other_way_round(estimator):
+    """Answers of one token, each listed once and weighted by its probability, so the mean is exact. The gradient of k2
+    is that of KL(π ‖ π₀), of k3 that of KL(π₀ ‖ π). The β is the iteration's, which may have moved, not the first."""
+    stage, n = fork("grpo", "kl_in_loss", *(["k2"] if estimator == "k2" else [])), 60
+    policy, ref = make_gpt(seed=5, vocab_size=n), nets.freeze(make_gpt(vocab_size=n), OFF)
+    cfg = stage.Config(response_len=1, minibatch_size=n, max_grad_norm=0.0, kl_coef=9.0, unended_cap=math.inf)
     batch = stage.rollout(policy, [[1, 2, 3]] * n, cfg, torch.Generator().manual_seed(0))
+    batch["tokens"][:, 3] = torch.arange(n)
     batch |= stage.read(batch, policy, ref, None, lambda part: torch.zeros(len(part["tokens"])), cfg)
     batch |= stage.estimate(batch, 0.3, cfg)
     assert not batch["rewards"].any() and not batch["advantages"].any()  # so the loss is the KL alone
-    exact = []
-    for mean in (lambda p, q: (q.exp() * (q - p)).sum(), lambda p, q: (p.exp() * (p - q)).sum()):
-        logp, ref_logp = (net(torch.tensor([[1, 2, 3]]))[0, -1].log_softmax(-1) for net in (policy, ref))
-        kl = mean(logp, ref_logp)
-        exact.append(torch.cat([g.flatten() for g in torch.autograd.grad(0.3 * kl, list(policy.parameters()))]))
-    before = flat(policy)
-    optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
+    logp, ref_logp = (net(torch.tensor([[1, 2, 3]]))[0, -1].log_softmax(-1) for net in (policy, ref))
+    batch["kl_coef"] *= n * logp.detach().exp()
+    gradients = []
+    for kl in ((logp.exp() * (logp - ref_logp)).sum(), (ref_logp.exp() * (ref_logp - logp)).sum()):
+        parts = torch.autograd.grad(0.3 * kl, list(policy.parameters()), retain_graph=True)
+        gradients.append(torch.cat([g.flatten() for g in parts]))
+    mine, other = gradients if estimator == "k2" else reversed(gradients)
+    before, optimizer = flat(policy), torch.optim.SGD(policy.parameters(), lr=1.0)
     found = stage.update(policy, None, optimizer, None, batch, 1.0, 0.0, cfg, OFF, seed=0)
-    step = before - flat(policy)
-    forward, backward = exact  # of KL(π₀ ‖ π), of KL(π ‖ π₀)
-    assert found["loss/policy_avg"] == 0 and found["loss/kl_avg"] == pytest.approx(kl.item(), rel=0.03)
-    assert (step - forward).norm() < 0.1 * forward.norm()
-    assert (step - backward).norm() > 0.5 * backward.norm()
+    step, log_r = before - flat(policy), (ref_logp - logp).double()
+    number = log_r.square() / 2 if estimator == "k2" else log_r.exp() - 1 - log_r  # Schulman 2020
+    assert found["loss/policy_avg"] == 0 and found["loss/kl_avg"] == pytest.approx(number.mean().item(), rel=1e-4)
+    assert (step - mine).norm() < 1e-3 * mine.norm()
+    assert (step - other).norm() > 0.2 * other.norm()
+
+
+# --- rewards ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_length_penalty_is_dapos_soft_overlong_punishment():
+    """Yu et al. 2025, section 3.4, with L_max = 10 and L_cache = 4, after the cap; with L_cache = 10 it is plain."""
+    stage = fork("length_penalty")
+    lengths = [1, 6, 7, 9, 10]
+    batch = {"mask": torch.arange(10) < torch.tensor(lengths)[:, None], "score": torch.full((5,), 0.5)}
+    batch["ended"] = torch.tensor([True, True, True, True, False])
+    by_hand = [0.5, 0.5, 0.5 - 1 / 4, 0.5 - 3 / 4, -1.0 - 1]
+    found = stage.final_scores(batch, stage.Config(response_len=10, overlong=4))
+    assert found.tolist() == pytest.approx(by_hand)
+    plain = stage.final_scores(batch, stage.Config(response_len=10, overlong=10, unended_cap=math.inf))
+    assert plain.tolist() == pytest.approx([0.5 - n / 10 for n in lengths])
+
+
+def test_per_token_rewards_are_the_differences_of_the_reward_models_scores_of_prefixes():
+    """Ng et al. 1999, in float64: each prefix is scored as a text of its own. At γ = 1 the rewards of an answer add up
+    to its final score less the prompt's; the cap holds for the last one."""
+    stage, policy = fork("per_token"), make_gpt(seed=5)
+    reward = ScalarModel(make_gpt())
+    for gamma in (1.0, 0.9):
+        cfg = stage.Config(response_len=6, minibatch_size=3, gamma=gamma)
+        batch = stage.rollout(policy, [[1], [2, 3], [4, 5, 6]] * 2, cfg, torch.Generator().manual_seed(0))
+        batch["length"] = batch["prompt_len"] + torch.tensor([6, 1, 3, 2, 6, 5])
+        batch["ended"] = torch.tensor([True, False] * 3)
+        score = stage.scorer(reward, None, 60, cfg)
+        batch |= stage.read(batch, policy, policy, reward, score, cfg)
+        rewards = stage.estimate(batch, 0.3, cfg)["rewards"]  # the reference is the policy: no KL
+        exact = copy.deepcopy(reward).double()
+        for i, (start, end) in enumerate(zip(batch["prompt_len"].tolist(), batch["length"].tolist())):
+            prefixes = [batch["tokens"][i : i + 1, :n] for n in range(start, end + 1)]
+            phi = [exact.scores(each, torch.tensor([each.shape[1]])).item() for each in prefixes]
+            phi[-1] = phi[-1] if batch["ended"][i] else min(phi[-1], -1.0)
+            last = end - start - 1
+            by_hand = [(1 if t == last else gamma) * phi[t + 1] - phi[t] for t in range(end - start)]
+            assert rewards[i, : end - start].tolist() == pytest.approx(by_hand, abs=1e-5)
+            assert gamma != 1 or rewards[i].sum().item() == pytest.approx(phi[-1] - phi[0], abs=1e-5)
+
+
+def test_distillation_rewards_each_token_by_the_teachers_log_probability_less_its_own():
+    """In float64. At γ = 0 the return is the token's own reward, and the score counts for nothing. Over all tokens that
+    may come first the mean reward is −KL(π ‖ π_teacher)."""
+    stage, student, teacher = fork("distil"), make_gpt(seed=5), make_gpt(n_layer=3, n_embd=48)
+    cfg, n = stage.Config(response_len=4), 61
+    assert (cfg.kl_coef, cfg.gamma) == (1, 0)
+    batch = stage.rollout(student, [[1, 2]] * n, cfg, torch.Generator().manual_seed(0))
+    batch["tokens"][:, 2], batch["length"] = torch.arange(n), torch.randint(3, 7, (n,))  # every first token once
+    batch["length"][0] = batch["tokens"].shape[1]
+    value = ScalarModel(student)
+    torch.nn.init.zeros_(value.head.weight)
+    batch |= stage.read(batch, student, teacher, value, lambda part: torch.full((n,), 7.0), cfg)
+    found = stage.estimate(batch, cfg.kl_coef, cfg)
+    exact, kl = [], 0.0
+    for net in (student, teacher):
+        exact.append(copy.deepcopy(net).double()(batch["tokens"]).log_softmax(-1))
+    for i in range(n):
+        for t in range(2, int(batch["length"][i])):
+            logp, teachers = (x[i, t - 1, batch["tokens"][i, t]].item() for x in exact)
+            assert found["rewards"][i, t - 2].item() == pytest.approx(teachers - logp, abs=1e-5)
+        kl -= exact[0][i, 1, i].exp().item() * found["rewards"][i, 0].item()
+    assert kl == pytest.approx((exact[0][0, 1].exp() * (exact[0][0, 1] - exact[1][0, 1])).sum().item(), abs=1e-5)
+    assert not (found["rewards"] * ~batch["mask"]).any()
+    assert found["returns"].tolist() == found["rewards"].tolist()
+
+
+@pytest.mark.parametrize("name", ["per_token", "distil"])
+def test_a_value_net_that_is_to_predict_no_score_starts_at_0(folders, name):
+    stage = fork(name)
+    cfg = stage.Config(init=str(folders["sft"]), ref="", reward=str(folders["reward"]), device="cpu", block_size=48)
+    _, _, value, _, _ = stage.build(cfg, CPU, OFF)
+    assert not value.values(torch.tensor([[1, 2, 3]]), torch.tensor([1]), torch.tensor([3])).any()
 
 
 def test_the_rule_gives_a_quarter_for_each_thing_that_it_asks_for():

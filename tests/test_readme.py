@@ -40,7 +40,7 @@ def test_every_option_that_a_page_names_is_one():
     known = set()
     for path in (
         path
-        for place in ("", "common/", "data/", "tools/**/", "experiments/", "tests/")
+        for place in ("", "common/", "data/", "tools/**/", "experiments/**/", "tests/")
         for path in ROOT.glob(f"{place}*.py")
     ):
         source = path.read_text()

@@ -103,7 +103,8 @@ def test_a_run_says_what_it_was_and_counts_its_seconds_on(folders, monkeypatch):
     monkeypatch.setattr(sys, "argv", given)
     run_ppo(folders, monkeypatch, "out/x", kl_coef=0.3)
     found = json.loads((folders["tmp"] / "out/x/config.json").read_text())
-    assert found["command"] == " ".join(["python", *given]) and found["stage"] == "ppo" and found["device"].startswith("cpu")
+    assert found["command"] == " ".join(["python", *given])
+    assert found["stage"] == "ppo" and found["device"].startswith("cpu")
     assert found["options"]["kl_coef"] == 0.3 and found["options"].keys() == ppo.Config.__dataclass_fields__.keys()
     assert found["torch"] == torch.__version__ and found["python"] == ".".join(map(str, sys.version_info[:3]))
     if (ROOT / ".git").exists():
