@@ -9,7 +9,7 @@ import sys
 import pytest
 
 import data
-from common import runs
+from common.folders import fingerprint
 from data import InputError
 from data.files import numbered
 from tests.conftest import write
@@ -66,11 +66,11 @@ def test_a_folder_without_rows_or_of_two_kinds_is_refused(shards, tmp_path):
 
 
 def test_the_fingerprint_of_a_folder_is_that_of_all_its_files(shards):
-    before = runs.fingerprint(str(shards))
-    assert len(before.split()) == 2 and before == runs.fingerprint(f"{shards}/*.jsonl")
+    before = fingerprint(str(shards))
+    assert len(before.split()) == 2 and before == fingerprint(f"{shards}/*.jsonl")
     write(shards / "b.jsonl", [{"prompt": "four"}])
-    assert before.split()[0] == runs.fingerprint(str(shards)).split()[0] and before != runs.fingerprint(str(shards))
-    assert runs.fingerprint("") == runs.fingerprint(f"{shards}/*.csv") == ""
+    assert before.split()[0] == fingerprint(str(shards)).split()[0] and before != fingerprint(str(shards))
+    assert fingerprint("") == fingerprint(f"{shards}/*.csv") == ""
 
 
 @pytest.mark.parametrize("name", ["x.csv", "x.tsv", "x.json", "x.jsonl"])
