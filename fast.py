@@ -155,7 +155,8 @@ def token_logprobs(
         logp = (linear_float32(hidden, weight) / temperature).log_softmax(-1)
         return logp.gather(1, target[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
     rows = chunk_rows(weight)
-    found = [chunk_entropy(h, weight, y, temperature) for h, y in zip(hidden.split(rows), target.split(rows))]
+    chunks = zip(hidden.split(rows), target.split(rows))
+    found = [chunk_softmax(h, weight, y, temperature, with_entropy=True)[:2] for h, y in chunks]
     return tuple(map(torch.cat, zip(*found)))
 
 
@@ -177,7 +178,7 @@ class ChosenLogprobs(torch.autograd.Function):
         chunks = list(zip(hidden.split(ctx.rows), target.split(ctx.rows)))
         chosen = []
         for i, (h, y) in enumerate(chunks):
-            logp, exp, total = chunk_softmax(h, weight, y, temperature)
+            logp, _, exp, total = chunk_softmax(h, weight, y, temperature)
             chosen.append(logp)
             if i >= len(chunks) - n_kept:
                 ctx.kept.append((exp, total))
@@ -190,7 +191,7 @@ class ChosenLogprobs(torch.autograd.Function):
         g = (grad / ctx.temperature)[:, None]  # (N, 1) float32
         d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=grad.dtype)  # (N, C), (V, C)
         for h, y, gi, d in reversed(list(zip(*(x.split(ctx.rows) for x in (hidden, target, g, d_hidden))))):
-            exp, total = ctx.kept.pop() if ctx.kept else chunk_softmax(h, weight, y, ctx.temperature)[1:]
+            exp, total = ctx.kept.pop() if ctx.kept else chunk_softmax(h, weight, y, ctx.temperature)[2:]
             p = exp.scatter_add_(1, y[:, None], -total).to(h.dtype)  # (n, V): softmax − onehot, times total
             gi = (gi / total).to(h.dtype)  # (n, 1)
             d.copy_(-gi * (p @ weight))  # d is a view into d_hidden
@@ -202,30 +203,20 @@ class ChosenLogprobs(torch.autograd.Function):
         return d_hidden, d_weight.to(weight.dtype), None, None, None
 
 
-def chunk_softmax(hidden: Tensor, weight: Tensor, target: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The chosen log-probabilities (n,), and the softmax as exp(logits − max) (n, V) and its sums (n, 1)."""
-    logits = shifted_logits(hidden, weight, temperature)
-    chosen = logits.gather(1, target[:, None])
-    total = logits.exp_().sum(-1, keepdim=True)
-    return (chosen - total.log())[:, 0], logits, total
-
-
-def chunk_entropy(hidden: Tensor, weight: Tensor, target: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """The chosen log-probabilities (n,), rounded as `chunk_softmax` rounds them, and the entropies (n,)."""
-    logits = shifted_logits(hidden, weight, temperature)
-    exp = logits.exp()
-    total = exp.sum(-1)
-    logp = logits.gather(1, target[:, None])[:, 0] - total.log()
-    return logp, total.log() - exp.mul_(logits).sum(-1) / total
-
-
-def shifted_logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
-    """hidden @ weight.T / temperature, less each row's largest: (n, V)."""
+def chunk_softmax(
+    hidden: Tensor, weight: Tensor, target: Tensor, temperature: float, with_entropy: bool = False
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """The chosen log-probabilities (n,), if asked the entropies (n,), exp(logits − max) (n, V) and its sums (n, 1)."""
     logits = linear_float32(hidden, weight)
     if temperature != 1:
         logits /= temperature
     logits -= logits.amax(-1, keepdim=True)  # in place, like exp_: new memory costs more than arithmetic
-    return logits
+    chosen = logits.gather(1, target[:, None])
+    exp = logits.exp() if with_entropy else logits.exp_()
+    total = exp.sum(-1, keepdim=True)
+    log_total = total.log()
+    entropy = (log_total - logits.mul_(exp).sum(-1, keepdim=True) / total)[:, 0] if with_entropy else None
+    return (chosen - log_total)[:, 0], entropy, exp, total
 
 
 # --- generation with 50,257 tokens ------------------------------------------------------------------------------------
@@ -269,8 +260,9 @@ def decoding(generate: Callable) -> Callable:
         eager = torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
         try:
             with torch.inference_mode(), eager:  # a compiled block would be compiled anew for every token
+                arrange = in_place if model.decoder else pack
                 for layer in layers:
-                    layer.packed = pack(layer.weight), None if layer.bias is None else pack(layer.bias)
+                    layer.packed = arrange(layer.weight), None if layer.bias is None else arrange(layer.bias)
                 result = generate(model.eval(), *args, **options)
         finally:
             for layer in layers:
@@ -304,8 +296,6 @@ def static_decode(model: nn.Module, prompts: list[list[int]], uniform: Tensor, c
     P = max(longest, min(-(-longest // 32) * 32, config.block_size - N))
     prompt_len = torch.tensor([len(p) for p in prompts])  # (B,)
     tokens = torch.tensor([p + [config.eos] * (P + N - len(p)) for p in prompts]).to(device)
-    for layer in (layer for layer in model.h.modules() if isinstance(layer, Linear)):
-        layer.packed = in_place(layer.weight), None if layer.bias is None else in_place(layer.bias)
     weight = in_place(model.output_weight)
     shape = (config.n_layer, 2, B, config.n_kv_head, P + N, config.head_dim)
     place, start = torch.arange(P + N, device=device), prompt_len.to(device)

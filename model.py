@@ -266,14 +266,13 @@ class GPT(nn.Module):
 
     def logprobs_and_entropy(
         self, tokens: Tensor, prompt_len: Tensor, length: Tensor, temperature: float = 1.0
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         """`logprobs`, and the entropy in nats of the distribution that each response token was drawn from: (B, R)."""
-        logp, entropy = self.read_response(tokens, prompt_len, length, temperature, with_entropy=True)
-        return logp, entropy
+        return self.read_response(tokens, prompt_len, length, temperature, with_entropy=True)
 
     def read_response(
         self, tokens: Tensor, prompt_len: Tensor, length: Tensor, temperature: float, with_entropy: bool = False
-    ) -> list[Tensor]:
+    ) -> tuple[Tensor, ...]:
         """Log-probabilities, and if asked entropies, in the response window. (B, R, V) never exists: logits are made of
         the hidden states before the N real response tokens alone."""
         position, mask = response_window(prompt_len, length)  # (B, R)
@@ -282,7 +281,7 @@ class GPT(nn.Module):
         before, target = pick(hidden, row, real - 1), pick(tokens, row, real)  # (N, C), (N,)
         found = token_logprobs(before, self.output_weight, target, temperature, with_entropy)
         mask = mask.to(tokens.device)
-        return [x.new_zeros(mask.shape).masked_scatter(mask, x) for x in found if x is not None]
+        return tuple(x.new_zeros(mask.shape).masked_scatter(mask, x) for x in found if x is not None)
 
     @decoding
     def generate(
@@ -378,10 +377,9 @@ class ScalarModel(nn.Module):
         if self.config.suffix:
             last = pick(tokens, torch.arange(len(tokens)), length - 1)
             ended = torch.isin(last, torch.tensor(self.config.ends, device=last.device)).to(length.device)
-            suffix = torch.tensor(self.config.suffix).expand(len(tokens), -1)
-            place = length[:, None] + torch.arange(suffix.shape[1], device=length.device)  # padding until now
-            tokens = F.pad(tokens, (0, suffix.shape[1])).scatter(1, place.to(tokens.device), suffix.to(tokens.device))
-            length = length + suffix.shape[1] * ended
+            for token in self.config.suffix:  # it takes the place of padding
+                tokens = F.pad(tokens, (0, 1)).scatter(1, length[:, None].to(tokens.device), token)
+                length = length + ended
         hidden = self.trunk.hidden(tokens)  # (B, T, C)
         return self.scalar(pick(hidden, torch.arange(len(tokens)), length - 1))
 

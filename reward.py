@@ -77,7 +77,7 @@ def train(cfg: Config) -> None:
         for start in range(0, len(mine), size):
             part = mine[start : start + size]
             with autocast:
-                _, margin = score_groups(model, part, device)
+                margin = measure.margins(part, score_groups(model, part, device))
             part_loss = pairwise_loss(margin, part) / len(batch)
             part_loss.backward()
             loss, correct = loss + part_loss.detach(), correct + (margin > 0).sum()
@@ -133,15 +133,14 @@ def build(
 # --- 2 loss -----------------------------------------------------------------------------------------------------------
 
 
-def score_groups(model: ScalarModel, groups: list[data.Group], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Scores (N,) of all responses of the groups, and the margins (P,), s_winner − s_loser, of all their pairs."""
+def score_groups(model: ScalarModel, groups: list[data.Group], device: torch.device) -> Tensor:
+    """The scores (N,) of all responses of the groups."""
     tokens, _, length = data.pad([row for group in groups for row in group.rows], device)
-    scores = model.scores(tokens, length)
-    return scores, measure.margins(groups, scores)
+    return model.scores(tokens, length)
 
 
 def pairwise_loss(margin: Tensor, groups: list[data.Group]) -> Tensor:
-    """Σ over groups of the mean over a group's pairs of −log σ(margin), margins (P,)."""
+    """Σ over groups of the mean over a group's pairs of −log σ(margin); a margin (P,) is s_winner − s_loser."""
     weight = torch.cat([torch.full((n,), 1 / n) for n in (len(group.pairs) for group in groups)]).to(margin.device)
     return -(weight * F.logsigmoid(margin)).sum()
 
@@ -157,8 +156,7 @@ def read_scores(
     found = []
     for start in range(0, len(groups), size):
         with autocast:
-            scores, _ = score_groups(model, groups[start : start + size], device)
-        found.append(scores.cpu())
+            found.append(score_groups(model, groups[start : start + size], device).cpu())
     return torch.cat(found)
 
 

@@ -17,7 +17,7 @@ import tiktoken
 import torch
 
 import data
-from common import cli, dist, nets, runs
+from common import cli, dist, folders, nets, runs
 from common.cli import Count, Number, Whole
 from data import InputError, tales
 from data.rng import generator, seed_of
@@ -195,7 +195,7 @@ def main() -> None:
     if not cfg.init:
         cfg = replace(cfg, init="out/pretrain")
         train(replace(cfg, data=tales.path("pretrain"), init="", out=cfg.init))
-    resume = cfg.resume and runs.started_from(cfg.out, cfg.init)  # else --out holds another run, which is kept
+    resume = cfg.resume and folders.started_from(cfg.out, cfg.init)  # else --out holds another run, which is kept
     train(replace(cfg, data=tales.path("sft"), resume=resume))
 
 

@@ -33,7 +33,7 @@ def columns(name: str, answers: list[Answer]) -> dict[str, list]:
 
 
 def read_answers(path: Path, repair: bool = False) -> list[dict]:
-    """Return the rows of a label file. `repair` mends a last line that a kill has left without its line break."""
+    """Return the rows of a label file. `repair` removes a last line that a kill has cut."""
     if repair and path.exists():
         mend_last_line(path)
     if not path.exists() or not path.stat().st_size:
@@ -49,12 +49,10 @@ def read_answers(path: Path, repair: bool = False) -> list[dict]:
 
 
 def mend_last_line(path: Path) -> None:
-    """Give the last line its line break if it is a whole row, and remove it if it is not."""
+    """Remove a last line that is not a whole row."""
     whole, line_break, rest = path.read_bytes().rpartition(b"\n")
     with suppress(ValueError, RecursionError):
         if isinstance(json.loads(rest), dict):
-            with open(path, "ab") as file:
-                file.write(b"\n")
             return
     os.truncate(path, len(whole + line_break))
 

@@ -259,13 +259,8 @@ def read_prompts(path: str | Path, encoding: Encoding) -> list[Prompt]:
     return found
 
 
-def prompt_texts(path: str | Path) -> list[PromptText]:
-    """The prompts of a file: texts, or conversations, from which a last answer of the assistant is left out."""
-    return [row["prompt"] for row in prompt_rows(path)]
-
-
 def prompt_rows(path: str | Path) -> list[dict]:
-    """The rows of a file: "prompt" as `prompt_texts` gives it, and all other columns as they were read."""
+    """The rows of a file as they were read, but a conversation loses a last answer of the assistant."""
     return [row for _, row in numbered_prompts(path)]
 
 
@@ -290,9 +285,8 @@ def prompts_and_held_out(
     def load(path: str) -> list[Prompt]:
         found = read_prompts(path, encoding)
         if template_of(encoding) and isinstance(found[0].columns["prompt"], str):
-            say(
-                f"{path}: the prompts are texts and stand as they are; the chat template writes lists of messages alone"
-            )
+            what = "the prompts are texts and stand as they are"
+            say(f"{path}: {what}; the chat template writes lists of messages alone")
         what = f"prompts of {path} (with --response_len)"
         return keep_short(found, [max(1, len(p.ids)) for p in found], room, what, say)
 

@@ -24,6 +24,7 @@ import torch
 import common
 import data
 from common import runs
+from common.folders import lock
 from model import GPT, GPTConfig, ScalarModel
 
 torch.set_num_threads(1)
@@ -158,7 +159,7 @@ def locked(out: Path) -> Iterator[None]:
     ready, told = os.pipe()
     if not (child := os.fork()):
         try:
-            held = runs.lock(out)
+            held = lock(out)
             os.write(told, b"x" if held else b"")
             signal.pause()
         finally:

@@ -170,7 +170,7 @@ def reward_step(who: str, name: str, batch: int, length: int, device: torch.devi
 
     def step() -> None:
         with autocast:
-            _, margin = score_groups(model, groups, device)
+            margin = measure.margins(groups, score_groups(model, groups, device))
         (pairwise_loss(margin, groups) / batch).backward()
         optimizer.step()
         optimizer.zero_grad()

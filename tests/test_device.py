@@ -13,7 +13,7 @@ import fast
 import model
 import ppo
 import reward
-from common import cli, nets, runs
+from common import cli, measure, nets, runs
 from model import ScalarModel
 from tests.conftest import FAMILIES, ROOT, make_gpt
 from tests.contenders import plain_model
@@ -152,7 +152,8 @@ def test_a_device_reads_what_the_cpu_reads(kind, family):
         sequences = batch["tokens"], batch["prompt_len"], batch["length"]
         with torch.no_grad():
             logp = nets[0].logprobs(*sequences, 0.7), *nets[0].logprobs_and_entropy(*sequences, 0.7)
-            scores, margins = reward.score_groups(nets[3], groups, torch.device(device))
+            scores = reward.score_groups(nets[3], groups, torch.device(device))
+        margins = measure.margins(groups, scores)
         batch |= {f"logp {i}": x for i, x in enumerate(logp)} | {"scores": scores, "margins": margins}
         return {name: x.cpu() for name, x in batch.items()}
 

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 import data
-from common import runs
+from common.folders import fingerprint
 from data import InputError
 from data.files import numbered
 from tests.conftest import write
@@ -28,9 +28,9 @@ def shards(tmp_path):
 
 def test_a_folder_and_a_pattern_are_their_files_by_name(shards):
     for path in (shards, f"{shards}/*.jsonl", f"{shards}/[ab]*"):
-        assert data.prompt_texts(path) == ["one", "two", "three"] and data.has_rows(path)
+        assert [row["prompt"] for row in data.prompt_rows(path)] == ["one", "two", "three"] and data.has_rows(path)
         assert data.first_row(path) == {"prompt": "one"}
-    assert data.prompt_texts(f"{shards}/b*.jsonl") == ["three"]
+    assert data.prompt_rows(f"{shards}/b*.jsonl") == [{"prompt": "three"}]
 
 
 def test_an_error_names_the_very_file_and_its_own_line(shards, encoding):
@@ -59,18 +59,18 @@ def test_several_texts_are_as_many_documents(tmp_path, encoding):
 def test_a_folder_without_rows_or_of_two_kinds_is_refused(shards, tmp_path):
     (shards / "c.txt").write_text("text")
     with pytest.raises(InputError, match=r"data: holds \.jsonl and \.txt; name files of one kind"):
-        data.prompt_texts(shards)
+        data.prompt_rows(shards)
     for path in (f"{tmp_path}/*.jsonl", tmp_path):
         with pytest.raises(InputError, match=r"holds no \.txt, .*; name files of one kind"):
             data.has_rows(path)
 
 
 def test_the_fingerprint_of_a_folder_is_that_of_all_its_files(shards):
-    before = runs.fingerprint(str(shards))
-    assert len(before.split()) == 2 and before == runs.fingerprint(f"{shards}/*.jsonl")
+    before = fingerprint(str(shards))
+    assert len(before.split()) == 2 and before == fingerprint(f"{shards}/*.jsonl")
     write(shards / "b.jsonl", [{"prompt": "four"}])
-    assert before.split()[0] == runs.fingerprint(str(shards)).split()[0] and before != runs.fingerprint(str(shards))
-    assert runs.fingerprint("") == runs.fingerprint(f"{shards}/*.csv") == ""
+    assert before.split()[0] == fingerprint(str(shards)).split()[0] and before != fingerprint(str(shards))
+    assert fingerprint("") == fingerprint(f"{shards}/*.csv") == ""
 
 
 @pytest.mark.parametrize("name", ["x.csv", "x.tsv", "x.json", "x.jsonl"])
@@ -96,4 +96,4 @@ def test_what_is_no_number_of_json_is_refused_with_its_line(tmp_path, number):
     path = tmp_path / "x.json"  # a row a line
     path.write_text(f'{{"prompt": "a", "answer": 1e300}}\n{{"prompt": "a", "answer": [{number}]}}\n')
     with pytest.raises(InputError, match=f"x.json:2: not JSON \\({number} is no number\\); fix or remove the line"):
-        data.prompt_texts(path)
+        data.prompt_rows(path)

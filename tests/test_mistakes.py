@@ -647,7 +647,7 @@ def test_a_score_that_is_no_number_ends_the_run_and_is_never_learned_from(folder
 
 
 # 31
-@mistake("common/runs.py", 'if now != state["inputs"].get(name, now):', "if False:")
+@mistake("common/folders.py", 'if now != state["inputs"].get(name, now):', "if False:")
 @pytest.mark.parametrize("changed", ["sft", "reward"])
 def test_a_run_does_not_go_on_against_another_reference_or_reward_model(folders, gpt, changed):
     train_ppo(folders)

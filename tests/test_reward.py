@@ -28,7 +28,7 @@ def test_the_loss_is_minus_log_sigmoid_of_the_margin_averaged_over_a_prompts_pai
     ]
     groups = data.comparisons(write(tmp_path / "r.jsonl", rows), encoding, gpt.config.eos)
     model = ScalarModel(gpt).eval()
-    _, margin = reward.score_groups(model, groups, CPU)
+    margin = measure.margins(groups, reward.score_groups(model, groups, CPU))
     got = reward.pairwise_loss(margin, groups).item()
     expected = 0.0
     for group in groups:
@@ -49,8 +49,8 @@ def test_a_ranked_list_gives_the_gradient_of_its_pairs_each_of_weight_one_over_t
     model = ScalarModel(gpt).eval()
 
     def gradient(groups):
-        scores, margin = reward.score_groups(model, groups, CPU)
-        loss = reward.pairwise_loss(margin, groups) / len(groups)
+        scores = reward.score_groups(model, groups, CPU)
+        loss = reward.pairwise_loss(measure.margins(groups, scores), groups) / len(groups)
         model.zero_grad()
         loss.backward()
         return len(scores), loss.item(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])

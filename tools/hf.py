@@ -168,15 +168,9 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     """Read all tensors of model.safetensors or, if it is missing, pytorch_model.bin, in one file or in shards."""
     from safetensors.torch import load_file
 
-    paths = [folder / "model.safetensors"]
-    for whole in (folder / "pytorch_model.bin", folder / "model.safetensors"):
-        index = Path(f"{whole}.index.json")
-        if whole.exists():
-            paths = [whole]
-        elif index.exists():
-            paths = [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+    paths = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     found: dict[str, Tensor] = {}
-    for path in paths:
+    for path in paths or [folder / "model.safetensors"]:
         try:
             found |= torch.load(path, "cpu", weights_only=True) if path.suffix == ".bin" else load_file(path)
         except Exception as error:  # both raise many kinds of errors

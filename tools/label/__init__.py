@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import cli, nets, runs
+from common import cli, folders, nets
 from common.cli import Count, Number, Whole
 from common.compare import sample_responses
 from data.batches import keep_short
@@ -103,7 +103,7 @@ def label(cfg: Config) -> None:
             raise InputError(f"--out {path}: no such file; name a file with answers")
         return print(report(read_answers(path)))
     instructions = Path(cfg.instructions).read_text("utf-8-sig", "replace").strip() if cfg.instructions else ""
-    with runs.lock(path):
+    with folders.lock(path):
         if any(len(row["checkpoint"]) != cfg.samples for row in read_answers(path, repair=True)):
             raise InputError(f"--samples {cfg.samples}: {path} compares another number of responses; use another file")
         sitting = Sitting(*prepare(cfg), path, cfg.people, cfg.seed)
