@@ -29,6 +29,7 @@ from experiments.harness import (
     start,
 )
 
+LOADED = 'value, _ = nets.load_scalar(cfg.reward, device, "--reward", trunks)'
 FRESH = "value = ScalarModel(GPT(policy.config)).to(device)"
 WITHOUT = {  # what is taken out → its run folder, its options, and what is changed in ppo.py
     "nothing": ("ppo", [], {}),
@@ -37,7 +38,7 @@ WITHOUT = {  # what is taken out → its run folder, its options, and what is ch
     "whitening": ("no-whitening", [], {"whiten(advantages, mask)": "advantages"}),
     "clip of the value (--cliprange_value 1e9)": ("no-value-clip", ["--cliprange_value", 1e9], {}),
     "unit scores (the reward model's as they came)": ("raw-scores", ["--reward", "out/raw-reward"], {}),
-    "value net from the reward model (new weights)": ("new-value", [], {"value = copy.deepcopy(reward)": FRESH}),
+    "value net from the reward model (new weights)": ("new-value", [], {LOADED: FRESH}),
     "value net first (--value_warmup 0)": ("no-value-warmup", ["--value_warmup", 0], {}),
     "single epoch (--epochs 2)": ("two-epochs", ["--epochs", 2], {}),
     "cap without EOS (--unended_cap inf)": ("no-cap", ["--unended_cap", "inf"], {}),
