@@ -5,18 +5,23 @@ import os
 import re
 import shutil
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
 
+import data
 import ppo
 import reward
 import sft
 from common import cli, dist, lora, nets, runs
 from data import InputError
 from fast import static_decode
-from model import ScalarModel
+from model import GPT, ScalarModel
+from tests import memory
 from tests.conftest import FAMILIES, LLAMA, make_gpt, run, uneven
+from tests.shapes import config_of
+from tests.test_bench import saved_bytes
 from tests.test_faults import contents
 from tests.test_faults import same as alike
 from tests.test_processes import same
@@ -181,6 +186,30 @@ def test_four_nets_share_one_trunk_and_compute_what_four_copies_compute(folders,
             read[name] = rows | ppo.read(rows, policy, ref, value, score, cfg)
     assert all(torch.equal(x, read["copies"][name]) for name, x in read["one"].items())
     assert torch.equal(read["one"]["logp"], read["one"]["ref_logp"]) and read["one"]["logp"].any()
+
+
+@pytest.mark.parametrize("autocast", [OFF, BF16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", ["small", "llama-small"])
+def test_the_memory_that_is_computed_is_that_of_the_nets_and_of_what_autograd_saves(
+    tmp_path, shape, autocast, monkeypatch
+):
+    config, encoding = config_of(shape, 200), data.learn_bpe(["ask me. yes no."] * 9, 280)
+    config = replace(config, eos=encoding.eot_token)
+    nets.save_model(GPT(config), encoding, tmp_path / "model.pt")
+    trunks, bf16 = lora.Trunks(RANK, autocast), autocast is BF16
+    policy, ref = (nets.load_gpt(tmp_path, CPU, "", trunks)[0] for _ in range(2))
+    value, scored = (ScalarModel(nets.load_gpt(tmp_path, CPU, "", trunks)[0]) for _ in range(2))
+    for net in (ref, scored):
+        nets.freeze(net, autocast)
+    trained = sum(p.numel() for net in (policy, value) for p in net.parameters())
+    held = size(policy, ref, value, scored) + 12 * trained  # gradients and Adam's moments
+    monkeypatch.setattr(memory, "config_of", lambda name: config)
+    memory.parameters.cache_clear()
+    assert memory.lora_nets("", 3, bf16, RANK) == pytest.approx(held, rel=1e-3)
+    memory.parameters.cache_clear()
+    for checkpointed in (False, True):
+        found, _ = saved_bytes(policy, torch.randint(0, 250, (2, 161)), checkpointed, bf16)
+        assert memory.saved(config, 2, 160, bf16, checkpointed, True, RANK) == pytest.approx(found, rel=0.05)
 
 
 def test_nets_of_other_bases_or_without_adapters_share_nothing(folders, encoding):
