@@ -1,9 +1,8 @@
 """LoRA (Hu et al. 2021, arXiv 2106.09685): nets share one frozen trunk, and each trains small adapters of its own.
 
-With --lora RANK every linear layer of the blocks computes W x + b + α/r · B A x. Adapters train: A (r, in), B (out, r).
-A reward model and a value net train their scalar head as well. All else is frozen: W, b, embeddings, norms and the
-output layer. B starts at zero, so a net starts as its base, bit for bit. All layers have adapters, the MLP's above all
-(Schulman et al. 2025, "LoRA Without Regret").
+With --lora RANK every linear layer of the blocks computes W x + b + α/r · B A x, those of the MLP too (Schulman et al.
+2025, "LoRA Without Regret"). The adapters A (r, in) and B (out, r) train, and the head of a reward model or value net.
+All else is frozen: W, b, embeddings, norms, the output layer. B starts at zero: a net starts as its base, bit for bit.
 
 What is frozen is no parameter but a buffer that no state_dict holds. So gradients, optimizers and checkpoints have what
 trains alone. A model.pt names the file of its base too, by its path from the run folder and its sha256. Under autocast
@@ -59,16 +58,9 @@ class Trunks:
     tensors: dict[tuple[str, str], Tensor] = field(default_factory=dict)
 
     def adapt(self, net: GPT | ScalarModel, path: Path, adapters: dict[str, Tensor], device: torch.device) -> None:
-        """Freeze the trunk of a net that has the weights of the file `path`, and put adapters on it, in place.
-
-        `adapters` is what an earlier run with --lora has trained, or {}: then they are new. Raises InputError if they
-        are of another rank.
-        """
+        """Freeze the trunk of a net made of the file `path`, and put adapters on it, in place. If {}, they are new."""
         base, trunk = Base(path.resolve(), fingerprint(path)), getattr(net, "trunk", net)
         names = [name.removeprefix("trunk.")[:-2] for name in adapters if name.endswith(".A")]
-        for rank in {len(x) for name, x in adapters.items() if name.endswith(".A")} - {self.rank}:
-            what = f"--lora {self.rank}: the run to start from has adapters of rank {rank}"
-            raise InputError(f"{what}; give --lora {rank}, or 0 to merge them and train all weights")
         for place, module in [*trunk.named_modules()]:
             low = self.autocast._enabled and isinstance(module, nn.Linear)
             for name, x in [*module.named_parameters(recurse=False)]:
@@ -83,13 +75,16 @@ class Trunks:
             net.load_state_dict(adapters)
 
 
-def find_base(saved: dict, path: Path) -> Path:
+def find_base(saved: dict, path: Path, rank: int) -> Path:
     """The file that has the frozen weights of a model.pt: its base, or the file itself if it is whole.
 
-    Raises InputError if the base is missing, or is not what it was.
+    Raises InputError if the base is missing or is not what it was, or if the adapters are not of `rank` (0: of any).
     """
     if "base" not in saved:
         return path
+    for found in {len(x) for name, x in saved["model"].items() if rank and name.endswith(".A")} - {rank}:
+        what = f"{path}: has adapters of rank {found}, not of --lora {rank}"
+        raise InputError(f"{what}; give --lora {found}, or 0 to merge them and train all weights")
     base = (path.parent.resolve() / saved["base"]["path"]).resolve()
     if not base.is_file():
         raise InputError(f"{path}: its base, {base}, is missing; bring it back, or train the adapters anew")
@@ -102,9 +97,8 @@ def completed(base: dict[str, Tensor], adapters: dict[str, Tensor], merge: bool)
     """The weights of a whole net: those of its base, its own head, and if asked W + α/r · B A for W."""
     if not all(x.isfinite().all() for x in adapters.values()):
         raise ValueError("adapters are not all finite")
-    scalar = "head.weight" in adapters
-    prefix = "trunk." if scalar else ""
-    heads = ("head.weight", "head.bias", "gain", "bias", *["lm_head.weight"] * scalar)
+    prefix = "trunk." if "head.weight" in adapters else ""
+    heads = ("head.weight", "head.bias", "gain", "bias", "lm_head.weight" if prefix else "")
     weights = {prefix + name.removeprefix("trunk."): x for name, x in base.items() if name not in heads}
     weights |= {name: x for name, x in adapters.items() if not name.endswith((".A", ".B"))}
     for name, A in adapters.items() if merge else ():
@@ -125,12 +119,11 @@ def reference(net: nn.Module, path: Path) -> dict:
 
 
 def fingerprint(path: Path) -> str:
-    about = path.stat()
-    return sha256(path, about.st_mtime_ns, about.st_size)
+    return sha256(path.resolve(), path.stat().st_mtime_ns)
 
 
 @functools.cache
-def sha256(path: Path, *version: int) -> str:
-    """The sha256 of a file. `version` is what changes with it, so that an unchanged one is read once."""
+def sha256(path: Path, time: int) -> str:
+    """The sha256 of a file as it was at `time`: a file that has not changed is read once."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -67,7 +67,7 @@ def load(
         raise InputError(f"{option} {folder}: no model.pt there; run the stage that writes it, or {advice}".strip())
     saved, rank, adapters = read_checkpoint(path), trunks.rank if trunks else 0, {}
     try:
-        base = lora.find_base(saved, path)
+        base = lora.find_base(saved, path, rank)
         if base != path:
             adapters = saved["model"]
             saved["model"] = lora.completed(read_checkpoint(base)["model"], adapters, merge=not rank)
