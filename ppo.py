@@ -360,7 +360,7 @@ def build(
     cfg: Config, device: torch.device, autocast: torch.autocast
 ) -> tuple[GPT, GPT, ScalarModel, Callable[[Batch], Tensor], tiktoken.Encoding]:
     """Policy, frozen reference, value net, function that scores, tokenizer. Raises InputError if they do not fit."""
-    trunks = lora.Trunks(cfg.lora, autocast)
+    trunks = lora.Trunks(cfg.lora, autocast)  # what the nets share with --lora
     policy, encoding = nets.load_gpt(cfg.init, device, "--init", trunks)
     ref, ref_encoding = nets.load_gpt(cfg.ref or cfg.init, device, "--ref", trunks)
     nets.check_vocabulary(f"--ref {cfg.ref}", ref_encoding, encoding, cfg.init)

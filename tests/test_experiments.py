@@ -13,7 +13,7 @@ import ppo
 import reward
 import sft
 from common import cli, measure, runs
-from experiments import adaptive, harness, helpful, overoptimise, race, recipe, reviews
+from experiments import adaptive, harness, helpful, lora, overoptimise, race, recipe, reviews
 from experiments.forks import __main__ as forks
 from tests.conftest import ROOT
 from tools import evaluate
@@ -65,7 +65,7 @@ def test_what_is_taken_out_of_ppo_is_in_it(what):
     [
         *((sft, each.SFT) for each in (helpful, reviews)),
         *((reward, each.REWARD) for each in (helpful, reviews)),
-        *((ppo, each) for each in (helpful.PPO, reviews.TASK + reviews.PPO, adaptive.OPTIONS)),
+        *((ppo, each) for each in (helpful.PPO, reviews.TASK + reviews.PPO, adaptive.OPTIONS, lora.OWN_OPTIONS)),
         (evaluate, reviews.BEST_OF),
     ],
 )

@@ -20,6 +20,7 @@ from fast import compile_blocks, static_decode
 from model import GPT, ScalarModel
 from tests import memory
 from tests.conftest import FAMILIES, LLAMA, make_gpt, run, uneven
+from tests.pretend import pretended
 from tests.shapes import config_of
 from tests.test_bench import saved_bytes
 from tests.test_faults import contents
@@ -129,6 +130,31 @@ def test_an_adapted_net_writes_what_its_merged_net_writes(folders, encoding, fam
         texts.append([net.generate(PROMPTS, 20, temperature=t, generator=rng)[0] for t in (0, 1.0)])
     for mine, theirs, before in zip(*texts):
         assert torch.equal(mine, theirs) and not torch.equal(mine, before)
+
+
+@pytest.mark.parametrize("low", [False, True], ids=["float32", "bfloat16"])
+def test_on_a_device_nets_share_one_trunk_and_a_graph_sees_adapters_as_they_change(folders, encoding, low):
+    adapted(folders["sft"], encoding)
+    with pretended("cuda:0") as device:
+        autocast = torch.autocast("cuda", torch.bfloat16, enabled=low, cache_enabled=False)
+        trunks = lora.Trunks(RANK, autocast)
+        net, plain = (nets.load_gpt(folders["tmp"] / "policy", "cuda:0", "", trunks)[0] for _ in range(2))
+        for name, x in net.named_buffers():
+            assert x.device.type == "cuda" and x.data_ptr() == plain.get_buffer(name).data_ptr()
+        assert all(p.device.type == "cuda" for p in net.parameters())
+        net.decoder = static_decode
+        for _ in range(3):
+            found = []
+            for each in (net, plain):
+                rng = torch.Generator().manual_seed(1)
+                with autocast:
+                    tokens, _, length = each.generate(PROMPTS, 9, generator=rng)
+                found.append([row[:n].tolist() for row, n in zip(tokens.cpu(), length)])
+                with torch.no_grad():
+                    for p in each.parameters():
+                        p.mul_(1.5)
+            assert found[0] == found[1]
+        assert len(device.graphs) == 1
 
 
 def test_a_large_layer_writes_what_its_merged_net_writes(folders, encoding):
