@@ -84,7 +84,7 @@ def own(init: str, data: str, judge: str, lr: float, iterations: int) -> None:
         cells = ["diverged"] * 3
         if end := ending(folder, judge):
             cells = [f"{end['before']:.3f}", f"{end['after']:.3f} ± {1.96 * end['error']:.3f}", f"{end['kl']:.2f}"]
-        megabytes = f"{(folder / 'model.pt').stat().st_size / 1e6:.1f}"
+        megabytes = f"{(folder / 'model.pt').stat().st_size / 1e6:.2f}"
         seconds = f"{sum(times) / len(times):.1f}"
         rows.append([arm[0] or "all weights", arm[2], seconds, memory[1] if memory else "", megabytes, *cells])
     header = ["rank", "rate ×", "seconds an iteration", "GiB", "model.pt, MB", "judge before", "after", "KL (nats)"]
