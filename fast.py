@@ -71,7 +71,8 @@ class OneDNNLinear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         flat = grad.flatten(0, -2)  # (N, O)
         d_bias = flat.sum(0) if ctx.needs_input_grad[2] else None
-        return grad @ weight, flat.T @ x.flatten(0, -2), d_bias  # MKL is faster here than oneDNN
+        d_weight = flat.T @ x.flatten(0, -2) if ctx.needs_input_grad[1] else None  # MKL is faster here than oneDNN
+        return grad @ weight, d_weight, d_bias
 
 
 def pack(weight: Tensor) -> Tensor:

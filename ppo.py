@@ -24,7 +24,6 @@ Set-up: Ziegler et al. 2019 (arXiv 1909.08593). Update: Schulman et al. 2017 (17
 et al. 2020 (2009.01325). Left out on purpose: a trunk shared with the value net, an entropy bonus, whitened rewards.
 """
 
-import copy
 import math
 from collections import defaultdict
 from collections.abc import Callable
@@ -36,7 +35,7 @@ import torch
 from torch import Tensor
 
 import data
-from common import cli, dist, judges, measure, nets, runs
+from common import cli, dist, judges, lora, measure, nets, runs
 from common.cli import Count, Number, Positive, Share, Whole
 from data import InputError, Prompt, tales
 from data.rng import generator, seed_of
@@ -361,17 +360,18 @@ def build(
     cfg: Config, device: torch.device, autocast: torch.autocast
 ) -> tuple[GPT, GPT, ScalarModel, Callable[[Batch], Tensor], tiktoken.Encoding]:
     """Policy, frozen reference, value net, function that scores, tokenizer. Raises InputError if they do not fit."""
-    policy, encoding = nets.load_gpt(cfg.init, device, "--init")
-    ref, ref_encoding = nets.load_gpt(cfg.ref or cfg.init, device, "--ref")
+    trunks = lora.Trunks(cfg.lora, autocast)  # what the nets share with --lora
+    policy, encoding = nets.load_gpt(cfg.init, device, "--init", trunks)
+    ref, ref_encoding = nets.load_gpt(cfg.ref or cfg.init, device, "--ref", trunks)
     nets.check_vocabulary(f"--ref {cfg.ref}", ref_encoding, encoding, cfg.init)
     if judges.is_function(cfg.reward):
         reward = judges.load_function(cfg.reward)
-        value = ScalarModel(copy.deepcopy(policy)).to(device)
+        value = ScalarModel(nets.load_gpt(cfg.init, device, "--init", trunks)[0]).to(device)
         torch.nn.init.zeros_(value.head.weight)
     else:
-        reward, reward_encoding = nets.load_scalar(cfg.reward, device, "--reward")
+        reward, reward_encoding = nets.load_scalar(cfg.reward, device, "--reward", trunks)
         nets.check_vocabulary(f"--reward {cfg.reward}", reward_encoding, encoding, cfg.init)
-        value = copy.deepcopy(reward)
+        value, _ = nets.load_scalar(cfg.reward, device, "--reward", trunks)
     if min(ref.config.block_size, value.config.block_size - len(value.config.suffix)) < nets.context(cfg, policy):
         raise InputError("--ref or --reward has a shorter context than --init; give a --block_size that fits all")
     frozen = [ref, reward] if isinstance(reward, ScalarModel) else [ref]

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import data
-from common import cli, compare, dist, measure, nets, runs
+from common import cli, compare, dist, lora, measure, nets, runs
 from common.cli import Count, Number, Positive, Whole
 from data import InputError, tales
 from data.rng import generator
@@ -114,7 +114,7 @@ def build(
     """The starting policy, its tokenizer, groups to train on, and held-out groups."""
     source = comparisons = cfg.data or tales.path("compare")
     columns = data.first_row(source)
-    policy, encoding = nets.load_gpt(cfg.init, device, "--init")
+    policy, encoding = nets.load_gpt(cfg.init, device, "--init", lora.Trunks(cfg.lora, autocast))
     if {"chosen", "ranked"}.isdisjoint(columns):
         if cfg.data and not cfg.judge:
             what = f"{source}: has {', '.join(columns)}, which are no comparisons (prompt, chosen, rejected)"

@@ -17,7 +17,7 @@ import tiktoken
 import torch
 
 import data
-from common import cli, dist, folders, nets, runs
+from common import cli, dist, folders, lora, nets, runs
 from common.cli import Count, Number, Whole
 from data import InputError, tales
 from data.rng import generator, seed_of
@@ -55,7 +55,7 @@ class Config(cli.Shared):
 def train(cfg: Config) -> None:
     device, autocast = cli.setup(cfg)
     run = runs.Run(cfg)
-    model, encoding = build(cfg, run, device)
+    model, encoding = build(cfg, run, autocast, device)
     plain = not data.has_rows(cfg.data) or "text" in data.first_row(cfg.data)
     held_out, batch, batches = load_rows(cfg, run, encoding, model.config.eos, nets.context(cfg, model), plain)
     cli.prepare(cfg, model)
@@ -93,7 +93,9 @@ def train(cfg: Config) -> None:
         run.log(step, metrics, shown, tokens=sum(len(row.tokens) for row in rows))
         if due:
             row = held_out[step % len(held_out)]
-            run.sample(step + 1, sample(model, encoding, row.tokens[: 8 if plain else row.prompt_len], cfg, step))
+            with autocast:
+                text = sample(model, encoding, row.tokens[: 8 if plain else row.prompt_len], cfg, step)
+            run.sample(step + 1, text)
             run.keep_best(-metrics["loss/held_out"], model, encoding)
         if run.due(step, cfg.save_every or every):
             run.save(step + 1, model, encoding, {}, optimizer=optimizer)
@@ -103,14 +105,16 @@ def train(cfg: Config) -> None:
 # --- 1 model and data -------------------------------------------------------------------------------------------------
 
 
-def build(cfg: Config, run: runs.Run, device: torch.device) -> tuple[GPT, tiktoken.Encoding]:
+def build(cfg: Config, run: runs.Run, autocast: torch.autocast, device: torch.device) -> tuple[GPT, tiktoken.Encoding]:
     """The model and its tokenizer: those of --init, or new ones."""
     if cfg.arch not in ("gpt2", "llama"):
         raise InputError(f"--arch {cfg.arch}: give gpt2 or llama")
     if cfg.n_embd % cfg.n_head:
         raise InputError(f"--n_embd {cfg.n_embd}: not a multiple of --n_head {cfg.n_head}; change one of the two")
     if cfg.init:
-        return nets.load_gpt(cfg.init, device, "--init")
+        return nets.load_gpt(cfg.init, device, "--init", lora.Trunks(cfg.lora, autocast))
+    if cfg.lora:
+        raise InputError("--lora: adapts a model that is trained already; name its run folder with --init")
     if run.state:
         encoding = run.state["encoding"]
     elif cfg.vocab_size == 0:

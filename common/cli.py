@@ -37,6 +37,7 @@ class Shared:
     dtype: str = "auto"  # auto, float32 or bfloat16 (autocast)
     compile: bool = False  # torch.compile of the blocks, after a minute of compiling
     checkpoint_activations: bool = False  # less memory, slower: compute activations again in the backward
+    lora: Whole = 0  # rank of adapters (LoRA, α = 32) to train beside frozen weights, at 3 to 10 times --lr; 0: off
     shard: bool = False  # divide the nets over the processes of torchrun (FSDP), where one GPU cannot hold them
     micro_batch_size: Whole = 0  # rows (stage 2: prompts) in one forward of training; 0: all of a step
     max_grad_norm: Number = 1.0  # gradients are clipped to this, each net's by itself; 0: not clipped
@@ -51,6 +52,7 @@ THEIRS = {  # our option → what other projects call it
     "out": "output_dir",
     "reward": "reward_model reward_model_path",
     "lr": "learning_rate",
+    "lora": "lora_r lora_rank use_peft",
     "kl_coef": "beta init_kl_coef kl_penalty",
     "iterations": "max_steps total_episodes",
     "epochs": "num_train_epochs num_ppo_epochs",

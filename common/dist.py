@@ -149,6 +149,8 @@ def check_shard(cfg: Any) -> None:
         raise InputError("--shard: divides a net over the processes of torchrun; start several, or leave it out")
     if cfg.compile:
         raise InputError("--shard: does not go with --compile; leave one of them out")
+    if cfg.lora:
+        raise InputError("--shard: does not go with --lora; leave one of them out")
     if cfg.batch_size % WORLD:  # all processes gather together, so each needs as many rows
         raise InputError(f"--shard: --batch_size must be a multiple of the {WORLD} processes")
 

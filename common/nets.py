@@ -9,7 +9,7 @@ import tiktoken
 import torch
 from torch import Tensor, nn
 
-from common import dist
+from common import dist, lora
 from data.files import InputError, replacing
 from data.tokenizer import encoding_from_state, encoding_state
 from model import GPT, GPTConfig, ScalarModel
@@ -27,9 +27,13 @@ def save_file(content: dict, path: Path) -> None:
 
 
 def save_model(model: GPT | ScalarModel, encoding: tiktoken.Encoding, path: Path) -> None:
-    """A model.pt: {"model": weights, "config": GPTConfig's fields, "tokenizer": the encoding}, all plain."""
+    """A model.pt: {"model": weights, "config": GPTConfig's fields, "tokenizer": the encoding}, all plain.
+
+    Of an adapted net the weights are what trains, and "base" names the file of the others (see lora.py).
+    """
     config, tokenizer = dataclasses.asdict(model.config), encoding_state(encoding)
-    save_file({"model": model.state_dict(), "config": config, "tokenizer": tokenizer}, path)
+    content = {"model": model.state_dict(), "config": config, "tokenizer": tokenizer}
+    save_file(content | lora.reference(model, path), path)
 
 
 def read_checkpoint(path: Path, advice: str = "name another run folder") -> dict:
@@ -43,19 +47,35 @@ def read_checkpoint(path: Path, advice: str = "name another run folder") -> dict
 
 
 def load(
-    folder: str | Path, device: torch.device | str = "cpu", option: str = "", kind: type | None = None
+    folder: str | Path,
+    device: torch.device | str = "cpu",
+    option: str = "",
+    kind: type | None = None,
+    trunks: lora.Trunks | None = None,
 ) -> tuple[GPT | ScalarModel, tiktoken.Encoding]:
     """The model of a run folder (or of a .pt file) in eval mode, and its tokenizer.
 
+    With `trunks` of a rank above 0 it is adapted, and shares what is frozen. Else it is whole, with adapters merged.
     Raises InputError if there is none, or if it is not of the `kind` that `option` wants.
     """
     path = Path(folder) if Path(folder).suffix == ".pt" else Path(folder) / "model.pt"
+    if (Path(folder) / "adapter_config.json").exists():
+        merge = "merge it into its model first (peft's merge_and_unload), and bring that in with tools.hf"
+        raise InputError(f"{option} {folder}: an adapter of another project; {merge}".strip())
     if not path.exists():
         advice = "name a run folder, or a function as path/to/file.py:function"
         raise InputError(f"{option} {folder}: no model.pt there; run the stage that writes it, or {advice}".strip())
-    saved = read_checkpoint(path)
+    saved, rank, adapters = read_checkpoint(path), trunks.rank if trunks else 0, {}
     try:
+        base = lora.find_base(saved, path, rank)
+        if base != path:
+            adapters = saved["model"]
+            saved["model"] = lora.completed(read_checkpoint(base)["model"], adapters, merge=not rank)
         model, encoding = build(saved)
+        if rank:
+            trunks.adapt(model, base, adapters, device)
+    except InputError:
+        raise
     except Exception as error:  # whatever the damage is
         what = " ".join(f"{error}".split())[:200]
         raise InputError(f"{path}: damaged ({what}); name another run folder, or train it again") from None
@@ -87,14 +107,16 @@ def build(saved: dict) -> tuple[GPT | ScalarModel, tiktoken.Encoding]:
     return model, encoding
 
 
-def load_gpt(folder: str | Path, device: torch.device | str = "cpu", option: str = "") -> tuple[GPT, tiktoken.Encoding]:
-    return load(folder, device, option, GPT)
+def load_gpt(
+    folder: str | Path, device: torch.device | str = "cpu", option: str = "", trunks: lora.Trunks | None = None
+) -> tuple[GPT, tiktoken.Encoding]:
+    return load(folder, device, option, GPT, trunks)
 
 
 def load_scalar(
-    folder: str | Path, device: torch.device | str = "cpu", option: str = ""
+    folder: str | Path, device: torch.device | str = "cpu", option: str = "", trunks: lora.Trunks | None = None
 ) -> tuple[ScalarModel, tiktoken.Encoding]:
-    return load(folder, device, option, ScalarModel)
+    return load(folder, device, option, ScalarModel, trunks)
 
 
 def check_vocabulary(what: str, encoding: tiktoken.Encoding, wanted: tiktoken.Encoding, init: str) -> None:

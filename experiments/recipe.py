@@ -30,6 +30,7 @@ from experiments.harness import (
     write_results,
 )
 
+LOADED = 'value, _ = nets.load_scalar(cfg.reward, device, "--reward", trunks)'
 FRESH = "value = ScalarModel(GPT(policy.config)).to(device)"
 VARIANTS = {  # what changes → its run folder, its options, and what is changed in ppo.py
     "default": ("ppo", [], {}),
@@ -39,7 +40,7 @@ VARIANTS = {  # what changes → its run folder, its options, and what is change
     "whitening of advantages → none": ("no-whitening", [], {"whiten(advantages, mask)": "advantages"}),
     "clip of the value: 0.2 → none": ("no-value-clip", ["--cliprange_value", 1e9], {}),
     "scores: mean 0, variance 1 → as they came": ("raw-scores", ["--reward", "out/raw-reward"], {}),
-    "value net: the reward model's weights → new ones": ("new-value", [], {"value = copy.deepcopy(reward)": FRESH}),
+    "value net: the reward model's weights → new ones": ("new-value", [], {LOADED: FRESH}),
     "iterations of the value net alone: 2 → 0": ("no-value-warmup", ["--value_warmup", 0], {}),
     "epochs: 1 → 2": ("two-epochs", ["--epochs", 2], {}),
     "score without EOS: at most -1 → as it came": ("no-cap", ["--unended_cap", "inf"], {}),

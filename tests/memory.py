@@ -15,6 +15,8 @@ from tests.shapes import config_of
 
 TRAINED = 16  # bytes a parameter: a weight, its gradient and Adam's two moments, in float32
 BATCH, LENGTH = 8, 512  # of the micro-batch in the table
+RANK = 16  # of --lora in the tables
+CARDS = {"24 GB": (24, 1), "80 GB": (80, 1), "8 × 80 GB": (80, 8)}  # GB of each, and how many
 TABLE = ["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "llama-1b", "llama-3b", "llama-8b"]
 GIB = 2**30
 
@@ -50,34 +52,64 @@ def nets(name: str, stage: int, bf16: bool) -> int:
     return TRAINED * (gpt + scalar) + 4 * (gpt + scalar) - spared
 
 
-def block(config: GPTConfig, tokens: int, bf16: bool) -> int:
+def adapters(config: GPTConfig, rank: int) -> int:
+    """How many parameters the adapters of a net have."""
+    with torch.device("meta"):
+        layers = [layer for layer in Block(config).modules() if isinstance(layer, fast.Linear)]
+    return config.n_layer * rank * sum(layer.in_features + layer.out_features for layer in layers)
+
+
+def lora_nets(name: str, stage: int, bf16: bool, rank: int = RANK) -> int:
+    """Bytes of the nets of a stage with --lora: one trunk, what each net trains, in stage 3 two frozen sets of that.
+
+    With `bf16` the linear layers of the trunk are in bfloat16, the output layer too if it is one.
+    """
+    config = config_of(name)
+    whole, linear = parameters(name)
+    trained, head = adapters(config, rank), config.n_embd + 1
+    trunk = 4 * whole - (2 * linear if bf16 else 0)
+    frozen = 2 * (2 if bf16 else 4) * trained + 4 * head if stage == 3 else 0
+    return trunk + TRAINED * (trained * (2 if stage == 3 else 1) + (head if stage > 1 else 0)) + frozen
+
+
+def block(config: GPTConfig, tokens: int, bf16: bool, rank: int = 0) -> int:
     """Bytes that the forward of a block saves where attention is fused: for GPT-2's and Llama's kind.
 
     The residual stream is in float32. What products read and make is in the dtype of products, in which under autocast
-    the rounded weights are saved as well.
+    the rounded weights are saved as well; with adapters these are stored so, and what lies between A and B is saved.
     """
     size, C = (2 if bf16 else 4), config.n_embd
     Q, K = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
     inner = config.n_inner or 4 * C
-    norms = 2 * 4 * (2 * C + 1 if config.rms_norm else C + 2)  # RMSNorm saves its input with scale 1 too
+    norms = 2 * norm(config, rank)
     attention = C + Q + 2 * K + Q  # the input of c_attn; queries, keys and values; what attention found
     if config.rope_theta:
         attention += Q + K + Q  # queries and keys turned; c_proj reads a copy of what attention found
     mlp = C + (4 * inner if config.swiglu else 2 * inner)
     weights = C * (Q + 2 * K) + Q * C + C * inner * (3 if config.swiglu else 2)
-    return tokens * (norms + 4 * config.n_head + size * (attention + mlp)) + (2 * weights if bf16 else 0)
+    low = 4 * rank  # of four layers
+    rounded = adapters(config, rank) // config.n_layer if rank else weights
+    return tokens * (norms + 4 * config.n_head + size * (attention + mlp + low)) + (2 * rounded if bf16 else 0)
 
 
-def saved(config: GPTConfig, batch: int, length: int, bf16: bool, checkpointed: bool, logprobs: bool = True) -> int:
+def norm(config: GPTConfig, rank: int) -> int:
+    """Bytes that a norm saves of a token: its input, and RMSNorm the input with scale 1 too, for its gain."""
+    C = config.n_embd
+    return 4 * ((C if rank else 2 * C) + 1 if config.rms_norm else C + 2)
+
+
+def saved(
+    config: GPTConfig, batch: int, length: int, bf16: bool, checkpointed: bool, logprobs: bool = True, rank: int = 0
+) -> int:
     """Bytes that autograd saves in one forward over `batch` × `length` tokens, each of which is a response token.
 
     With `logprobs` that of `GPT.logprobs`, else that of `ScalarModel.values`.
     """
     tokens, C = batch * length, config.n_embd
-    ends = 4 * (2 * C + 1 if config.rms_norm else C + 2) + 40  # the final norm; token ids and four indices
+    ends = norm(config, rank) + 40  # the final norm; token ids and four indices
     ends += (2 if bf16 and logprobs else 4) * C  # what the output layer reads, or the scalar head
-    kept = 4 * C * tokens if checkpointed else block(config, tokens, bf16)
-    head = 2 * config.vocab_size * C if bf16 and logprobs else 0
+    kept = 4 * C * tokens if checkpointed else block(config, tokens, bf16, rank)
+    head = 2 * config.vocab_size * C if bf16 and logprobs and (config.tied or not rank) else 0
     return config.n_layer * kept + tokens * ends + head
 
 
@@ -88,21 +120,33 @@ def logits(config: GPTConfig, tokens: int, kind: str) -> int:
 
 
 def activations(
-    name: str, batch: int, length: int, bf16: bool, checkpointed: bool, logprobs: bool = True, kind: str = "cuda"
+    name: str,
+    batch: int,
+    length: int,
+    bf16: bool,
+    checkpointed: bool,
+    logprobs: bool = True,
+    kind: str = "cuda",
+    rank: int = 0,
 ) -> int:
     """Bytes at the peak of a forward and backward: all that is saved, and the logits. Work space comes on top.
 
-    With checkpoints the logits are gone before the first block is computed again.
+    With checkpoints the logits are gone before the first block is computed again. Beside a frozen output layer its
+    gradient, which `fast.token_logprobs` makes all the same, is counted here.
     """
     config, tokens = config_of(name), batch * length
-    whole = saved(config, batch, length, bf16, checkpointed, logprobs)
+    whole = saved(config, batch, length, bf16, checkpointed, logprobs, rank)
     waiting = logits(config, tokens, kind) if logprobs else 0
-    return whole + (max(waiting, block(config, tokens, bf16)) if checkpointed else waiting)
+    waiting += 4 * config.vocab_size * config.n_embd if logprobs and rank else 0
+    return whole + (max(waiting, block(config, tokens, bf16, rank)) if checkpointed else waiting)
 
 
-def stage(name: str, stage: int, batch: int, length: int, bf16: bool, checkpointed: bool, kind: str = "cuda") -> float:
+def stage(
+    name: str, stage: int, batch: int, length: int, bf16: bool, checkpointed: bool, kind: str = "cuda", rank: int = 0
+) -> float:
     """GiB of a stage: its nets, and the activations of a micro-batch."""
-    return (nets(name, stage, bf16) + activations(name, batch, length, bf16, checkpointed, stage != 2, kind)) / GIB
+    held = lora_nets(name, stage, bf16, rank) if rank else nets(name, stage, bf16)
+    return (held + activations(name, batch, length, bf16, checkpointed, stage != 2, kind, rank)) / GIB
 
 
 def sharded(name: str, processes: int, batch: int, length: int) -> tuple[float, float, float]:
@@ -125,11 +169,12 @@ def sharded(name: str, processes: int, batch: int, length: int) -> tuple[float, 
 def table() -> str:
     """Memory by shape and stage, in Markdown."""
     lines = [
-        "| shape | parameters | stage 1 | stage 2 | stage 3 | stage 3, bfloat16 |",
-        "|---|---|---|---|---|---|",
+        "| shape | parameters | stage 1 | stage 2 | stage 3 | stage 3, bfloat16 | stage 3, bfloat16, `--lora 16` |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name in TABLE:
         found = [nets(name, 1, False), nets(name, 2, False), nets(name, 3, False), nets(name, 3, True)]
+        found.append(lora_nets(name, 3, True))
         cells = [f"{x / GIB:.1f}" for x in found]
         lines.append(f"| {name} | {parameters(name)[0] / 1e6:,.0f}M | {' | '.join(cells)} |")
     lines += [
@@ -143,13 +188,28 @@ def table() -> str:
             pair = [activations(name, BATCH, LENGTH, bf16, checkpointed, logprobs) / GIB for logprobs in (True, False)]
             cells.append(f"{pair[0]:.1f} / {pair[1]:.1f}")
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    lines += ["", "| shape | stage 1 | stage 2 | stage 3 | stage 3, checkpointed |", "|---|---|---|---|---|"]
+    lines += ["", "| shape | stage 1 | stage 2 | stage 3 | stage 3, checkpointed | and `--lora 16` |"]
+    lines += ["|---|---|---|---|---|---|"]
     for name in TABLE:
         cells = [f"{stage(name, n, BATCH, LENGTH, True, False):.1f}" for n in (1, 2, 3)]
-        cells.append(f"{stage(name, 3, BATCH, LENGTH, True, True):.1f}")
+        cells += [f"{stage(name, 3, BATCH, LENGTH, True, True, rank=rank):.1f}" for rank in (0, RANK)]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     lines += ["", "| shape, over 8 processes | at rest | rollout | update |", "|---|---|---|---|"]
     for name in TABLE:
         cells = [f"{x:.1f}" for x in sharded(name, 8, BATCH, LENGTH)]
         lines.append(f"| {name} | {' | '.join(cells)} |")
+    lines += ["", "| GPUs | the largest that fits: all weights | `--lora 16` |", "|---|---|---|"]
+    for card, (gb, n) in CARDS.items():
+        lines.append(f"| {card} | {largest(gb, n, 0)} | {largest(gb, n, RANK)} |")
     return "\n".join(lines)
+
+
+def largest(gb: int, processes: int, rank: int) -> str:
+    """The last of TABLE whose stage 3, checkpointed, takes at most nine tenths of a GPU. Several share all weights."""
+
+    def size(name: str) -> float:
+        if processes > 1 and not rank:
+            return max(sharded(name, processes, BATCH, LENGTH))
+        return stage(name, 3, BATCH, LENGTH, True, True, rank=rank)
+
+    return next((name for name in reversed(TABLE) if size(name) * GIB <= 0.9 * gb * 1e9), "none")

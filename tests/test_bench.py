@@ -33,8 +33,8 @@ def forked(monkeypatch):
 
 
 def saved_bytes(model, tokens, checkpointed: bool, bf16: bool) -> tuple[int, torch.Tensor]:
-    """Bytes of all storages that autograd saves in one forward, without the parameters; what the forward returns."""
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    """Bytes of all storages that autograd saves in one forward, without the net's own; what the forward returns."""
+    own = {x.untyped_storage().data_ptr() for x in (*model.parameters(), *model.buffers())}
     found = {}
 
     def keep(x):

@@ -127,7 +127,7 @@ def test_another_temperature_or_moved_weights_get_another_graph_and_the_last_is_
         for n in (5, 5, 6, 7):
             sample(gpt, n)
         assert len(device.graphs) == 6 and len(fast.DECODES[gpt]) == 1
-        copy.deepcopy(gpt)  # as ppo.py copies its policy
+        copy.deepcopy(gpt)
         before = len(fast.DECODES)
         del gpt
         gc.collect()

@@ -17,7 +17,7 @@ import reward
 import sft
 from common import cli, measure, runs
 from data import InputError
-from experiments import adaptive, fewer, harness, helpful, overoptimise, race, recipe, reviews
+from experiments import adaptive, fewer, harness, helpful, lora, overoptimise, race, recipe, reviews
 from experiments.forks import __main__ as forks
 from tests.conftest import ROOT
 from tools import evaluate
@@ -69,7 +69,7 @@ def test_what_a_variant_changes_of_ppo_is_in_it(what):
     [
         *((sft, each.SFT) for each in (helpful, reviews)),
         *((reward, each.REWARD) for each in (fewer, helpful, reviews)),
-        *((ppo, each) for each in (helpful.PPO, reviews.TASK + reviews.PPO, adaptive.OPTIONS)),
+        *((ppo, each) for each in (helpful.PPO, reviews.TASK + reviews.PPO, adaptive.OPTIONS, lora.OWN_OPTIONS)),
         (evaluate, reviews.BEST_OF),
     ],
 )

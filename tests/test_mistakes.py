@@ -394,10 +394,10 @@ def test_gradients_are_clipped_after_backward_each_net_by_itself(nets):
 # 18
 @mistake(
     "ppo.py",
-    'ref, ref_encoding = nets.load_gpt(cfg.ref or cfg.init, device, "--ref")',
+    'ref, ref_encoding = nets.load_gpt(cfg.ref or cfg.init, device, "--ref", trunks)',
     "ref, ref_encoding = policy, encoding",
 )
-@mistake("ppo.py", "value = copy.deepcopy(reward)\n", "value = reward\n")
+@mistake("ppo.py", 'value, _ = nets.load_scalar(cfg.reward, device, "--reward", trunks)\n', "value = reward\n")
 def test_frozen_copy_and_reward_model_end_bit_identical_to_how_they_began(folders, monkeypatch):
     kept, freeze = [], rooms.freeze
     monkeypatch.setattr(rooms, "freeze", lambda m, a: kept.append((freeze(m, a), copy.deepcopy(m.state_dict()))) or m)

@@ -4,6 +4,7 @@
     python -m tools.hf FOLDER out/NAME       a Hugging Face folder → a run folder that every stage's --init takes
     python -m tools.hf ckpt.pt out/NAME      nanoGPT's checkpoint with GPT-2's vocabulary → a run folder
     python -m tools.hf out/ppo FOLDER        a run folder → a Hugging Face folder for AutoModel and AutoTokenizer
+    python -m tools.hf out/ppo FOLDER --adapter      of a run with --lora the adapters alone, for peft's PeftModel
 
 A model is a GPT-2, Llama 3 to 3.3, SmolLM 2 or 3, Qwen 2 or 3, or a Mistral without sliding windows: a language model,
 or a classifier with one label (a reward model), with a byte-level BPE. Weights become float32.
@@ -23,7 +24,7 @@ from tiktoken import Encoding
 from torch import Tensor
 from torch.nn import functional
 
-from common import cli, nets
+from common import cli, lora, nets
 from data.chat import template_of, with_template
 from data.files import InputError, cannot_write, read_json
 from data.tokenizer import gpt2_encoding, plain_tokens, turn_suffix
@@ -92,6 +93,12 @@ def their_names(ours: str, config: GPTConfig) -> list[str]:
 def turned(ours: str, x: Tensor, config: GPTConfig) -> Tensor:
     """Return x, transposed if it is of a linear layer of GPT-2, which stores them as (in, out)."""
     return x.T if ours.startswith("h.") and x.dim() == 2 and not config.rope_theta else x
+
+
+def split_rows(x: Tensor, n: int, config: GPTConfig) -> tuple[Tensor, ...]:
+    """Return the rows of our tensor that each of their `n` tensors has."""
+    n_q, n_kv = (heads * config.head_dim for heads in (config.n_head, config.n_kv_head))
+    return x.split({1: [len(x)], 2: [len(x) // 2] * 2, 3: [n_q, n_kv, n_kv]}[n])
 
 
 def our_config(c: dict, path: Path) -> tuple[GPTConfig, bool]:
@@ -275,12 +282,10 @@ def write_model(model: GPT | ScalarModel, encoding: Encoding, folder: Path) -> N
             print(f"the exported scores are ours minus {c['score_bias']:.4f} (score_bias in config.json)")
         else:
             state["ln_f.bias"] = state["ln_f.bias"] + weight[0] * constant / weight.square().sum()
-    n_q, n_kv = (heads * config.head_dim for heads in (config.n_head, config.n_kv_head or config.n_head))
     result = {}
     for ours, x in state.items():
         theirs = their_names(ours, config)
-        sizes = {1: [len(x)], 2: [len(x) // 2] * 2, 3: [n_q, n_kv, n_kv]}[len(theirs)]
-        for name, part in zip(theirs, x.split(sizes)):
+        for name, part in zip(theirs, split_rows(x, len(theirs), config)):
             result[name] = turned(ours, part, config).clone(memory_format=torch.contiguous_format)
     names, chat = {i: name for name, i in encoding._special_tokens.items()}, template_of(encoding)
     about = {"bos_token": names[config.bos[0]]} if config.bos and config.bos[0] in names else {}
@@ -297,6 +302,27 @@ def write_model(model: GPT | ScalarModel, encoding: Encoding, folder: Path) -> N
     for name, content in files.items():
         (folder / f"{name}.json").write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
     save_file(result, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def write_adapter(saved: dict, folder: Path) -> None:
+    """Write the adapters of a model.pt as a folder of peft, which goes with the base, exported.
+
+    GPT-2's layers of queries, keys and values stay fused. Llama's are apart: each gets the whole A, and its rows of B.
+    """
+    from safetensors.torch import save_file
+
+    config, result = GPTConfig(**saved["config"]), {}
+    for ours, x in saved["model"].items():
+        layer, _, kind = ours.rpartition(".")
+        theirs = their_names(f"{layer}.weight", config)
+        for name, part in zip(theirs, split_rows(x, len(theirs), config) if kind == "B" else [x] * len(theirs)):
+            result[f"base_model.model.{name.removesuffix('weight')}lora_{kind}.weight"] = part.clone()
+    layers = sorted({name.split(".")[-3] for name in result})
+    rank = len(next(x for name, x in result.items() if ".lora_A." in name))
+    about = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": lora.ALPHA, "inference_mode": True}
+    about |= {"target_modules": layers, "fan_in_fan_out": not config.rope_theta, "base_model_name_or_path": None}
+    (folder / "adapter_config.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
+    save_file(result, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
 def read(source: str) -> tuple[GPT | ScalarModel, Encoding]:
@@ -316,8 +342,11 @@ def read(source: str) -> tuple[GPT | ScalarModel, Encoding]:
     raise InputError(f"{source}: neither {', '.join(PUBLISHED)} nor a folder with config.json, model.pt or ckpt.pt")
 
 
-def convert(source: str, target: Path) -> str:
-    """Convert `source` to the other format: ours to Hugging Face or back. Returns a summary."""
+def convert(source: str, target: Path, adapter: bool = False) -> str:
+    """Convert `source` to the other format: ours to Hugging Face or back. Returns a summary.
+
+    With `adapter` only the adapters of a run with --lora; else they are merged.
+    """
     folder, target = Path(source), Path(target).absolute()
     if not importlib.util.find_spec("safetensors"):
         raise InputError("Hugging Face folders need safetensors: pip install safetensors")
@@ -329,7 +358,10 @@ def convert(source: str, target: Path) -> str:
         # model.pt first, for a run folder has a config.json too
         if (folder / "model.pt").exists() or folder.suffix == ".pt" and not folder.name.startswith("ckpt"):
             model, encoding = nets.load(folder)
-            write_model(model, encoding, temporary)
+            saved = nets.read_checkpoint(folder if folder.suffix == ".pt" else folder / "model.pt")
+            if adapter and ("base" not in saved or isinstance(model, ScalarModel)):
+                raise InputError(f"{source}: holds no adapters of a language model; leave out --adapter")
+            write_adapter(saved, temporary) if adapter else write_model(model, encoding, temporary)
         else:
             model, encoding = read(source)
             nets.save_model(model, encoding, temporary / "model.pt")
@@ -339,16 +371,18 @@ def convert(source: str, target: Path) -> str:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     n = sum(p.numel() for p in model.parameters())
-    return f"{source} → {target}: {n:,} parameters, {model.config.vocab_size:,} tokens of vocabulary"
+    n = f"the adapters of {n:,}" if adapter else f"{n:,}"
+    return f"{source} → {target}: {n} parameters, {model.config.vocab_size:,} tokens of vocabulary"
 
 
 def main() -> None:
     if {"-h", "--help"} & set(sys.argv):
         print(f"usage: python -m tools.hf FROM TO\n\n{__doc__}")
-    elif len(sys.argv) != 3:
+        return
+    names = [word for word in sys.argv[1:] if word != "--adapter"]
+    if len(names) != 2:
         raise InputError("give two names, FROM and TO; --help says what they may be")
-    else:
-        print(convert(sys.argv[1], Path(sys.argv[2])))
+    print(convert(names[0], Path(names[1]), "--adapter" in sys.argv))
 
 
 if __name__ == "__main__":

@@ -10,14 +10,13 @@ depends on the prompt alone, so it cancels between two answers. What remains is 
 2305.18290, equation 7). All pairs of one prompt are one batch element, as in reward.py. No prompt is held out.
 """
 
-import copy
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 import data
-from common import cli, dist, measure, nets, runs
+from common import cli, dist, lora, measure, nets, runs
 from common.cli import Count, Number, Positive, Whole
 from model import GPT
 from reward import WARMUP, pairwise_loss
@@ -47,11 +46,12 @@ def log_ratios(policy: GPT, ref: GPT, groups: list[data.Group], device: torch.de
 def train(cfg: Config) -> None:
     device, autocast = cli.setup(cfg)
     run = runs.Run(cfg)
-    policy, encoding = nets.load_gpt(cfg.init, device, "--init")
+    trunks = lora.Trunks(cfg.lora, autocast)
+    policy, encoding = nets.load_gpt(cfg.init, device, "--init", trunks)
     groups = data.comparisons(cfg.data, encoding, policy.config.eos, dist.print0)
     lengths = [max(len(row.tokens) for row in group.rows) for group in groups]
     groups = data.keep_short(groups, lengths, nets.context(cfg, policy), f"comparisons of {cfg.data}", dist.print0)
-    ref = nets.freeze(copy.deepcopy(policy), autocast)
+    ref = nets.freeze(nets.load_gpt(cfg.init, device, "--init", trunks)[0], autocast)
     policy.eval()  # no dropout: before the first step π is π₀, and the loss log 2
     cli.prepare(cfg, policy, ref)
     optimizer = nets.adamw(policy, cfg.lr, 0.0)

@@ -1,0 +1,114 @@
+"""How much of a net has to train? Adapters of rank 1, 4 and 16 against all weights, at three rates, every seed.
+
+    OMP_NUM_THREADS=1 python -m experiments.lora               the tales, seeds 1 to 3: 63 runs, some minutes each
+    OMP_NUM_THREADS=1 python -m experiments.lora --seeds 1     one of them
+    python -m experiments.lora --init RUN --data PROMPTS.jsonl --judge FILE.py:function     a model of your own
+
+Schulman et al. 2025 ("LoRA Without Regret") say that rank 1 suffices for reinforcement learning, at ten times the rate
+of full training, and that adapters on attention alone do not suffice. On the tales policy and value net have adapters
+on all layers of the blocks, or on those of the MLP. It prints judge and KL at the end, means over seeds, and writes
+experiments/results/lora.json. With --init the judge is the reward: seconds an iteration, GiB, and the judge before and
+after. What has run is kept in out/experiments; a stopped run goes on.
+"""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+import ppo
+from common import cli, lora
+from common.measure import mean_and_error
+from common.runs import read_metrics
+from experiments.harness import FOLDER, JUDGE, markdown, stage, start, t_interval, write_results
+
+RANKS, RATES = (1, 4, 16), (1, 3, 10)
+LAYERS = {"all": lora.LAYERS, "MLP": ("mlp.c_fc", "mlp.c_proj")}
+ARMS = [(0, "all", rate) for rate in RATES]
+ARMS += [(rank, layers, rate) for layers in LAYERS for rank in RANKS for rate in RATES]
+OWN = [(0, "all", 1), (16, "all", 3), (1, "all", 10)]  # of a model of your own
+OWN_OPTIONS = ["--batch_size", 32, "--minibatch_size", 32, "--response_len", 24, "--eval_prompts", 64]
+MLP = "--mlp"  # the first word of a run of PPO with adapters on the MLP alone
+
+
+def ppo_run(folder: Path, rank: int, layers: str, rate: float, lr: float, options: list) -> tuple[Path, str]:
+    """The run folder of an arm, and what it printed."""
+    name = f"lora-{rank}-{layers}-{rate}"
+    script = ["ppo.py"] if layers == "all" else ["experiments/lora.py", MLP]
+    rates = ["--lora", rank, "--lr", f"{lr * rate:g}", "--value_lr", f"{1e-3 * rate * lr / 4e-4:g}"]
+    text = stage(folder, name, *script, *options, *rates, "--out", f"out/{name}", may_diverge=True)
+    return folder / "out" / name, text
+
+
+def ending(folder: Path, judge: str) -> dict:
+    """Judge before and after, its paired error, and KL of a run; {} if it diverged."""
+    path = folder / "report.json"
+    if not path.exists():
+        return {}
+    report = json.loads(path.read_text())
+    table = report["table"]
+    (kl,) = [row["after"][0] for name, row in table.items() if name.startswith("KL")]
+    _, error = mean_and_error([answer["after"][judge] - answer["before"][judge] for answer in report["answers"]])
+    highest = max(line["objective/kl"] for line in read_metrics(folder))
+    before, after = (table[judge][when][0] for when in ("before", "after"))
+    return {"before": before, "after": after, "error": error, "kl": kl, "highest kl": highest}
+
+
+def tales(seeds: list[int], iterations: int) -> None:
+    """Every arm on every seed; the table of means."""
+    found, rows = {}, []
+    for arm in ARMS:
+        for seed in seeds:
+            folder, _ = ppo_run(start(seed), *arm, 4e-4, ["--seed", seed, "--iterations", iterations])
+            found.setdefault(arm, {})[seed] = ending(folder, JUDGE)
+        ends = [end for end in found[arm].values() if end]
+        cells = [t_interval([end[name] for end in ends]) if ends else "" for name in ("after", "kl", "highest kl")]
+        rows.append([arm[0] or "all weights", arm[1], arm[2], *cells, len(seeds) - len(ends)])
+    print(markdown(["rank", "layers", "rate ×", "judge", "KL (nats)", "highest KL", "diverged"], rows))
+    write_results("lora", {" ".join(map(str, arm)): each for arm, each in found.items()})
+
+
+def own(init: str, data: str, judge: str, lr: float, iterations: int) -> None:
+    """A model of your own with its judge as the reward: seconds an iteration, GiB and the judge, by rank."""
+    rows = []
+    paths = [str(Path(path).resolve()) for path in (init, data)]
+    file, _, function = judge.rpartition(":")
+    judge = f"{Path(file).resolve()}:{function}"
+    options = ["--init", paths[0], "--data", paths[1], "--reward", judge, "--judge", judge, *OWN_OPTIONS]
+    for arm in OWN:
+        where = FOLDER / "lora" / Path(init).name
+        folder, text = ppo_run(where, *arm, lr, [*options, "--iterations", iterations, "--checkpoint_activations"])
+        times = [line["time/rollout"] + line["time/score"] + line["time/update"] for line in read_metrics(folder)]
+        memory = re.search(r"peak memory: (\S+) GiB", text)
+        cells = ["diverged"] * 3
+        if end := ending(folder, judge):
+            cells = [f"{end['before']:.3f}", f"{end['after']:.3f} ± {1.96 * end['error']:.3f}", f"{end['kl']:.2f}"]
+        megabytes = f"{(folder / 'model.pt').stat().st_size / 1e6:.2f}"
+        seconds = f"{sum(times) / len(times):.1f}"
+        rows.append([arm[0] or "all weights", arm[2], seconds, memory[1] if memory else "", megabytes, *cells])
+    header = ["rank", "rate ×", "seconds an iteration", "GiB", "model.pt, MB", "judge before", "after", "KL (nats)"]
+    print(markdown(header, rows))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--seeds", default="1,2,3", help="comma-separated")
+    parser.add_argument("--iterations", type=int, default=64)
+    parser.add_argument("--init", default="", help="a run folder of your own, such as of SmolLM2-135M by tools.hf")
+    parser.add_argument("--data", default="", help="its prompts")
+    parser.add_argument("--judge", default="", help="what trains it, FILE.py:function")
+    parser.add_argument("--lr", type=float, default=1e-5, help="of all weights of your own model")
+    options = parser.parse_args()
+    if options.init:
+        return own(options.init, options.data, options.judge, options.lr, options.iterations)
+    tales([int(seed) for seed in options.seeds.split(",")], options.iterations)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == [MLP]:
+        del sys.argv[1]
+        lora.LAYERS = LAYERS["MLP"]
+        cli.run_main(ppo.main)
+    else:
+        main()
