@@ -10,14 +10,15 @@ experiments/results/exact.json and draws experiments/exact.svg. What has run is 
 """
 
 import argparse
-import hashlib
 import json
+import statistics
 import sys
+from functools import partial
 from pathlib import Path
 
 from experiments import letters
 from experiments.forks import HERE, patched
-from experiments.harness import FOLDER, ROOT, markdown, pyplot, save, seconds, stage, t_interval, write_results
+from experiments.harness import ROOT, markdown, pyplot, save, seconds, stage, t_interval, write_results
 
 FORKS = {  # name → its diffs
     "PPO": [],
@@ -31,46 +32,23 @@ RESULTS = Path(__file__).with_name("results") / "exact.json"
 SHOWN = {"J": "J", "share": "share of the way", "TV": "TV to π*", "KL": "KL to π₀", "KL to π*": "KL to π*"}
 
 
-def place() -> Path:
-    """The folder of the runs; the starting policy stands in it."""
-    folder = (FOLDER / "exact").resolve()
-    return folder if (folder / "start" / "model.pt").exists() else letters.world(folder).parent
-
-
-def settle(source: str, beta: float, seed: int, **changes: object) -> dict[str, float]:
-    """Where a variant of ppo.py, given as its text, lands; and its seconds. A text and its options run once."""
-    folder = place()
-    key = source + repr(sorted(changes.items()))
-    name = f"{hashlib.sha256(key.encode()).hexdigest()[:10]}-{beta:g}-{seed}"
-    script = folder / "scripts" / f"{name}.py"
-    script.parent.mkdir(exist_ok=True)
-    script.write_text(source)
-    text = stage(folder, name, script, *letters.options(folder, beta, seed, out=folder / name, **changes))
-    return ended(folder / name, beta) | {"seconds": seconds(text)}
-
-
-def ended(run: Path, beta: float) -> dict[str, float]:
-    return letters.landing(letters.log_probabilities(run), letters.log_probabilities(place() / "start"), beta)
-
-
 def dpo(beta: float, seed: int, n: int = 20_000) -> dict[str, float]:
     """Where DPO lands on `n` comparisons of the start's answers: as many answers as some forty iterations of PPO."""
-    folder, name = place(), f"dpo-{beta:g}-{seed}"
+    folder, name = letters.place(), f"dpo-{beta:g}-{seed}"
     pairs = folder / "pairs.jsonl"
     if not pairs.exists():
         letters.compared(letters.log_probabilities(folder / "start"), n, pairs)
     words = ["--data", pairs, "--init", folder / "start", "--out", folder / name, "--kl_coef", beta, "--seed", seed]
     text = stage(folder, name, HERE / "dpo.py", *words, "--epochs", 200, "--lr", 3e-3, "--device", "cpu")
-    return ended(folder / name, beta) | {"seconds": seconds(text)}
+    return letters.ended(folder / name, beta) | {"seconds": seconds(text)}
 
 
 def rows(found: dict[str, dict[str, list[dict]]]) -> list[list]:
     """A line for each variant and β; means over the seeds with their interval of 95%."""
     lines = []
-    for who, by_beta in found.items():
-        for beta, ends in by_beta.items():
-            cells = [t_interval([end[name] for end in ends], 3 if name == "share" else 2) for name in SHOWN]
-            lines.append([who, beta, *cells, f"{sum(end['seconds'] for end in ends) / len(ends):.0f}"])
+    for who, beta, ends in ((who, *each) for who, by_beta in found.items() for each in by_beta.items()):
+        cells = [t_interval([end[name] for end in ends], 3 if name == "share" else 2) for name in SHOWN]
+        lines.append([who, beta, *cells, f"{statistics.mean(end['seconds'] for end in ends):.0f}"])
     return lines
 
 
@@ -81,7 +59,7 @@ def draw(found: dict[str, dict[str, list[dict]]], target: Path) -> None:
         for i, (beta, ends) in enumerate(by_beta.items()):
             height = [y + 0.2 * (i - 1)] * len(ends)
             axis.plot([e["KL to π*"] for e in ends], height, "o", color=f"C{i}", label="" if y else f"β = {beta}")
-    axis.set(xscale="log", xlabel="KL(π ‖ π*) where the run ends (nats; log scale)", yticks=range(len(found)))
+    axis.set(xscale="log", xlabel="KL(π ‖ π*) where the run ends (nats)", yticks=range(len(found)))
     axis.set_yticklabels(list(found))
     axis.invert_yaxis()
     axis.grid(alpha=0.25)
@@ -94,25 +72,26 @@ def main() -> None:
     parser.add_argument("--diff", type=Path, help="a patch against ppo.py")
     parser.add_argument("--script", type=Path, help="a script that takes ppo.py's options")
     parser.add_argument("--seeds", default="0,1,2", help="comma-separated")
-    parser.add_argument("--betas", default=",".join(map(str, letters.BETAS)), help="comma-separated")
+    parser.add_argument("--betas", default="1.0,0.6,0.3", help="comma-separated")
     options = parser.parse_args()
-    seeds, betas = [int(seed) for seed in options.seeds.split(",")], [float(beta) for beta in options.betas.split(",")]
-    source, known = (ROOT / "ppo.py").read_text(), {}
-    mine = options.diff or options.script
+    source, mine, known = (ROOT / "ppo.py").read_text(), options.diff or options.script, {}
     try:
-        forks = {who: patched(source, *names) for who, names in FORKS.items()}
-        if options.script:
-            source = options.script.read_text()
+        variants = {who: patched(source, *names) for who, names in FORKS.items()}
         if options.diff:
-            source = patched(source, str(options.diff.resolve().with_suffix("")))
+            variants = {mine.name: patched(source, str(mine.resolve().with_suffix("")))}
+        elif options.script:
+            variants = {mine.name: mine.read_text()}
     except (OSError, ValueError) as error:
         sys.exit(f"{mine or 'experiments/forks'}: {error}")
-    if mine:
-        forks = {mine.name: source}
-        known = json.loads(RESULTS.read_text())["found"] if RESULTS.exists() else {}
-    found = {who: {str(b): [settle(text, b, seed) for seed in seeds] for b in betas} for who, text in forks.items()}
+    if mine and RESULTS.exists():
+        known = json.loads(RESULTS.read_text())["found"]
+    runs = {who: partial(letters.settle, text) for who, text in variants.items()} | ({} if mine else {"DPO": dpo})
+    seeds = [int(seed) for seed in options.seeds.split(",")]
+    found = {
+        who: {beta: [land(float(beta), seed) for seed in seeds] for beta in options.betas.split(",")}
+        for who, land in runs.items()
+    }
     if not mine:
-        found |= {"DPO": {str(beta): [dpo(beta, seed) for seed in seeds] for beta in betas}}
         write_results("exact", found)
         draw(found, RESULTS.parent.with_name("exact.svg"))
     print(markdown(["variant", "β", *SHOWN.values(), "seconds"], rows(known | found)))

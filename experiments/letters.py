@@ -5,6 +5,7 @@ al. 2019, section 2; Korbak et al. 2022). Those responses that end are `ENDED`; 
 A state is a prefix that can go on, so the 156 states are the words of `ENDED`. An action is a letter (0…4) or EOS (5).
 """
 
+import hashlib
 import itertools
 import json
 from pathlib import Path
@@ -14,6 +15,7 @@ import tiktoken
 import torch
 
 from common import nets
+from experiments.harness import FOLDER, seconds, stage
 from model import GPT, GPTConfig
 
 LETTERS, R, CAP, BATCH = "abcde", 4, -1.0, 1024
@@ -148,6 +150,50 @@ def values(steps: np.ndarray, start: np.ndarray, beta: float) -> tuple[np.ndarra
     return v, q
 
 
+def standstill(k: str, start: np.ndarray, beta: float) -> np.ndarray:
+    """log π (156, 6) where the loss term of each token leaves a policy that can be anything: it stands still there.
+
+    No token is charged for the KL of later ones. k2: π ∝ π₀ e^(Q / β). k3: π = β π₀ / (λ − Q), with λ such that it sums
+    to 1. Q is the mean score still to come.
+    """
+    found, v = np.zeros_like(start), np.zeros(len(ENDED))
+    for i, word in reversed(list(enumerate(ENDED))):
+        after = [PLACE[word + letter] for letter in LETTERS]
+        q = np.append(v[after] if len(word) + 1 < R else PAID[after], PAID[i])
+        found[i] = start[i] + q / beta - np.logaddexp.reduce(start[i] + q / beta)
+        if k == "k3":
+            low, high = q.max(), q.max() + beta
+            for _ in range(100):
+                middle = (low + high) / 2
+                low, high = (middle, high) if (beta * np.exp(start[i]) / (middle - q)).sum() > 1 else (low, middle)
+            found[i] = np.log(beta) + start[i] - np.log(high - q)
+        v[i] = np.exp(found[i]) @ q
+    return found
+
+
+def gram(folder: Path) -> np.ndarray:
+    """Inner products (936, 936) of the gradients of log π(action | state), with which any gradient here is made."""
+    policy, _ = nets.load_gpt(folder)
+    policy.double().requires_grad_(True)
+    rows = []
+    for word in ENDED:
+        logp = policy(torch.tensor([[0, *map(LETTERS.index, word)]]))[0, -1].log_softmax(-1)
+        for x in logp:
+            found = torch.autograd.grad(x, list(policy.parameters()), retain_graph=True)
+            rows.append(torch.cat([g.flatten() for g in found]))
+    jacobian = torch.stack(rows)
+    return (jacobian @ jacobian.T).numpy()
+
+
+def moments(weight: np.ndarray, sampler: np.ndarray, products: np.ndarray) -> tuple[np.ndarray, float]:
+    """The mean gradient as weights of the 936 ∇ log π, and the total variance of a gradient from one response."""
+    p, steps = np.exp(along(sampler).sum(1)), np.maximum(STEPS, 0)
+    mean = np.bincount(steps.ravel(), (p[:, None] * weight).ravel(), products.shape[0])
+    inside = products[steps[:, :, None], steps[:, None, :]]  # (781, R, R)
+    square = p @ np.einsum("yr,yrs,ys->y", weight, inside, weight)
+    return mean, square - mean @ products @ mean
+
+
 def compared(start: np.ndarray, n: int, target: Path) -> Path:
     """`n` pairs of answers of π₀; the better is drawn from Bradley and Terry's model."""
     rng = np.random.default_rng(0)
@@ -160,3 +206,31 @@ def compared(start: np.ndarray, n: int, target: Path) -> Path:
             row |= {"chosen_ended": best < len(ENDED), "rejected_ended": worst < len(ENDED)}
             file.write(json.dumps(row) + "\n")
     return target
+
+
+def place() -> Path:
+    """The folder of the runs; the starting policy stands in it."""
+    folder = (FOLDER / "exact").resolve()
+    return folder if (folder / "start" / "model.pt").exists() else world(folder).parent
+
+
+def run(source: str, beta: float, seed: int, **changes: object) -> tuple[Path, float]:
+    """The run folder of a variant of ppo.py, given as its text, and its seconds. A text and its options run once."""
+    folder = place()
+    key = hashlib.sha256((source + repr(sorted(changes.items()))).encode()).hexdigest()[:10]
+    name = f"{key}-{beta:g}-{seed}"
+    script = folder / "scripts" / f"{name}.py"
+    script.parent.mkdir(exist_ok=True)
+    script.write_text(source)
+    text = stage(folder, name, script, *options(folder, beta, seed, out=folder / name, **changes))
+    return folder / name, seconds(text)
+
+
+def settle(source: str, beta: float, seed: int, **changes: object) -> dict[str, float]:
+    """Where a variant lands, and its seconds."""
+    folder, took = run(source, beta, seed, **changes)
+    return ended(folder, beta) | {"seconds": took}
+
+
+def ended(run: Path, beta: float) -> dict[str, float]:
+    return landing(log_probabilities(run), log_probabilities(place() / "start"), beta)

@@ -1,0 +1,118 @@
+"""The KL term settled: the estimators k1, k2 and k3, in the reward and in the loss, against the exact gradient.
+
+    OMP_NUM_THREADS=1 python -m experiments.estimators              beside runs of seed 0 at β = 0.6
+    OMP_NUM_THREADS=1 python -m experiments.estimators --seeds ""   the exact tables alone, in a minute
+
+With x = log π − log π₀ of a token: k1 = x, k2 = x² / 2, k3 = e^(−x) − 1 + x (Schulman 2020, joschu.net/blog/kl-approx).
+Means and variances of value and gradient come from all 781 responses of the world of letters, in float64. "On policy"
+is a policy amid a run; "four epochs" is four epochs later, on the same answers. Then ppo.py runs with each. It writes
+experiments/results/estimators.json. Compare arXiv 2506.09477 and 2512.21852.
+"""
+
+import argparse
+import itertools
+import math
+
+import numpy as np
+
+from experiments import letters
+from experiments.exact import SHOWN
+from experiments.harness import ROOT, markdown, t_interval, write_results
+from experiments.recipe import changed
+
+BETA = 0.6
+K = {"k1": lambda x: x, "k2": lambda x: x**2 / 2, "k3": lambda x: np.exp(-x) - 1 + x}
+SLOPE = {"k1": np.ones_like, "k2": lambda x: x, "k3": lambda x: 1 - np.exp(-x)}  # dk / d log π
+CASES = ("on policy", "four epochs", "four epochs, weighted")
+WAYS = ("reward", "loss", "ratio × loss")  # the last is differentiated through the ratio too
+
+
+def term(k: str, way: str, whole: bool, steps: np.ndarray, old: np.ndarray, start: np.ndarray, weighted: bool):
+    """Of each response: the estimator's value (781,), and the weight of each ∇ log π(token) in its gradient (781, R).
+
+    whole: x is of the whole answer in place of a token. weighted: by π / π_old, where π_old has sampled. In the reward
+    x is of π_old, as in ppo.py.
+    """
+    now, then, log_ratio = (letters.along(x) for x in (steps - start, old - start, steps - old))
+    if whole:
+        now, then, log_ratio = (x.sum(1, keepdims=True) for x in (now, then, log_ratio))
+    ratio = np.exp(log_ratio) if weighted else np.ones_like(log_ratio)
+    if way == "reward":
+        to_come = np.cumsum(K[k](then)[:, ::-1], 1)[:, ::-1]  # a token is blamed for what comes after it
+        weight = ratio * to_come
+    else:
+        weight = ratio * (SLOPE[k](now) + (K[k](now) if way == "ratio × loss" else 0))
+    value = (ratio * K[k](now)).sum(1)
+    return value, weight * letters.TAKEN
+
+
+def exact_tables(steps: np.ndarray, old: np.ndarray, start: np.ndarray, products: np.ndarray) -> tuple[dict, dict]:
+    """Mean and deviation of each value; bias and noise of each gradient, in lengths of the exact gradient."""
+    truth, _ = letters.moments(term("k1", "reward", True, steps, steps, start, False)[1], steps, products)
+    length, values, gradients = np.sqrt(truth @ products @ truth), {}, {}
+    for unit, k, case in itertools.product(("token", "answer"), K, CASES):
+        sampler, weighted = (steps if case == CASES[0] else old), case == CASES[2]
+        for way in WAYS:
+            value, weight = term(k, way, unit == "answer", steps, sampler, start, weighted)
+            mean, variance = letters.moments(weight, sampler, products)
+            bias = math.sqrt(max(0, (mean - truth) @ products @ (mean - truth)))
+            gradients.setdefault(f"{k} in the {way}, by {unit}", {})[case] = bias / length, variance**0.5 / length
+        p = np.exp(letters.along(sampler).sum(1))
+        spread = math.sqrt(p @ (value - p @ value) ** 2)  # `value` is the same in every way
+        values.setdefault(f"{k}, by {unit}", {})[case] = p @ value, spread
+    return values, gradients
+
+
+def changes(k: str, way: str) -> dict[str, str]:
+    """What is changed in ppo.py. Advantages are not whitened, so that β in the loss weighs what it weighs in J."""
+    reward, loss = 'rewards = -kl_coef * (batch["logp"] - batch["ref_logp"])', "loss = ((pg_losses + vf_losses) * mask)"
+    term = {"k1": "x", "k2": "x.square() / 2", "k3": "((-x).exp() - 1 + x)"}[k]
+    found, x = {"whiten(advantages, mask)": "advantages"}, '(logp - part["ref_logp"]) * mask'
+    if way == "reward":
+        return found | {reward: f'x = batch["logp"] - batch["ref_logp"]\n    rewards = -kl_coef * {term}'}
+    if way == "ratio × loss":
+        term = f"ratio * {term}"
+    if way == "loss, by answer":
+        x, term = f"({x}).sum(1, keepdim=True)", f"{term} / mask.sum(1, keepdim=True)"
+    charged = f"x = {x}\n                loss = ((pg_losses + vf_losses + cfg.kl_coef * {term}) * mask)"
+    return found | {reward: 'rewards = torch.zeros_like(batch["logp"])', loss: charged}
+
+
+def landings(seeds: list[int]) -> dict[str, list[dict]]:
+    """Where ppo.py ends with each: 360 iterations of one epoch, or 90 of four, which are as many steps."""
+    four = [("reward", "k1"), ("loss", "k2"), ("loss", "k3"), ("ratio × loss", "k3"), ("loss, by answer", "k2")]
+    one = [(way, k) for way in ("reward", "loss") for k in K] + four[-2:]
+    source, found = (ROOT / "ppo.py").read_text(), {}
+    for i, (way, k) in enumerate(one + four):
+        options, name = ({}, "") if i < len(one) else ({"iterations": 90, "epochs": 4}, ", four epochs")
+        script = changed(source, changes(k, way))
+        found[f"{k} in the {way}{name}"] = [letters.settle(script, BETA, seed, **options) for seed in seeds]
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--seeds", default="0", help="comma-separated; empty: no runs")
+    seeds = [int(seed) for seed in parser.parse_args().seeds.split(",") if seed]
+    source = (ROOT / "ppo.py").read_text()
+    first = letters.place() / "start"
+    before, _ = letters.run(source, BETA, 0, iterations=60)
+    after, _ = letters.run(source, BETA, 0, iterations=1, epochs=4, init=before, ref=first)
+    start, old, steps = map(letters.step_logp, (first, before, after))
+    values, gradients = exact_tables(steps, old, start, letters.gram(after))
+    logp = letters.along(start).sum(1)
+    ends = {k: letters.along(letters.standstill(k, start, BETA)).sum(1) for k in ("k2", "k3")}
+    still = {k: letters.landing(end, logp, BETA) for k, end in ends.items()}
+    found = {"KL": [letters.kl(letters.along(x).sum(1), logp) for x in (old, steps)], "values": values}
+    found |= {"gradients": gradients, "standstill": still, "landings": landings(seeds)}
+    write_results("estimators", found)
+    for name, what in (("values", "mean, deviation"), ("gradients", "bias, noise")):
+        rows = [[who, *("{:.2f}, {:.2f}".format(*x) for x in by_case.values())] for who, by_case in found[name].items()]
+        print(markdown([f"{name}: {what}", *CASES], rows), end="\n\n")
+    ends = {f"{k} in the loss, the exact end": [end] for k, end in still.items()} | found["landings"]
+    rows = [[who, *(t_interval([end[name] for end in of]) for name in SHOWN)] for who, of in ends.items() if of]
+    print(markdown(["ppo.py with", *SHOWN.values()], rows))
+
+
+if __name__ == "__main__":
+    main()
