@@ -48,16 +48,17 @@ def term(k: str, way: str, whole: bool, steps: np.ndarray, old: np.ndarray, star
 
 def exact_tables(steps: np.ndarray, old: np.ndarray, start: np.ndarray, products: np.ndarray) -> tuple[dict, dict]:
     """Mean and deviation of each value; bias and noise of each gradient, in lengths of the exact gradient."""
-    truth, _ = letters.moments(term("k1", "reward", True, steps, steps, start, False)[1], steps, products)
+    _, weight = term("k1", "reward", True, steps, steps, start, False)
+    truth, _ = letters.moments(weight, letters.probabilities(steps), products)
     length, values, gradients = np.sqrt(truth @ products @ truth), {}, {}
     for unit, k, case in itertools.product(("token", "answer"), K, CASES):
         sampler, weighted = (steps if case == CASES[0] else old), case == CASES[2]
+        p = letters.probabilities(sampler)
         for way in WAYS:
             value, weight = term(k, way, unit == "answer", steps, sampler, start, weighted)
-            mean, variance = letters.moments(weight, sampler, products)
+            mean, variance = letters.moments(weight, p, products)
             bias = math.sqrt(max(0, (mean - truth) @ products @ (mean - truth)))
             gradients.setdefault(f"{k} in the {way}, by {unit}", {})[case] = bias / length, variance**0.5 / length
-        p = np.exp(letters.along(sampler).sum(1))
         spread = math.sqrt(p @ (value - p @ value) ** 2)  # `value` is the same in every way
         values.setdefault(f"{k}, by {unit}", {})[case] = p @ value, spread
     return values, gradients
@@ -98,8 +99,9 @@ def main() -> None:
     first = letters.place() / "start"
     before, _ = letters.run(source, BETA, 0, iterations=60)
     after, _ = letters.run(source, BETA, 0, iterations=1, epochs=4, init=before, ref=first)
-    start, old, steps = map(letters.step_logp, (first, before, after))
-    values, gradients = exact_tables(steps, old, start, letters.gram(after))
+    policies = [letters.policy_in(folder) for folder in (first, before, after)]
+    start, old, steps = map(letters.step_logp, policies)
+    values, gradients = exact_tables(steps, old, start, letters.gram(policies[-1]))
     logp = letters.along(start).sum(1)
     ends = {k: letters.along(letters.standstill(k, start, BETA)).sum(1) for k in ("k2", "k3")}
     still = {k: letters.landing(end, logp, BETA) for k, end in ends.items()}

@@ -16,7 +16,7 @@ import torch
 
 from common import nets
 from experiments.harness import FOLDER, seconds, stage
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, ScalarModel
 
 LETTERS, R, CAP, BATCH = "abcde", 4, -1.0, 1024
 ENDED = ["".join(word) for n in range(R) for word in itertools.product(LETTERS, repeat=n)]
@@ -88,11 +88,19 @@ def by_state(x: torch.Tensor) -> torch.Tensor:
     return x[torch.arange(len(ENDED)), torch.tensor([len(word) for word in ENDED])]
 
 
+def policy_in(folder: Path) -> GPT:
+    return nets.load_gpt(folder)[0].double()
+
+
 @torch.no_grad()
-def step_logp(folder: Path) -> np.ndarray:
-    """log π (156, 6) in float64 of every action in every state."""
-    policy, _ = nets.load_gpt(folder)
-    return by_state(policy.double()(prefixes())).log_softmax(-1).numpy()
+def step_logp(policy: GPT) -> np.ndarray:
+    """log π (156, 6) of every action in every state."""
+    return by_state(policy(prefixes())).log_softmax(-1).numpy()
+
+
+def probabilities(steps: np.ndarray) -> np.ndarray:
+    """π (781,) of every response, from log π (156, 6)."""
+    return np.exp(along(steps).sum(1))
 
 
 def along(steps: np.ndarray) -> np.ndarray:
@@ -102,7 +110,7 @@ def along(steps: np.ndarray) -> np.ndarray:
 
 def log_probabilities(folder: Path) -> np.ndarray:
     """log π (781,) in float64 of every response, ended ones first; they sum to 1."""
-    total = along(step_logp(folder)).sum(1)
+    total = along(step_logp(policy_in(folder))).sum(1)
     assert abs(np.exp(total).sum() - 1) < 1e-9
     return total
 
@@ -171,10 +179,8 @@ def standstill(k: str, start: np.ndarray, beta: float) -> np.ndarray:
     return found
 
 
-def gram(folder: Path) -> np.ndarray:
+def gram(policy: GPT) -> np.ndarray:
     """Inner products (936, 936) of the gradients of log π(action | state), with which any gradient here is made."""
-    policy, _ = nets.load_gpt(folder)
-    policy.double().requires_grad_(True)
     rows = []
     for word in ENDED:
         logp = policy(torch.tensor([[0, *map(LETTERS.index, word)]]))[0, -1].log_softmax(-1)
@@ -185,9 +191,10 @@ def gram(folder: Path) -> np.ndarray:
     return (jacobian @ jacobian.T).numpy()
 
 
-def moments(weight: np.ndarray, sampler: np.ndarray, products: np.ndarray) -> tuple[np.ndarray, float]:
-    """The mean gradient as weights of the 936 ∇ log π, and the total variance of a gradient from one response."""
-    p, steps = np.exp(along(sampler).sum(1)), np.maximum(STEPS, 0)
+def moments(weight: np.ndarray, p: np.ndarray, products: np.ndarray) -> tuple[np.ndarray, float]:
+    """The gradient Σ weight ∇ log π(token) of a response drawn from p (781,): its mean, as weights of the 936 ∇ log π,
+    and its total variance. weight: (781, R) or (781, 1)."""
+    weight, steps = weight * TAKEN, np.maximum(STEPS, 0)
     mean = np.bincount(steps.ravel(), (p[:, None] * weight).ravel(), products.shape[0])
     inside = products[steps[:, :, None], steps[:, None, :]]  # (781, R, R)
     square = p @ np.einsum("yr,yrs,ys->y", weight, inside, weight)
@@ -234,3 +241,24 @@ def settle(source: str, beta: float, seed: int, **changes: object) -> dict[str, 
 
 def ended(run: Path, beta: float) -> dict[str, float]:
     return landing(log_probabilities(run), log_probabilities(place() / "start"), beta)
+
+
+def reward_model() -> Path:
+    """A run folder with a reward model that has learned the scores of whole answers, as often as π₀ gives them."""
+    folder = place() / "reward"
+    if not (folder / "model.pt").exists():
+        policy, encoding = nets.load_gpt(place() / "start")
+        p = torch.tensor(np.exp(log_probabilities(place() / "start"))).float()
+        rows = [[0, *map(LETTERS.index, word)] + [5] * (len(word) < R) for word in WORDS]
+        tokens = torch.tensor([row + [0] * (R + 1 - len(row)) for row in rows])
+        length, paid = torch.tensor([len(row) for row in rows]), torch.tensor(PAID).float()
+        torch.manual_seed(0)
+        model = ScalarModel(policy)
+        optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
+        for _ in range(300):
+            optimizer.zero_grad()
+            (p * (model.scores(tokens, length) - paid).square()).sum().backward()
+            optimizer.step()
+        folder.mkdir(exist_ok=True)
+        nets.save_model(model, encoding, folder / "model.pt")
+    return folder
