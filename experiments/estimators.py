@@ -80,13 +80,13 @@ def changes(k: str, way: str) -> dict[str, str]:
 
 
 def landings(seeds: list[int]) -> dict[str, list[dict]]:
-    """Where ppo.py ends with each: 360 iterations of one epoch, or 90 of four, which are as many steps."""
+    """Where ppo.py ends with each: 360 iterations of 256 answers and one epoch, or 90 of four: as many steps."""
     four = [("reward", "k1"), ("loss", "k2"), ("loss", "k3"), ("ratio × loss", "k3"), ("loss, by answer", "k2")]
-    one = [(way, k) for way in ("reward", "loss") for k in K] + four[-2:]
+    one = [*four, *((way, k) for way in ("reward", "loss") for k in K if (way, k) not in four)]
     source, found = (ROOT / "ppo.py").read_text(), {}
     for i, (way, k) in enumerate(one + four):
-        options, name = ({}, "") if i < len(one) else ({"iterations": 90, "epochs": 4}, ", four epochs")
-        script = changed(source, changes(k, way))
+        many, name = ({}, "") if i < len(one) else ({"iterations": 90, "epochs": 4}, ", four epochs")
+        script, options = changed(source, changes(k, way)), {"batch_size": 256, "minibatch_size": 64} | many
         found[f"{k} in the {way}{name}"] = [letters.settle(script, BETA, seed, **options) for seed in seeds]
     return found
 

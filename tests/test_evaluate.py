@@ -58,7 +58,8 @@ def test_metrics_of_an_iteration_are_numpys_over_responses_and_over_tokens():
 def table(**columns):
     n = len(next(iter(columns.values())))
     final = columns.get("final score") or columns["score"]
-    return columns | {"final score": final, KL: [2.0] * n, ENDED: [1.0] * n, "rows": [{"prompt": "p", "response": "r"}] * n}
+    rows = [{"prompt": "p", "response": "r"}] * n
+    return columns | {"final score": final, KL: [2.0] * n, ENDED: [1.0] * n, "rows": rows}
 
 
 def test_a_change_on_the_same_prompts_carries_the_paired_error():
