@@ -1,6 +1,6 @@
 """The critic against the truth: the value net beside V^π, which dynamic programming finds.
 
-    OMP_NUM_THREADS=1 python -m experiments.critic      three runs of 120 iterations in the world of letters
+    OMP_NUM_THREADS=1 python -m experiments.critic      three runs of 120 iterations of 256 answers
 
 How far is the value net from V^π, by iteration and position, and what do iterations of its own and a reward model's
 weights buy (compare VinePPO, arXiv 2410.01679)? It writes experiments/results/critic.json and draws critic.svg beside
@@ -19,6 +19,7 @@ from experiments.recipe import changed
 from model import GPT, ScalarModel
 
 BETA = 0.6
+QUARTER = {"batch_size": 256, "minibatch_size": 64}  # of the answers that letters.options asks for
 SEEN = (0, 1, 2, 4, 8, 16, 30, 60, 119)  # iterations whose nets are kept, as they were before their update
 FRESH = "value = ScalarModel(copy.deepcopy(policy)).to(device)\n        torch.nn.init.zeros_(value.head.weight)"
 RATES = "lr, value_lr = rates(step, cfg)"
@@ -77,7 +78,7 @@ def runs() -> dict[str, Path]:
     started = f'value, _ = nets.load_scalar("{letters.reward_model()}", device)'
     for name, (alone, is_reward) in WAYS.items():
         script = changed(source, {RATES: KEEP} | ({FRESH: started} if is_reward else {}))
-        found[name], _ = letters.run(script, BETA, 0, iterations=120, value_warmup=alone)
+        found[name], _ = letters.run(script, BETA, 0, iterations=120, value_warmup=alone, **QUARTER)
     return found
 
 

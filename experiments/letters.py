@@ -130,6 +130,11 @@ def objective(logp: np.ndarray, start: np.ndarray, beta: float) -> float:
     return float(np.exp(logp) @ PAID - beta * kl(logp, start))
 
 
+def win_rate(logp: np.ndarray, start: np.ndarray) -> float:
+    """How often an answer of π has a higher score than one of π₀; ties count half."""
+    return float(np.exp(logp) @ [np.exp(start) @ ((PAID < s) + 0.5 * (PAID == s)) for s in PAID])
+
+
 def distance(a: np.ndarray, b: np.ndarray) -> float:
     """Total variation."""
     return float(np.abs(np.exp(a) - np.exp(b)).sum() / 2)
