@@ -50,7 +50,7 @@ def measured(folder: Path) -> dict[str, dict]:
 
 def draw(found: dict[str, dict], target: Path) -> None:
     figure, axes = pyplot().subplots(1, 2, figsize=(9, 3.8), layout="constrained", sharey=True)
-    x = np.geomspace(0.02, 40, 200)
+    x = np.geomspace(0.02, 200, 200)
     n = [2**i for i in range(1, 11)]
     for axis, (by, title) in zip(axes, MEASURES.items()):
         axis.plot(x, [win_rate_ceiling(kl) for kl in x], color="k", label="the ceiling")
@@ -59,7 +59,9 @@ def draw(found: dict[str, dict], target: Path) -> None:
             axis.plot(kl, [size / (size + 1) for size in n], "x", color="0.5", label="best of n = 2, 4, 8 … 1024")
         for i, what in enumerate(KINDS.values()):
             runs = [each for each in found.values() if each["kind"] == what]
-            y = np.array([each[by] for each in runs]).reshape(-1, 3)
+            if not runs:
+                continue
+            y = np.array([each[by] for each in runs])  # (n, 3)
             ends = np.array([y[:, 0] - y[:, 1], y[:, 2] - y[:, 0]])
             axis.errorbar([e["KL"] for e in runs], y[:, 0], ends, fmt="o", ms=4, lw=1, color=f"C{i}", label=what)
         axis.set(xscale="log", xlabel="KL to the start (nats)", title=title)
