@@ -3,7 +3,9 @@
 import ast
 import copy
 import itertools
+import json
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -11,10 +13,12 @@ import torch
 
 import ppo
 from common.measure import win_rate_ceiling
-from experiments import ceiling, critic, estimators, gae, letters
+from experiments import ceiling, critic, estimators, exact, gae, letters
+from experiments.forks import HERE, patched
 from experiments.recipe import changed
 from tests.conftest import ROOT
 
+SOURCE = (ROOT / "ppo.py").read_text()
 PLACES = np.where(letters.TAKEN, letters.STEPS, 936)  # the last is no step
 
 
@@ -227,11 +231,30 @@ def test_rank_correlation_counts_a_value_as_often_as_its_weight():
 
 
 def test_what_the_experiments_change_in_ppo_is_in_it():
-    source = (ROOT / "ppo.py").read_text()
     for k, way in itertools.product(estimators.K, (*estimators.WAYS, "loss, by answer")):
-        ast.parse(changed(source, estimators.changes(k, way)))
+        ast.parse(changed(SOURCE, estimators.changes(k, way)))
     for changes in ({critic.RATES: critic.KEEP}, {critic.FRESH: "value = None"}):
-        ast.parse(changed(source, changes))
+        ast.parse(changed(SOURCE, changes))
+
+
+def test_a_diff_of_ones_own_gets_a_row_beside_the_table(tmp_path, monkeypatch, capsys):
+    seen, mine = [], tmp_path / "mine.diff"
+    landed = letters.landing(*(letters.along(policy(seed)).sum(1) for seed in (1, 0)), 0.6) | {"seconds": 1.0}
+    monkeypatch.setattr(letters, "settle", lambda *run: seen.append(run) or landed)
+    monkeypatch.setattr(exact, "RESULTS", tmp_path / "exact.json")
+    exact.RESULTS.write_text(json.dumps({"found": {"PPO": {"0.6": [landed, landed]}}}))
+    mine.write_text((HERE / "rloo.diff").read_text())
+    words = ["exact", "--diff", str(mine), "--seeds", "0,1", "--betas", "0.6"]
+    monkeypatch.setattr(sys, "argv", words)
+    exact.main()
+    assert [run[1:] for run in seen] == [(0.6, 0), (0.6, 1)] and seen[0][0] == patched(SOURCE, "rloo")
+    rows = [line.split(" | ")[:2] for line in capsys.readouterr().out.splitlines()]
+    assert rows[-2:] == [["| PPO", "0.6"], ["| mine.diff", "0.6"]]
+    mine.write_text(
+        mine.read_text().replace("-    value = ", "-    valve = ").replace("-    value_opt", "-    valve_opt")
+    )
+    with pytest.raises(SystemExit, match="mine.diff: .*does not apply"):
+        exact.main()
 
 
 @pytest.mark.slow
