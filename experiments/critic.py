@@ -27,7 +27,7 @@ KEEP = f"""{RATES}
         if step in {SEEN}:
             torch.save({{"policy": policy.state_dict(), "value": value.state_dict()}}, f"{{cfg.out}}/{{step}}.snap")"""
 # How the value net starts → its iterations alone, and whether it has a reward model's weights.
-WAYS = {"zeros": (0, False), "zeros, 20 iterations alone": (20, False), "reward model": (0, True)}
+WAYS = {"new head": (0, False), "new head, 20 iterations alone": (20, False), "reward model": (0, True)}
 
 
 def nets_at(run: Path, step: int) -> tuple[GPT, ScalarModel]:

@@ -12,6 +12,7 @@ experiments/results/estimators.json. Compare arXiv 2506.09477 and 2512.21852.
 import argparse
 import itertools
 import math
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -79,16 +80,15 @@ def changes(k: str, way: str) -> dict[str, str]:
     return found | {reward: 'rewards = torch.zeros_like(batch["logp"])', loss: charged}
 
 
-def landings(seeds: list[int]) -> dict[str, list[dict]]:
+def landings(seeds: list[int]) -> Iterator[tuple[str, list[dict]]]:
     """Where ppo.py ends with each: 360 iterations of 256 answers and one epoch, or 90 of four: as many steps."""
     four = [("reward", "k1"), ("loss", "k2"), ("loss", "k3"), ("ratio × loss", "k3"), ("loss, by answer", "k2")]
     one = [*four, *((way, k) for way in ("reward", "loss") for k in K if (way, k) not in four)]
-    source, found = (ROOT / "ppo.py").read_text(), {}
+    source = (ROOT / "ppo.py").read_text()
     for i, (way, k) in enumerate(one + four):
         many, name = ({}, "") if i < len(one) else ({"iterations": 90, "epochs": 4}, ", four epochs")
         script, options = changed(source, changes(k, way)), {"batch_size": 256, "minibatch_size": 64} | many
-        found[f"{k} in the {way}{name}"] = [letters.settle(script, BETA, seed, **options) for seed in seeds]
-    return found
+        yield f"{k} in the {way}{name}", [letters.settle(script, BETA, seed, **options) for seed in seeds]
 
 
 def main() -> None:
@@ -106,13 +106,15 @@ def main() -> None:
     ends = {k: letters.along(letters.standstill(k, start, BETA)).sum(1) for k in ("k2", "k3")}
     still = {k: letters.landing(end, logp, BETA) for k, end in ends.items()}
     found = {"KL": [letters.kl(letters.along(x).sum(1), logp) for x in (old, steps)], "values": values}
-    found |= {"gradients": gradients, "standstill": still, "landings": landings(seeds)}
-    write_results("estimators", found)
+    found |= {"gradients": gradients, "standstill": still, "landings": {}}
+    for name, ends in landings(seeds) if seeds else ():
+        found["landings"][name] = ends
+        write_results("estimators", found)
     for name, what in (("values", "mean, deviation"), ("gradients", "bias, noise")):
         rows = [[who, *("{:.2f}, {:.2f}".format(*x) for x in by_case.values())] for who, by_case in found[name].items()]
         print(markdown([f"{name}: {what}", *CASES], rows), end="\n\n")
     ends = {f"{k} in the loss, the exact end": [end] for k, end in still.items()} | found["landings"]
-    rows = [[who, *(t_interval([end[name] for end in of]) for name in SHOWN)] for who, of in ends.items() if of]
+    rows = [[who, *(t_interval([end[name] for end in of]) for name in SHOWN)] for who, of in ends.items()]
     print(markdown(["ppo.py with", *SHOWN.values()], rows))
 
 

@@ -87,12 +87,12 @@ def main() -> None:
         known = json.loads(RESULTS.read_text())["found"]
     runs = {who: partial(letters.settle, text) for who, text in variants.items()} | ({} if mine else {"DPO": dpo})
     seeds = [int(seed) for seed in options.seeds.split(",")]
-    found = {
-        who: {beta: [land(float(beta), seed) for seed in seeds] for beta in options.betas.split(",")}
-        for who, land in runs.items()
-    }
+    found: dict[str, dict[str, list[dict]]] = {}
+    for who, land in runs.items():
+        found[who] = {beta: [land(float(beta), seed) for seed in seeds] for beta in options.betas.split(",")}
+        if not mine:
+            write_results("exact", found)  # after each, since a run takes minutes
     if not mine:
-        write_results("exact", found)
         draw(found, RESULTS.parent.with_name("exact.svg"))
     print(markdown(["variant", "β", *SHOWN.values(), "seconds"], rows(known | found)))
 

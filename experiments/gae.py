@@ -16,7 +16,7 @@ from experiments.critic import BETA, nets_at, read_values, runs
 from experiments.harness import markdown, pyplot, save, write_results
 
 K, LAMBDAS = 4, (0.0, 0.5, 0.8, 0.95, 1.0)
-WHEN = [(way, step) for way in ("zeros", "reward model") for step in (4, 60)]
+WHEN = [(way, step) for way in ("new head", "reward model") for step in (4, 60)]
 
 
 def rewards(steps: np.ndarray, start: np.ndarray) -> np.ndarray:
@@ -97,7 +97,7 @@ def draw(found: dict[str, dict[str, tuple]], target: Path) -> None:
             axis.plot(*by_name[who], mark, color="0.3", label=who)
         axis.set(title=when, xlabel="bias (lengths of ∇J)", ylim=(0, None))
         axis.grid(alpha=0.25)
-    axes[0].set_ylabel("noise of one answer (lengths of ∇J)")
+    axes[0].set_ylabel("noise (lengths of ∇J)")
     figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, loc="outside upper center", ncols=5)
     save(figure, target)
 
