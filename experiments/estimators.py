@@ -83,7 +83,7 @@ def changes(k: str, way: str) -> dict[str, str]:
 def landings(seeds: list[int]) -> Iterator[tuple[str, list[dict]]]:
     """Where ppo.py ends with each: 360 iterations of 256 answers and one epoch, or 90 of four: as many steps."""
     four = [("reward", "k1"), ("loss", "k2"), ("loss", "k3"), ("ratio × loss", "k3"), ("loss, by answer", "k2")]
-    one = [*four, *((way, k) for way in ("reward", "loss") for k in K if (way, k) not in four)]
+    one = [*four, ("reward", "k2"), ("reward", "k3"), ("loss", "k1")]
     source = (ROOT / "ppo.py").read_text()
     for i, (way, k) in enumerate(one + four):
         many, name = ({}, "") if i < len(one) else ({"iterations": 90, "epochs": 4}, ", four epochs")
@@ -95,17 +95,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", default="0", help="comma-separated; empty: no runs")
     seeds = [int(seed) for seed in parser.parse_args().seeds.split(",") if seed]
-    source = (ROOT / "ppo.py").read_text()
-    first = letters.place() / "start"
+    source, first = (ROOT / "ppo.py").read_text(), letters.place() / "start"
     before, _ = letters.run(source, BETA, 0, iterations=60)
     after, _ = letters.run(source, BETA, 0, iterations=1, epochs=4, init=before, ref=first)
     policies = [letters.policy_in(folder) for folder in (first, before, after)]
     start, old, steps = map(letters.step_logp, policies)
     values, gradients = exact_tables(steps, old, start, letters.gram(policies[-1]))
-    logp = letters.along(start).sum(1)
-    ends = {k: letters.along(letters.standstill(k, start, BETA)).sum(1) for k in ("k2", "k3")}
-    still = {k: letters.landing(end, logp, BETA) for k, end in ends.items()}
-    found = {"KL": [letters.kl(letters.along(x).sum(1), logp) for x in (old, steps)], "values": values}
+    whole, logp = lambda steps: letters.along(steps).sum(1), letters.along(start).sum(1)
+    still = {k: letters.landing(whole(letters.standstill(k, start, BETA)), logp, BETA) for k in ("k2", "k3")}
+    found = {"KL": [letters.kl(whole(x), logp) for x in (old, steps)], "values": values}
     found |= {"gradients": gradients, "standstill": still, "landings": {}}
     for name, ends in landings(seeds) if seeds else ():
         found["landings"][name] = ends
