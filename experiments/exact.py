@@ -57,7 +57,7 @@ def draw(found: dict[str, dict[str, list[dict]]], target: Path) -> None:
     figure, axis = pyplot().subplots(figsize=(7, 0.4 * len(found) + 1.2), layout="constrained")
     for y, by_beta in enumerate(found.values()):
         for i, (beta, ends) in enumerate(by_beta.items()):
-            height = [y + 0.2 * (i - 1)] * len(ends)
+            height = [y + 0.2 * (i - (len(by_beta) - 1) / 2)] * len(ends)
             axis.plot([e["KL to π*"] for e in ends], height, "o", color=f"C{i}", label="" if y else f"β = {beta}")
     axis.set(xscale="log", xlabel="KL(π ‖ π*) where the run ends (nats)", yticks=range(len(found)))
     axis.set_yticklabels(list(found))
