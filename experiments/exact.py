@@ -32,14 +32,14 @@ RESULTS = Path(__file__).with_name("results") / "exact.json"
 SHOWN = {"J": "J", "share": "share of the way", "TV": "TV to π*", "KL": "KL to π₀", "KL to π*": "KL to π*"}
 
 
-def dpo(beta: float, seed: int, n: int = 20_000) -> dict[str, float]:
-    """Where DPO lands on `n` comparisons of the start's answers: as many answers as some forty iterations of PPO."""
+def dpo(beta: float, seed: int, n: int = 100_000) -> dict[str, float]:
+    """Where DPO lands after 400 steps on all of `n` comparisons of the start's answers."""
     folder, name = letters.place(), f"dpo-{beta:g}-{seed}"
     pairs = folder / "pairs.jsonl"
     if not pairs.exists():
         letters.compared(letters.log_probabilities(folder / "start"), n, pairs)
     words = ["--data", pairs, "--init", folder / "start", "--out", folder / name, "--kl_coef", beta, "--seed", seed]
-    text = stage(folder, name, HERE / "dpo.py", *words, "--epochs", 200, "--lr", 3e-3, "--device", "cpu")
+    text = stage(folder, name, HERE / "dpo.py", *words, "--epochs", 400, "--lr", 3e-3, "--device", "cpu")
     return letters.ended(folder / name, beta) | {"seconds": seconds(text)}
 
 
