@@ -197,8 +197,10 @@ def gram(policy: GPT) -> np.ndarray:
 
 
 def moments(weight: np.ndarray, p: np.ndarray, products: np.ndarray) -> tuple[np.ndarray, float]:
-    """The gradient Σ weight ∇ log π(token) of a response drawn from p (781,): its mean, as weights of the 936 ∇ log π,
-    and its total variance. weight: (781, R) or (781, 1)."""
+    """Mean and total variance of Σ weight ∇ log π(token), of a response drawn from p (781,).
+
+    weight: (781, R) or (781, 1). The mean is given as the weights (936,) of all ∇ log π(action | state).
+    """
     weight, steps = weight * TAKEN, np.maximum(STEPS, 0)
     mean = np.bincount(steps.ravel(), (p[:, None] * weight).ravel(), products.shape[0])
     inside = products[steps[:, :, None], steps[:, None, :]]  # (781, R, R)
