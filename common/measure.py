@@ -192,7 +192,23 @@ def paired(before: dict[str, list], after: dict[str, list], judges: dict[str, Ju
         for side, columns in (("before", before), ("after", after)):
             answer[side] = {"text": columns["rows"][i]["response"]} | {name: columns[name][i] for name in names}
         answers.append(answer)
-    return {"table": table, "win_rate": share(sum(wins) / n, n), "by": measure, "answers": answers}
+    won = {"win_rate": share(sum(wins) / n, n), "win_rate_ceiling": win_rate_ceiling(table[KL]["after"][0])}
+    return {"table": table, **won, "by": measure, "answers": answers}
+
+
+def win_rate_ceiling(kl: float) -> float:
+    """The highest win rate against the reference, ties half, that a policy at a mean KL (nats) can have by any judge.
+
+    A win rate is the mean of u, an answer's rank among the reference's own, and the law of u is at most `kl` away from
+    uniform. The best law is ∝ e^{cu}: c w − log((e^c − 1) / c) nats for a win rate w (Gui et al. 2024, 2406.00832).
+    """
+    low, high = -10.0, min(kl, 700.0) + 2  # log c
+    for _ in range(60):
+        c = math.exp((low + high) / 2)
+        w = 1 / -math.expm1(-c) - 1 / c
+        needed = c * (w - 1) - math.log(-math.expm1(-c) / c)
+        low, high = (low, math.log(c)) if needed > kl else (math.log(c), high)
+    return w
 
 
 def report(found: dict) -> str:
@@ -202,7 +218,7 @@ def report(found: dict) -> str:
     for name, row in found["table"].items():
         lines.append(f"{name:<30}" + "  ".join(f"{cell(row[side], n):>20}" for side in sides))
     won = f"{'win rate against the reference':<30}{'':>20}  {cell(found['win_rate'], n):>20}"
-    lines.append(f"{won}  (by {found['by']}, ties half)\n")
+    lines.append(f"{won} of {found['win_rate_ceiling']:.3f} possible at this KL (by {found['by']}, ties half)\n")
     for each in found["answers"][:4]:
         lines.append(f"  {each['prompt'].strip()}")
         lines += [f"    {side:<6}  {each[side]['text'].strip()}" for side in ("before", "after")]

@@ -58,7 +58,8 @@ def test_metrics_of_an_iteration_are_numpys_over_responses_and_over_tokens():
 def table(**columns):
     n = len(next(iter(columns.values())))
     final = columns.get("final score") or columns["score"]
-    return columns | {"final score": final, ENDED: [1.0] * n, "rows": [{"prompt": "p", "response": "r"}] * n}
+    rows = [{"prompt": "p", "response": "r"}] * n
+    return columns | {"final score": final, KL: [2.0] * n, ENDED: [1.0] * n, "rows": rows}
 
 
 def test_a_change_on_the_same_prompts_carries_the_paired_error():
@@ -88,7 +89,7 @@ def test_a_win_rate_counts_ties_half_and_goes_by_the_final_score():
     found = paired(before, after, {})
     assert found["win_rate"] == share((4 + 3 / 2) / 8, 8) and found["by"] == "final score"
     row = next(line for line in report(found).splitlines() if line.startswith("win rate"))
-    assert "0.688 [0.356, 0.898]" in row  # by hand: (0.6875 + 0.2401 ± 0.4010) / 1.4802
+    assert "0.688 [0.356, 0.898] of 0.950 possible at this KL" in row  # by hand: (0.6875 + 0.2401 ± 0.4010) / 1.4802
     by_judge = paired(before | {"judge": [0.0] * 8}, after | {"judge": [1.0] * 8}, {"judge": len})
     assert by_judge["win_rate"][0] == 1
 

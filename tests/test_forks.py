@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 
 import data
 from common import cli, measure, nets, runs
+from experiments import letters
 from experiments.forks import FORKS, HERE, dpo, patched
 from model import GPT, ScalarModel
-from tests import test_optimum as letters
 from tests.conftest import ROOT, flat, make_gpt, ragged, write
 
 CPU, OFF = torch.device("cpu"), torch.autocast("cpu", enabled=False)
@@ -476,25 +476,14 @@ def test_dpo_without_a_kl_term_is_refused_in_a_sentence():
         parsed(dpo.Config, {"kl_coef": 0.0})
 
 
-def compared(start: np.ndarray, n: int, target: Path) -> Path:
-    """`n` pairs of answers of π₀ in the world of letters; the better is drawn from Bradley and Terry's model."""
-    rng = np.random.default_rng(0)
-    words = letters.ENDED + letters.CUT
-    pairs = rng.choice(len(words), size=(n, 2), p=np.exp(start) / np.exp(start).sum())
-    first_wins = rng.random(n) < 1 / (1 + np.exp(letters.PAID[pairs[:, 1]] - letters.PAID[pairs[:, 0]]))
-    with open(target, "w") as file:
-        for pair, first in zip(pairs.tolist(), first_wins.tolist()):
-            best, worst = pair if first else reversed(pair)
-            row = {"prompt": "a", "chosen": words[best], "rejected": words[worst]}
-            row |= {"chosen_ended": best < len(letters.ENDED), "rejected_ended": worst < len(letters.ENDED)}
-            file.write(json.dumps(row) + "\n")
-    return target
-
-
 def dpo_in_the_world_of_letters(folder: Path, beta: float, n: int = 100_000) -> dict[str, float]:
     """Where DPO ends after 400 steps on all of `n` comparisons: the letters have one prompt, so they are one group."""
     start = letters.log_probabilities(letters.world(folder))
-    given = {"data": compared(start, n, folder / "pairs.jsonl"), "init": folder / "start", "out": folder / "dpo"}
+    given = {
+        "data": letters.compared(start, n, folder / "pairs.jsonl"),
+        "init": folder / "start",
+        "out": folder / "dpo",
+    }
     dpo.train(parsed(dpo.Config, given | {"kl_coef": beta, "epochs": 400, "lr": 3e-3, "device": "cpu"}))
     reached = letters.log_probabilities(folder / "dpo")
     best, most = letters.optimum(start, beta)
