@@ -2,6 +2,7 @@
 
     OMP_NUM_THREADS=1 python -m experiments.kl                  seeds 30 to 39, some 35 minutes each
     OMP_NUM_THREADS=1 python -m experiments.kl --seeds 30,31    some of them
+    python -m experiments.kl --finished                         the tables of what has run until now
 
 The good reward model is trained on the comparisons of all 1,000 prompts, the poor one on those of 20. Every run of PPO
 has 160 iterations and the same schedule. A run "fell" if its judge ends below where it began, by the paired interval of
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from common.measure import mean_and_error, share
 from common.runs import read_metrics
-from experiments.harness import JUDGE, markdown, pyplot, save, stage, start, t_interval, write_results
+from experiments.harness import FOLDER, JUDGE, markdown, pyplot, save, stage, start, t_interval, write_results
 
 ARMS = {  # run folder → reward model, β
     "poor-0.05": ("reward-20", 0.05),
@@ -25,21 +26,26 @@ ARMS = {  # run folder → reward model, β
     "good-0": ("reward", 0),
 }
 NAMES = {"reward-20": "20 prompts", "reward": "1,000 prompts"}
+WITH_AND_WITHOUT = {0.05: "with it (β = 0.05)", 0: "without the KL term"}  # what is drawn
 PANELS = {"objective/scores": "score", "objective/judge": "judge", "objective/kl": "KL to the start (nats)"}
 
 
-def run(seed: int) -> dict[str, dict]:
-    """What each arm of a seed ends with, by run folder."""
+def run(seed: int) -> None:
     folder = start(seed)
-    stage(
-        folder, "reward-20", "reward.py", "--seed", seed, "--n_prompts", 20, "--batch_size", 1, "--out", "out/reward-20"
-    )
-    found = {}
+    poor = ["--n_prompts", 20, "--batch_size", 1, "--out", "out/reward-20"]
+    stage(folder, "reward-20", "reward.py", "--seed", seed, *poor)
     for name, (reward, kl_coef) in ARMS.items():
         options = ["--seed", seed, "--reward", f"out/{reward}", "--kl_coef", kl_coef, "--iterations", 160]
         stage(folder, name, "ppo.py", *options, "--out", f"out/{name}", may_diverge=True)
+
+
+def read(seed: int) -> dict[str, dict]:
+    """What each arm of a seed that has run ended with, by run folder."""
+    folder, found = FOLDER / "kl" / f"seed-{seed}", {}
+    for name in ARMS:
         report = folder / "out" / name / "report.json"
-        found[name] = ending(json.loads(report.read_text())) if report.exists() else {"fell": True}
+        if (folder / f"{name}.log").exists():
+            found[name] = ending(json.loads(report.read_text())) if report.exists() else {"fell": True}
     return found
 
 
@@ -57,7 +63,9 @@ def summary(found: dict[int, dict[str, dict]]) -> list[list]:
     """A row for each arm: how many fell, and means over the seeds with their intervals."""
     rows = []
     for name, (reward, kl_coef) in ARMS.items():
-        ends = [each[name] for each in found.values()]
+        ends = [each[name] for each in found.values() if name in each]
+        if not ends:
+            continue
         fell, n = sum(end["fell"] for end in ends), len(ends)
         _, low, high = share(fell / n, n)
         measured = [end for end in ends if "after" in end]
@@ -70,37 +78,48 @@ def differences(found: dict[int, dict[str, dict]]) -> list[list]:
     """For each reward model: judge with the KL term less judge without it, paired over the seeds."""
     rows = []
     for with_term, without in (("poor-0.05", "poor-0"), ("poor-0.15", "poor-0"), ("good-0.05", "good-0")):
-        pairs = [(each[with_term], each[without]) for each in found.values()]
+        pairs = [(each.get(with_term, {}), each.get(without, {})) for each in found.values()]
         apart = [a["after"] - b["after"] for a, b in pairs if "after" in a and "after" in b]
         reward, kl_coef = ARMS[with_term]
-        rows.append([NAMES[reward], f"β = {kl_coef} less β = 0", t_interval(apart)])
+        if apart:
+            rows.append([NAMES[reward], f"β = {kl_coef} less β = 0", len(apart), t_interval(apart)])
     return rows
 
 
 def tables(found: dict[int, dict[str, dict]]) -> list[str]:
     header = ["reward model of", "β", "fell", "judge before", "judge after", "KL (nats)", "score"]
-    cells = lambda end: f"{end['after']:.2f} at {end['kl']:.1f}" if "after" in end else "diverged"  # noqa: E731
-    rows = [[seed, f"{ends['good-0']['before']:.2f}", *map(cells, ends.values())] for seed, ends in found.items()]
+    rows = []
+    for seed, ends in found.items():
+        cells = ["" if name not in ends else shown(ends[name]) for name in ARMS]
+        before = next(end["before"] for end in ends.values() if "before" in end)
+        rows.append([seed, f"{before:.2f}", *cells])
     arms = [f"{NAMES[reward]}, β = {beta}" for reward, beta in ARMS.values()]
     return [
         markdown(header, summary(found)),
-        markdown(["reward model of", "judge", "difference [95%]"], differences(found)),
+        markdown(["reward model of", "judge", "seeds", "difference [95%]"], differences(found)),
         markdown(["seed", "start", *arms], rows),
     ]
 
 
-def draw(seeds: list[int], target: Path) -> None:
+def shown(end: dict) -> str:
+    return f"{end['after']:.2f} at {end['kl']:.1f}" if "after" in end else "diverged"
+
+
+def draw(found: dict[int, dict[str, dict]], target: Path) -> None:
     figure, axes = pyplot().subplots(2, 3, figsize=(9, 5.4), layout="constrained", sharex=True)
     for row, reward in zip(axes, NAMES):
-        for axis, (metric, label) in zip(row, PANELS.items()):
-            for name in [name for name, arm in ARMS.items() if arm[0] == reward and arm[1] in (0, 0.05)]:
-                free = ARMS[name][1] == 0
+        for axis, (metric, title) in zip(row, PANELS.items()):
+            for name, (of, beta) in ARMS.items():
+                seeds = [seed for seed, ends in found.items() if name in ends]
+                if of != reward or beta not in WITH_AND_WITHOUT:
+                    continue
                 for i, seed in enumerate(seeds):
-                    lines = read_metrics(start(seed) / "out" / name)
+                    lines = read_metrics(FOLDER / "kl" / f"seed-{seed}" / "out" / name)
                     points = [(line["step"] + 1, line[metric]) for line in lines]
-                    label_of = "" if i else "without the KL term" if free else "with it (β = 0.05)"
-                    axis.plot(*zip(*points), color="C3" if free else "C0", alpha=0.6, linewidth=1, label=label_of)
-            axis.set(title=f"{label}\nreward model of {NAMES[reward]}", xlabel="iteration")
+                    label = "" if i else WITH_AND_WITHOUT[beta]
+                    colour = "C0" if beta else "C3"
+                    axis.plot(*zip(*points), color=colour, alpha=0.6, linewidth=1, label=label, zorder=2 + bool(beta))
+            axis.set(title=f"{title}\nreward model of {NAMES[reward]}", xlabel="iteration")
             axis.grid(alpha=0.25)
             if metric == "objective/kl":
                 axis.set_yscale("symlog", linthresh=1)
@@ -111,12 +130,16 @@ def draw(seeds: list[int], target: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", default=",".join(map(str, range(30, 40))), help="comma-separated")
+    parser.add_argument("--finished", action="store_true", help="run nothing: show what has run")
     parser.add_argument("--figure", type=Path, default=Path(__file__).with_name("kl.svg"))
     options = parser.parse_args()
-    found = {seed: run(seed) for seed in map(int, options.seeds.split(","))}
+    seeds = [int(seed) for seed in options.seeds.split(",")]
+    for seed in [] if options.finished else seeds:
+        run(seed)
+    found = {seed: ends for seed in seeds if (ends := read(seed))}
     write_results("kl", found)
     print("\n\n".join(tables(found)))
-    draw(list(found), options.figure)
+    draw(found, options.figure)
 
 
 if __name__ == "__main__":

@@ -120,6 +120,7 @@ def test_the_options_of_a_fork_are_options_of_its_ppo():
         cli.parse(stage.Config, [*map(str, options), "--kl_coef", "0.1", "--lr", "1e-4", "--resume"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("names", STACKS, ids="+".join)
 def test_a_fork_trains_and_leaves_no_name_undefined(folders, encoding, names, monkeypatch):
     stage, asked = fork(*names), []
@@ -452,6 +453,7 @@ def test_dpo_starts_at_log_2_and_learns_which_answer_won(folders):
     assert torch.equal(before, flat(nets.load_gpt(folders["sft"])[0]))
 
 
+@pytest.mark.slow
 def test_dpo_takes_the_same_step_by_micro_batches_of_any_size(folders):
     found = []
     for size in (0, 1, 3):

@@ -132,7 +132,7 @@ def test_an_adapted_net_writes_what_its_merged_net_writes(folders, encoding, fam
         assert torch.equal(mine, theirs) and not torch.equal(mine, before)
 
 
-@pytest.mark.parametrize("low", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("low", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["float32", "bfloat16"])
 def test_on_a_device_nets_share_one_trunk_and_a_graph_sees_adapters_as_they_change(folders, encoding, low):
     adapted(folders["sft"], encoding)
     with pretended("cuda:0") as device:
@@ -214,6 +214,7 @@ def test_four_nets_share_one_trunk_and_compute_what_four_copies_compute(folders,
     assert torch.equal(read["one"]["logp"], read["one"]["ref_logp"]) and read["one"]["logp"].any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("autocast", [OFF, BF16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("shape", ["small", "llama-small"])
 def test_the_memory_that_is_computed_is_that_of_the_nets_and_of_what_autograd_saves(

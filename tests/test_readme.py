@@ -1,7 +1,9 @@
 """README says what the code does."""
 
+import ast
 import math
 import re
+import shutil
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from tests.conftest import ROOT
 
 PAGES = [ROOT / folder / "README.md" for folder in (".", "data", "tests", "experiments")]
 README = (ROOT / "README.md").read_text()
+PROMPT = "Tell me about a shy owl who lost a red key near the lake."
 
 
 def test_the_three_tokens_of_the_kl_term_are_charged_as_readme_says():
@@ -28,6 +31,20 @@ def test_the_three_tokens_of_the_kl_term_are_charged_as_readme_says():
     total = re.search(r"^\| sum \| \| \| ([+−]\S+) nats \| ([+−]\S+) \|$", README, re.MULTILINE)
     assert (logp - ref_logp).sum().item() == pytest.approx(float(total[1]), abs=6e-4)
     assert rewards.sum().item() == pytest.approx(float(total[2]), abs=6e-4)
+
+
+def test_the_lines_of_python_run(folders, tmp_path, monkeypatch, capsys):
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "load_gpt" in block]
+    for name, source in (("ppo", "sft"), ("sft", "sft"), ("reward", "reward")):
+        shutil.copytree(folders[source], tmp_path / "out" / name)
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(code.replace("max_new_tokens=64", "max_new_tokens=8").replace(PROMPT, "ask"), names)
+    length, prompt_len = names["length"], names["prompt_len"]
+    texts, scores, kl = capsys.readouterr().out.split("tensor")
+    assert len(ast.literal_eval(texts)) == 4 and all(text.startswith("ask") for text in ast.literal_eval(texts))
+    assert torch.equal(eval(f"torch.tensor{kl.strip()}"), torch.zeros(4, int((length - prompt_len).max())))
+    assert scores.count(",") == 3
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name)
