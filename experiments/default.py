@@ -46,13 +46,13 @@ def run(seed: int) -> dict[str, float]:
     return dict(zip(COLUMNS, ends))
 
 
-def table(found: dict[int, dict[str, float]]) -> str:
+def tables(found: dict[int, dict[str, float]]) -> list[str]:
     rows = []
     for name, digits in COLUMNS.items():
         column = [each[name] for each in found.values()]
         shown = [f"{x:.{digits}f}" for x in column]
         rows.append([name, t_interval(column, digits), f"{min(shown, key=float)}–{max(shown, key=float)}", *shown])
-    return markdown(["", "mean [95%]", "range", *(f"seed {seed}" for seed in found)], rows)
+    return [markdown(["", "mean [95%]", "range", *(f"seed {seed}" for seed in found)], rows)]
 
 
 def main() -> None:
@@ -61,7 +61,7 @@ def main() -> None:
     options = parser.parse_args()
     found = {seed: run(seed) for seed in map(int, options.seeds.split(","))}
     write_results("default", found)
-    print(table(found))
+    print(*tables(found))
 
 
 if __name__ == "__main__":

@@ -217,10 +217,10 @@ T = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.20
 
 
 def t_interval(numbers: list[float], digits: int = 2) -> str:
-    """The mean over seeds, with its interval of 95% by Student's t."""
+    """The mean over seeds, with its interval of 95% by Student's t. Of one or two seeds: the numbers themselves."""
     mean, n = statistics.mean(numbers), len(numbers)
-    if n < 2:
-        return f"{mean:.{digits}f} (n 1)"
+    if n < 3:
+        return f"{', '.join(f'{x:.{digits}f}' for x in numbers)} (n {n})"
     half = T[n - 2] * statistics.stdev(numbers) / n**0.5
     return f"{mean:.{digits}f} [{mean - half:.{digits}f}, {mean + half:.{digits}f}]"
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import ppo
+from experiments import default, harness, kl
 from tests.conftest import ROOT
 
 PAGES = [ROOT / folder / "README.md" for folder in (".", "data", "tests", "experiments")]
@@ -52,6 +53,13 @@ def test_the_lines_of_python_run(folders, tmp_path, monkeypatch, capsys):
 def test_every_file_that_a_page_links_to_is_there(page):
     links = re.findall(r"\]\(([^)#:]+)\)", page.read_text())
     assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("experiment", [default, kl], ids=["default", "kl"])
+def test_the_tables_of_a_page_are_those_of_the_result_file(experiment):
+    page = (ROOT / "experiments" / "README.md").read_text()
+    found = harness.read_results(experiment.__name__.rpartition(".")[2])
+    assert [table for table in experiment.tables(found) if table not in page] == []
 
 
 def test_every_option_that_a_page_names_is_one():
