@@ -1,7 +1,7 @@
 """How much of a net has to train? Adapters of rank 1, 4 and 16 against all weights, at three rates, every seed.
 
-    OMP_NUM_THREADS=1 python -m experiments.lora               the tales, seeds 1 to 3: 63 runs, some minutes each
-    OMP_NUM_THREADS=1 python -m experiments.lora --seeds 1     one of them
+    OMP_NUM_THREADS=1 python -m experiments.lora               the tales, seeds 30 to 32: 63 runs of 3 minutes
+    OMP_NUM_THREADS=1 python -m experiments.lora --seeds 30    one of them
     python -m experiments.lora --init RUN --data PROMPTS.jsonl --judge FILE.py:function     a model of your own
 
 Schulman et al. 2025 ("LoRA Without Regret") say that rank 1 suffices for reinforcement learning, at ten times the rate
@@ -93,7 +93,7 @@ def own(init: str, data: str, judge: str, lr: float, iterations: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--seeds", default="1,2,3", help="comma-separated")
+    parser.add_argument("--seeds", default="30,31,32", help="comma-separated")
     parser.add_argument("--iterations", type=int, default=64)
     parser.add_argument("--init", default="", help="a run folder of your own, such as of SmolLM2-135M by tools.hf")
     parser.add_argument("--data", default="", help="its prompts")
