@@ -5,11 +5,12 @@ It sees how a text is made and of which words, as any reader does. It knows no f
 
 import re
 
-EMPTY = """a about also am an and any are as at be been but by can could did do does for from get give had has have her him
-his how i if in into is it its just know like make many may me more most my need not of on one or our please she should so
-some such tell than that the their them then there these they this those to use very want was way we well were what when
-where which who why will with would you your answer assist best different example good great happy help here important
-including information provide question several sorry sure thing things try various"""
+EMPTY = """a about also am an and any are as at be been but by can could did do does for from get
+give had has have her him his how i if in into is it its just know like make many may me more most
+my need not of on one or our please she should so some such tell than that the their them then there
+these they this those to use very want was way we well were what when where which who why will with
+would you your answer assist best different example good great happy help here important including
+information provide question several sorry sure thing things try various"""
 EMPTY = set(EMPTY.split())
 
 
