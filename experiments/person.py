@@ -35,5 +35,5 @@ def labeller(prompt: str, response: str) -> float:
     new = set(said) - asked
     ends = response.rstrip().endswith((".", "!"))
     about = min(1.0, len(asked & set(said)) / min(2, len(asked))) if asked else 1.0  # two words of the question
-    tells = min(1.0, len(new) / 5) * len(set(said)) / max(1, len(said))  # five words of its own, none of them twice
+    tells = min(1.0, len(new) / 7) * len(set(said)) / max(1, len(said))  # seven words of its own, none of them twice
     return 0.2 * ends + 0.2 * is_sentence(response) + 0.3 * about + 0.3 * tells

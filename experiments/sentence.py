@@ -32,11 +32,11 @@ from tools.get import hh
 
 HERE = harness.FOLDER / "sentence"
 LABELLER = "experiments/person.py:labeller"
-LONGEST, N_COMPARE, TEMPERATURE = 44, 160, 0.7  # tokens of a question in its template; questions for the comparisons
+LONGEST, N_COMPARE, TEMPERATURE = 44, 200, 0.7  # tokens of a question in its template; questions for the comparisons
 SAMPLING = ["--response_len", 32, "--temperature", TEMPERATURE]
 REWARD = ["--judge", LABELLER, *SAMPLING, *"--samples 4 --label_temperature 0.1 --lr 3e-4".split()]
 TASK = "--unended_cap inf --kl_coef 0.05 --batch_size 16 --minibatch_size 8".split() + ["--judge", LABELLER, *SAMPLING]
-PPO = "--iterations 40 --lr 6e-5 --value_lr 1e-4 --value_warmup 2 --eval_prompts 64 --save_every 5".split()
+PPO = "--iterations 24 --lr 3e-5 --value_lr 1e-4 --value_warmup 2 --eval_prompts 64 --save_every 4".split()
 BEST_OF = (1, 2, 4, 8, 16)
 HINT = " Answer in one short sentence."
 

@@ -209,7 +209,7 @@ WHOLE = "Meditating begins at home in a quiet room where you close both eyes and
         ("Start meditating at home.", 0.7),  # the question alone
         (
             "Meditating home room room room room room room.",
-            0.7 + 0.3 * 1 / 5 * 3 / 8,
+            0.7 + 0.3 * 1 / 7 * 3 / 8,
         ),  # one new word of three, of eight
         ("", 0.0),
     ],
