@@ -36,7 +36,7 @@ LONGEST, N_COMPARE, TEMPERATURE = 44, 200, 0.7  # tokens of a question in its te
 SAMPLING = ["--response_len", 32, "--temperature", TEMPERATURE]
 REWARD = ["--judge", LABELLER, *SAMPLING, *"--samples 4 --label_temperature 0.1 --lr 3e-4".split()]
 TASK = "--unended_cap inf --kl_coef 0.05 --batch_size 16 --minibatch_size 8".split() + ["--judge", LABELLER, *SAMPLING]
-PPO = "--iterations 24 --lr 3e-5 --value_lr 1e-4 --value_warmup 2 --eval_prompts 64 --save_every 4".split()
+PPO = "--iterations 40 --lr 5e-5 --value_lr 1e-4 --value_warmup 2 --eval_prompts 64 --save_every 4".split()
 BEST_OF = (1, 2, 4, 8, 16)
 HINT = " Answer in one short sentence."
 
@@ -56,7 +56,7 @@ def write_files(model: Path) -> None:
 
 
 def run(model: Path, seed: int) -> dict:
-    """What a seed has found: accuracy of the reward model, minutes, KL, `measures` by side, best of n beside PPO."""
+    """What a seed has found: accuracy of the reward model, minutes, KL, means by side, best of n beside PPO."""
     folder, mine = HERE / f"seed-{seed}", ["--init", model, "--seed", seed]
     prompts = ["--data", (HERE / "ppo.jsonl").resolve(), "--eval_data", (HERE / "eval.jsonl").resolve()]
     printed = [
