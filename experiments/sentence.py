@@ -5,12 +5,12 @@
     python -m tools.hf out/smollm2-hf out/smollm2
     OMP_NUM_THREADS=1 python -m experiments.sentence --model out/smollm2                  seeds 30 to 32, an hour each
 
-The questions are the short ones with which the dialogues of HH begin. A noisy person (experiments/person.py) compares
-the start's answers by what a reader sees, the reward model learns from these comparisons, and PPO from the reward
-model. Beside the person's own score stand measures of another kind, which nothing was trained on: the start's
-log-probability of a token; how many word pairs are different ones; and by how many nats an answer makes its question
-more likely to the start than the answer to another question does. "Told to" is the start, asked for one short sentence.
-Learning rates and β were chosen on seed 10.
+The questions are the short ones with which the dialogues of HH begin. The system message asks for one short sentence,
+before and after; the start seldom obeys. A noisy person (experiments/person.py) compares the start's answers by what a
+reader sees, the reward model learns from these comparisons, and PPO from the reward model. Beside the person's own
+score stand measures of another kind, which nothing was trained on: the start's log-probability of a token; how many
+word pairs are different ones; and by how many nats an answer makes its question more likely to the start than the
+answer to another question does. The rates are from short runs on seeds 10 and 11.
 
 It prints the tables and the answers to the first three held-out questions, and writes
 experiments/results/sentence.json. What has run is kept in out/experiments/sentence; a stopped run goes on.
@@ -22,7 +22,7 @@ from pathlib import Path
 from statistics import mean
 
 import data
-from common import compare, nets
+from common import nets
 from common.measure import ENDED
 from common.runs import read_metrics
 from experiments import harness, texts
@@ -32,13 +32,13 @@ from tools.get import hh
 
 HERE = harness.FOLDER / "sentence"
 LABELLER = "experiments/person.py:labeller"
-LONGEST, N_COMPARE, TEMPERATURE = 44, 200, 0.7  # tokens of a question in its template; questions for the comparisons
-SAMPLING = ["--response_len", 32, "--temperature", TEMPERATURE]
+LONGEST, N_COMPARE = 34, 160  # tokens of a question in its template; questions for the comparisons
+SAMPLING = "--response_len 32 --temperature 0.7".split()
 REWARD = ["--judge", LABELLER, *SAMPLING, *"--samples 4 --label_temperature 0.1 --lr 3e-4".split()]
-TASK = "--unended_cap inf --kl_coef 0.05 --batch_size 16 --minibatch_size 8".split() + ["--judge", LABELLER, *SAMPLING]
-PPO = "--iterations 40 --lr 5e-5 --value_lr 1e-4 --value_warmup 2 --eval_prompts 64 --save_every 4".split()
+TASK = "--unended_cap inf --kl_coef 0.1 --batch_size 16 --minibatch_size 8".split() + ["--judge", LABELLER, *SAMPLING]
+PPO = "--iterations 32 --lr 6e-5 --value_lr 1e-4 --value_warmup 2 --eval_prompts 64 --save_every 4".split()
 BEST_OF = (1, 2, 4, 8, 16)
-HINT = " Answer in one short sentence."
+SYSTEM = {"role": "system", "content": "Answer in one short sentence."}
 
 
 def write_files(model: Path) -> None:
@@ -47,8 +47,8 @@ def write_files(model: Path) -> None:
     files = {}
     for name in ("ppo", "eval"):
         rows = data.read_jsonl(hh.FOLDER / f"{name}.jsonl", {"prompt": list})
-        rows = [row for row in rows if len(row["prompt"]) == 1]
-        files[name] = [row for row in rows if len(data.encode_prompt(encoding, row["prompt"])) <= LONGEST]
+        asked = [[SYSTEM, *row["prompt"]] for row in rows if len(row["prompt"]) == 1]
+        files[name] = [{"prompt": each} for each in asked if len(data.encode_prompt(encoding, each)) <= LONGEST]
     files["compare"], files["ppo"] = files["ppo"][:N_COMPARE], files["ppo"][N_COMPARE:]
     HERE.mkdir(parents=True, exist_ok=True)
     for name, rows in files.items():
@@ -65,37 +65,30 @@ def run(model: Path, seed: int) -> dict:
     ]
     metrics = json.loads((folder / "out/reward/report.json").read_text())["metrics"]
     report = json.loads((folder / "out/ppo/report.json").read_text())
-    drawn = harness.start_answers(folder, ["reward"], 16, max(BEST_OF), seed, "--init", model, *prompts, *TASK)
+    drawn = harness.start_answers(folder, ["reward"], 12, max(BEST_OF), seed, "--init", model, *prompts, *TASK)
     beside = harness.beside(drawn, read_metrics(folder / "out/ppo"), BEST_OF)
     kept = folder / "measures.json"
     if not kept.exists():
-        kept.write_text(json.dumps(sides(model, report["answers"], seed)))
+        kept.write_text(json.dumps({side: measures(model, report["answers"], side) for side in ("before", "after")}))
     about = {"KL": report["table"][harness.KL]["after"][0], "reward accuracy": metrics["eval/accuracy"]}
     about["minutes"] = sum(map(harness.seconds, printed)) / 60
     return about | {"sides": json.loads(kept.read_text()), "best of n": beside}
 
 
-def sides(model: Path, answers: list[dict], seed: int) -> dict[str, dict[str, float]]:
-    """What the start's answers are like, the start's when it is told what is wanted, and PPO's: means by side."""
+def measures(model: Path, answers: list[dict], side: str) -> dict[str, float]:
+    """Means over the answers of PPO's report on one side, before or after."""
     start, encoding = nets.load_gpt(model)
-    prompts = [answer["prompt"] for answer in answers]
-    asked = [question(prompt).strip() for prompt in prompts]
-    told = [data.encode_prompt(encoding, texts.user(each + HINT)) for each in asked]
-    told = compare.sample_responses(start, encoding, told, 1, SAMPLING[1], TEMPERATURE, seed)
-    found = {side: [(each[side]["text"], each[side][ENDED] > 0) for each in answers] for side in ("before", "after")}
-    found = {"before": found["before"], "told to": [answer[:2] for (answer,) in told], "after": found["after"]}
-    means = {}
-    for side, pairs in found.items():
-        said, ended = zip(*pairs)
-        means[side] = {
-            "the person's score": mean(map(labeller, prompts, said)),
-            "one sentence that ends": mean(map(is_sentence, said)),
-            "ended by EOS": mean(ended),
-            "log π₀ per token (nats)": texts.fluency(start, encoding, map(texts.user, asked), pairs),
-            "distinct pairs of words": texts.distinct_bigrams(said),
-            "nats about its question": texts.about_question(start, encoding, asked, said),
-        }
-    return means
+    prompts, said = [each["prompt"] for each in answers], [each[side]["text"] for each in answers]
+    asked, ended = [question(prompt).strip() for prompt in prompts], [each[side][ENDED] > 0 for each in answers]
+    messages = [[SYSTEM, *texts.user(each)] for each in asked]
+    return {
+        "the person's score": mean(map(labeller, prompts, said)),
+        "one sentence that ends": mean(map(is_sentence, said)),
+        "ended by EOS": mean(ended),
+        "log π₀ per token (nats)": texts.fluency(start, encoding, messages, list(zip(said, ended))),
+        "distinct pairs of words": texts.distinct_bigrams(said),
+        "nats about its question": texts.about_question(start, encoding, asked, said),
+    }
 
 
 def main() -> None:

@@ -279,7 +279,7 @@ def test_a_seed_of_the_sentences_is_measured_on_all_sides(wide, encoding, tmp_pa
     for name in ("ppo", "eval"):
         write(tmp_path / f"{name}.jsonl", prompts)
     small = ["--response_len", 6]
-    for name, value in (("N_COMPARE", 20), ("SAMPLING", small), ("BEST_OF", (1, 2))):
+    for name, value in (("N_COMPARE", 20), ("LONGEST", 90), ("BEST_OF", (1, 2))):
         monkeypatch.setattr(sentence, name, value)
     monkeypatch.setattr(sentence, "REWARD", [*sentence.REWARD, *small])
     monkeypatch.setattr(sentence, "TASK", [*sentence.TASK, *small])
@@ -299,4 +299,6 @@ def test_a_seed_of_the_sentences_is_measured_on_all_sides(wide, encoding, tmp_pa
         assert found["sides"][side]["the person's score"] == pytest.approx(report[sentence.LABELLER][side][0])
         assert found["sides"][side]["ended by EOS"] == pytest.approx(report[measure.ENDED][side][0])
     assert found["minutes"] == 2 and [row["n"] for row in found["best of n"]] == [1, 2]
-    assert "told to" in harness.before_and_after([found, found])[0] and "| 2 | 0.19 |" in harness.beside_table([found])
+    assert "| before | after |" in harness.before_and_after([found, found])[
+        0
+    ] and "| 2 | 0.19 |" in harness.beside_table([found])
