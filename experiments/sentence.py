@@ -36,7 +36,7 @@ LONGEST, N_COMPARE = 34, 160  # tokens of a question in its template; questions 
 SAMPLING = "--response_len 32 --temperature 0.7".split()
 REWARD = ["--judge", LABELLER, *SAMPLING, *"--samples 4 --label_temperature 0.1 --lr 3e-4".split()]
 TASK = "--unended_cap inf --kl_coef 0.1 --batch_size 16 --minibatch_size 8".split() + ["--judge", LABELLER, *SAMPLING]
-PPO = "--iterations 32 --lr 6e-5 --value_lr 1e-4 --value_warmup 2 --eval_prompts 64 --save_every 4".split()
+PPO = "--iterations 24 --lr 4e-5 --value_lr 1e-4 --value_warmup 2 --eval_prompts 64 --save_every 4".split()
 BEST_OF = (1, 2, 4, 8, 16)
 SYSTEM = {"role": "system", "content": "Answer in one short sentence."}
 
