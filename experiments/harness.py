@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy
 import torch
@@ -139,6 +138,21 @@ def best_of_kl(n: int) -> float:
     return math.log(n) - (n - 1) / n
 
 
+def on_its_way(lines: list[dict], kl: float) -> float:
+    """PPO's judge at a KL: the mean of those five iterations in a row whose mean KL is nearest. On training prompts."""
+    windows = [lines[i : i + 5] for i in range(len(lines) - 4)]
+    means = [
+        [statistics.mean(line[f"objective/{name}"] for line in five) for name in ("kl", "judge")] for five in windows
+    ]
+    return min(means, key=lambda each: abs(each[0] - kl))[1]
+
+
+def beside(drawn: dict[str, Tensor], lines: list[dict], sizes: tuple[int, ...]) -> list[dict]:
+    """For each n of `sizes`: KL (at most) and judge of the best of n of what `start_answers` drew, and PPO's judge."""
+    ends = [(n, *best_of(drawn["reward"], drawn["judge"], n)) for n in sizes]
+    return [{"n": n, "KL": kl, "best of n": judge, "PPO": on_its_way(lines, kl)} for n, kl, judge, _ in ends]
+
+
 def tilted(score: Tensor, judge: Tensor, beta: float) -> tuple[float, float, float, float]:
     """KL, judge and score of π* ∝ π₀ exp(score / β), from π₀'s answers (P, N), and how many of the N count.
 
@@ -178,25 +192,6 @@ def closing_table(text: str) -> dict[str, tuple[str, str]]:
 def cell_after(text: str, words: str) -> str:
     """The cell that stands behind some words."""
     return re.search(rf"{words}\s+({CELL})", text)[1]
-
-
-class BestOfN(NamedTuple):
-    n: int
-    kl: float  # at most
-    judge: float
-    judge_error: float
-    score: float
-    score_error: float
-
-
-def best_of_n(text: str) -> list[BestOfN]:
-    """The rows of EVAL's table "best of n by the final score", made with one judge."""
-    row = r"^(\d+)\s+\d+\.\d+" + 2 * r"\s+(-?\d+\.\d+) ± (\d+\.\d+)" + rf"\s+{CELL}$"
-    found = []
-    for n, *numbers in re.findall(row, text, re.MULTILINE):
-        kl = math.log(int(n)) - (int(n) - 1) / int(n)
-        found.append(BestOfN(int(n), kl, *map(float, numbers)))
-    return found
 
 
 def number(cell: str) -> float:
@@ -242,6 +237,24 @@ def cell(ends: list[float], digits: int = 2) -> str:
     return "{:.{d}f} [{:.{d}f}, {:.{d}f}]".format(*ends, d=digits)
 
 
+def before_and_after(runs: list[dict]) -> list[str]:
+    """Two tables of means over seeds, for runs that each have "sides" (side → measure → number) and further numbers."""
+    about = [[name, t_interval([run[name] for run in runs])] for name in runs[0] if name not in ("sides", "best of n")]
+    sides = {side: [run["sides"][side] for run in runs] for side in runs[0]["sides"]}
+    names = next(iter(sides.values()))[0]
+    rows = [[name, *(t_interval([x[name] for x in each]) for each in sides.values())] for name in names]
+    return [markdown([f"mean over {len(runs)} seeds", *sides], rows), markdown(["of the runs", "mean"], about)]
+
+
+def beside_table(runs: list[dict]) -> str:
+    """A table of best of n, and of PPO on its way at the same KL, for runs that each have "best of n"."""
+    rows = []
+    for same in zip(*(run["best of n"] for run in runs)):
+        cells = [t_interval([row[name] for row in same]) for name in ("best of n", "PPO")]
+        rows.append([same[0]["n"], f"{same[0]['KL']:.2f}", *cells])
+    return markdown(["n", "KL at most", "best of n", "PPO at that KL"], rows)
+
+
 def write_results(name: str, content: dict) -> None:
     """Keep what an experiment found as experiments/results/NAME.json, with the code and the command that made it.
 
@@ -265,9 +278,9 @@ def interval(mean: float, error: float) -> str:
     return f"{mean:.3f} [{mean - 1.96 * error:.3f}, {mean + 1.96 * error:.3f}]"
 
 
-def first_answers(folder: Path, title: str, shown: Callable[[str], str] = str) -> str:
-    """The first eight held-out prompts, as `shown` shows them, with the answers before and after, as a table."""
-    answers = json.loads((folder / "report.json").read_text())["answers"][:8]
+def first_answers(folder: Path, title: str, shown: Callable[[str], str] = str, n: int = 8) -> str:
+    """The first n held-out prompts, as `shown` shows them, with the answers before and after, as a table."""
+    answers = json.loads((folder / "report.json").read_text())["answers"][:n]
     texts = [(shown(answer["prompt"]), answer["before"]["text"], answer["after"]["text"]) for answer in answers]
     rows = [[" ".join(text.split()).replace("|", "\\|") for text in each] for each in texts]
     return markdown([title, "before", "after"], rows)

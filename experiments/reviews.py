@@ -1,128 +1,110 @@
 """A real language model made better: SmolLM2-135M-Instruct learns to write positive film reviews, every seed.
 
-    python -m tools.get.imdb && python -m experiments.sentiment                           the reviews, and their judges
+    python -m tools.get.imdb && python -m experiments.sentiment && python -m experiments.reviewer   reviews and judges
     hf download HuggingFaceTB/SmolLM2-135M-Instruct --local-dir out/smollm2-hf            the public model
     python -m tools.hf out/smollm2-hf out/smollm2
-    OMP_NUM_THREADS=1 python -m experiments.reviews --model out/smollm2                   seeds 1 and 2, an hour each
+    OMP_NUM_THREADS=1 python -m experiments.reviews --model out/smollm2                   seeds 30 to 32, an hour each
 
 The model is adapted to the reviews once, for all seeds. By seed: it answers prompts of 2 to 4 words, a linear
 sentiment model in the role of a noisy person compares the answers, the reward model learns from these comparisons, and
-PPO from the reward model. Another sentiment model, fitted on other reviews, is the judge. Best of n chooses among the
-start's answers by the score of the reward model. The learning rates were chosen on seeds 0 and 10.
+PPO from the reward model. The judge is a model of another kind, fitted on other reviews: a small transformer. Beside it
+stand a linear judge, the start's log-probability of a token, and how many word pairs are different ones. Best of n
+chooses among the start's answers by the score of the reward model. The learning rates were chosen on seeds 0 and 10.
 
-It prints the tables and the answers to the first eight held-out prompts, and draws experiments/reviews.svg. Intervals
-are of 95%, over prompts, for one run each. What has run is kept in out/experiments/reviews; a stopped run goes on.
+It prints the tables and the answers to the first three held-out prompts, writes experiments/results/reviews.json and
+draws experiments/reviews.svg. What has run is kept in out/experiments/reviews; a stopped run goes on.
 """
 
 import argparse
 import json
-import re
 from pathlib import Path
 
+from common import nets
+from common.measure import ENDED
 from common.runs import read_metrics
-from experiments.harness import (
-    EVAL,
-    FOLDER,
-    KL,
-    best_of_n,
-    first_answers,
-    interval,
-    markdown,
-    pyplot,
-    save,
-    stage,
-)
+from experiments import harness, texts
+from experiments.harness import KL, pyplot, stage
 from tools.get import imdb
 
-HERE = FOLDER / "reviews"
-JUDGE = "experiments/sentiment.py:judge"
+HERE = harness.FOLDER / "reviews"
+CRITIC, LINEAR = "experiments/reviewer.py:judge", "experiments/sentiment.py:judge"
 SFT = "--epochs 0.025 --block_size 128 --batch_size 8 --lr 2e-5 --evals 2".split()
 REWARD = "--judge experiments/sentiment.py:labeller --label_temperature 0.05 --n_prompts 300".split()
 REWARD += "--response_len 24 --lr 3e-4".split()
-TASK = "--response_len 24 --unended_cap inf".split() + ["--judge", JUDGE]
+TASK = "--response_len 24 --unended_cap inf".split() + ["--judge", f"{CRITIC},{LINEAR}"]
 TASK += ["--data", imdb.FOLDER / "ppo.jsonl", "--eval_data", imdb.FOLDER / "eval.jsonl"]
 PPO = "--iterations 60 --batch_size 32 --minibatch_size 16 --epochs 1 --lr 3e-5 --value_lr 1e-4".split()
 PPO += "--value_warmup 4 --kl_coef 0.05 --eval_prompts 500 --save_every 10".split()
-BEST_OF = "--eval_prompts 48 --best_of 1,2,4,8,16,32,64".split()  # the first 48 of the 500
+BEST_OF = (1, 2, 4, 8, 16, 32, 64)
 
 
-def run(seed: int) -> tuple[Path, dict[str, str]]:
-    """The run folder of PPO, and what each stage printed."""
+def run(seed: int) -> dict:
+    """What a seed has found: of the reward model, of PPO before and after, and of best of n beside PPO."""
     folder, start = HERE / f"seed-{seed}", ["--init", "../out/sft", "--seed", seed]
     reward = [*start, "--data", imdb.FOLDER / "compare.jsonl", *REWARD]
-    printed = {"reward": stage(folder, "reward", "reward.py", *reward)}
-    printed["ppo"] = stage(folder, "ppo", "ppo.py", *start, *TASK, *PPO)
-    return folder / "out" / "ppo", printed
+    printed = [
+        stage(folder, "reward", "reward.py", *reward),
+        stage(folder, "ppo", "ppo.py", *start, *TASK, *PPO),
+    ]
+    metrics, report = (json.loads((folder / f"out/{x}/report.json").read_text()) for x in ("reward", "ppo"))
+    drawn = harness.start_answers(
+        folder, ["reward"], 48, max(BEST_OF), seed, *TASK, "--init", HERE / "out/sft", "--judge", CRITIC
+    )
+    beside = harness.beside(drawn, read_metrics(folder / "out/ppo"), BEST_OF)
+    about = {"KL": report["table"][KL]["after"][0], "minutes": sum(map(harness.seconds, printed)) / 60}
+    for name, metric in (("reward accuracy", "eval/accuracy"), ("the noise allows", "eval/accuracy_ceiling")):
+        about[name] = metrics["metrics"][metric]
+    sides = {side: measures(report, side) for side in ("before", "after")}
+    return about | {"sides": sides, "best of n": beside}
 
 
-def run_best_of_n(seed: int) -> str:
-    """What best of n printed, with the start and the reward model of a seed's PPO."""
-    return stage(HERE / f"seed-{seed}", "best-of-n", EVAL, "out/ppo", *BEST_OF)
+def measures(report: dict, side: str) -> dict[str, float]:
+    """Means over the answers of PPO's report on one side, before or after."""
+    start, encoding = nets.load_gpt(HERE / "out/sft")
+    found = {name: report["table"][name][side][0] for name in (CRITIC, LINEAR, "score")}
+    answers = [(each[side]["text"], each[side][ENDED] > 0) for each in report["answers"]]
+    prompts = [each["prompt"] for each in report["answers"]]
+    found["log π₀ per token (nats)"] = texts.fluency(start, encoding, prompts, answers)
+    found["distinct pairs of words"] = texts.distinct_bigrams([text for text, _ in answers])
+    return found
 
 
-def path(lines: list[dict]) -> list[tuple[float, float]]:
-    """KL and judge of PPO on its way: means of five iterations, 160 answers."""
-    columns = [[line[name] for line in lines] for name in ("objective/kl", "objective/judge")]
-    return [tuple(sum(column[i : i + 5]) / 5 for column in columns) for i in range(len(lines) - 4)]
-
-
-def draw(runs: dict[int, tuple[Path, dict[str, str]]], target: Path) -> None:
+def draw(found: dict[int, dict], target: Path) -> None:
     figure, axes = pyplot().subplots(1, 3, figsize=(9, 2.9), layout="constrained")
-    for i, (seed, (folder, printed)) in enumerate(runs.items()):
-        colour, lines = f"C{i}", read_metrics(folder)
+    for i, (seed, end) in enumerate(found.items()):
+        colour, lines = f"C{i}", read_metrics(HERE / f"seed-{seed}/out/ppo")
         steps = [line["step"] + 1 for line in lines]
         for axis, name in zip(axes, ("objective/judge", "objective/kl")):
             axis.plot(steps, [line[name] for line in lines], color=colour, label=f"seed {seed}")
-        table = json.loads((folder / "report.json").read_text())["table"]
-        (judge, error), (kl, kl_error) = (table[name]["after"] for name in (JUDGE, KL))
-        label = f"PPO, seed {seed}"
-        axes[2].errorbar(kl, judge, 1.96 * error, 1.96 * kl_error, color=colour, marker="o", label=label)
-        axes[2].plot(*zip(*path(lines)), color=colour, linewidth=0.6)
-        best = best_of_n(printed["best of n"])
-        points = [row.kl for row in best], [row.judge for row in best], [1.96 * row.judge_error for row in best]
-        axes[2].errorbar(*points, color=colour, linestyle="--", label=f"best of n, seed {seed}")
+        kls = [row["KL"] for row in end["best of n"]]
+        axes[2].plot(
+            kls, [row["best of n"] for row in end["best of n"]], "--", color=colour, label=f"best of n, {seed}"
+        )
+        axes[2].plot(kls, [row["PPO"] for row in end["best of n"]], color=colour, linewidth=0.6)
+        axes[2].plot(end["KL"], end["sides"]["after"][CRITIC], "o", color=colour, label=f"PPO, {seed}")
     axes[0].set(xlabel="iteration", title="judge of an iteration's answers")
-    axes[1].set(xlabel="iteration", title="KL to the start (nats a response)")
-    axes[2].set(xlabel="KL to the start (nats; of best of n: at most)", title="judge against KL, held-out prompts")
+    axes[1].set(xlabel="iteration", title="KL to the start (nats per response)")
+    axes[2].set(xlabel="KL to the start (nats; of best of n: at most)", title="judge against KL")
     for axis in axes:
         axis.grid(alpha=0.25)
         axis.legend(frameon=False, loc="lower right", fontsize=7)
-    save(figure, target)
+    harness.save(figure, target)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", type=Path, required=True, help="run folder of the converted model")
-    parser.add_argument("--seeds", default="1,2", help="comma-separated")
+    parser.add_argument("--seeds", default="30,31,32", help="comma-separated")
     parser.add_argument("--figure", type=Path, default=Path(__file__).with_name("reviews.svg"))
     options = parser.parse_args()
-    text = stage(
-        HERE, "sft", "sft.py", "--data", imdb.FOLDER / "pretrain.jsonl", "--init", options.model.resolve(), *SFT
-    )
-    losses = re.findall(r"held_out (\S+)", text)
-    print(f"held-out loss of the reviews: {losses[0]} half-way, {losses[-1]} at the end\n")
-    runs = {int(seed): run(int(seed)) for seed in options.seeds.split(",")}
-    for seed, (_, printed) in runs.items():
-        printed["best of n"] = run_best_of_n(seed)
-    ends, others = [], []
-    for seed, (folder, printed) in runs.items():
-        table = json.loads((folder / "report.json").read_text())["table"]
-        accuracy = re.search(
-            r"held-out accuracy (\S+ ± \S+) \(the noise in these labels allows (\S+)\)", printed["reward"]
-        )
-        cells = [interval(*table[name][side]) for name in (JUDGE, "score") for side in ("before", "after")]
-        took = f"{json.loads((folder / 'config.json').read_text())['seconds'] / 60:.0f}"
-        ends.append([seed, *accuracy.groups(), *cells, interval(*table[KL]["after"]), took])
-        for row in best_of_n(printed["best of n"]):
-            _, judge = min(path(read_metrics(folder)), key=lambda point: abs(point[0] - row.kl))
-            cells = [interval(row.judge, row.judge_error), interval(row.score, row.score_error), f"{judge:.3f}"]
-            others.append([seed, row.n, f"{row.kl:.2f}", *cells])
-    header = ["seed", "reward accuracy", "the noise allows", "judge before", "judge after"]
-    print(markdown([*header, "score before", "score after", "KL", "minutes of PPO"], ends), end="\n\n")
-    print(markdown(["seed", "best of n", "KL at most", "judge", "score", "PPO's judge there"], others), end="\n\n")
-    for seed, (folder, _) in runs.items():
-        print(first_answers(folder, f"prompt (seed {seed})"), end="\n\n")
-    draw(runs, options.figure)
+    stage(HERE, "sft", "sft.py", "--data", imdb.FOLDER / "pretrain.jsonl", "--init", options.model.resolve(), *SFT)
+    found = {seed: run(seed) for seed in map(int, options.seeds.split(","))}
+    harness.write_results("reviews", found)
+    runs = list(found.values())
+    print("\n\n".join([*harness.before_and_after(runs), harness.beside_table(runs)]), end="\n\n")
+    for seed in found:
+        print(harness.first_answers(HERE / f"seed-{seed}/out/ppo", f"prompt (seed {seed})", n=3), end="\n\n")
+    draw(found, options.figure)
 
 
 if __name__ == "__main__":

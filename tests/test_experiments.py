@@ -12,19 +12,34 @@ import numpy as np
 import pytest
 import torch
 
+import data
 import ppo
 import reward
 import sft
-from common import cli, measure, runs
+from common import cli, measure, nets, runs
 from data import InputError
-from experiments import adaptive, fewer, harness, helpful, lora, overoptimise, race, recipe, reviews
+from experiments import (
+    adaptive,
+    fewer,
+    harness,
+    helpful,
+    lora,
+    overoptimise,
+    person,
+    race,
+    recipe,
+    reviewer,
+    reviews,
+    sentence,
+    texts,
+)
 from experiments.forks import __main__ as forks
-from tests.conftest import ROOT
+from tests.conftest import ROOT, make_gpt, run, write
 from tools import evaluate
 
 
 def test_what_is_measured_of_a_run_is_read_as_it_was_printed(folders, capsys):
-    """The closing table, before and after, and the table of best of n."""
+    """The closing table, before and after; and the best of four answers is the one with the highest final score."""
     words = [*map(str, (folders["sft"], "--init", folders["sft"], "--reward", folders["reward"]))]
     prompts = str(folders["tmp"] / "prompts.jsonl")
     words += ["--data", prompts, "--eval_data", prompts, "--judge", f"{__file__}:length", "--best_of", "1,4"]
@@ -42,13 +57,9 @@ def test_what_is_measured_of_a_run_is_read_as_it_was_printed(folders, capsys):
     for name in (judge, "score", harness.KL, measure.ENDED):
         found = seen["paired"]["table"][name]
         assert rows[name] == tuple(measure.cell(found[side], 12) for side in ("before", "after"))
-    one, four = harness.best_of_n(text)
     best = seen["final score"].argsort(dim=1, stable=True)[:, -1:]
-    for row, name in ((one.judge, judge), (one.score, "score")):
-        assert row == pytest.approx(seen[name].double().mean().item(), abs=6e-4)
-    for row, name in ((four.judge, judge), (four.score, "score")):
-        assert row == pytest.approx(seen[name].gather(1, best).double().mean().item(), abs=6e-4)
-    assert [(row.n, row.kl) for row in (one, four)] == [(1, 0), (4, pytest.approx(0.6363, abs=1e-4))]  # log 4 − 3 / 4
+    by_hand = [seen[name].gather(1, best).double().mean().item() for name in (judge, "final score")]
+    assert harness.best_of(seen["final score"], seen[judge], 4) == pytest.approx((0.6363, *by_hand), abs=1e-4)
 
 
 def length(prompt: str, response: str) -> float:
@@ -68,9 +79,9 @@ def test_what_a_variant_changes_of_ppo_is_in_it(what):
     "stage, options",
     [
         *((sft, each.SFT) for each in (helpful, reviews)),
-        *((reward, each.REWARD) for each in (fewer, helpful, reviews)),
-        *((ppo, each) for each in (helpful.PPO, reviews.TASK + reviews.PPO, adaptive.OPTIONS, lora.OWN_OPTIONS)),
-        (evaluate, reviews.BEST_OF),
+        *((reward, each.REWARD) for each in (fewer, helpful, reviews, sentence)),
+        *((ppo, each.TASK + each.PPO) for each in (reviews, sentence)),
+        *((ppo, options) for options in (helpful.PPO, adaptive.OPTIONS, lora.OWN_OPTIONS)),
     ],
 )
 def test_a_stage_has_the_options_that_it_is_given(stage, options):
@@ -342,3 +353,115 @@ def test_a_run_that_diverged_is_a_result_where_that_is_asked_for(tmp_path, monke
         assert f"failed: {said}" in text and not harness.closing_table(text)
     with pytest.raises(SystemExit, match="objective/kl is nan"):
         harness.stage(tmp_path / "runs", "fourth", "diverge.py")
+
+
+QUESTION = (
+    "<|im_start|>user\nHow do I start meditating at home?<|im_end|>\n<|im_start|>assistant\n"  # start, medit, home
+)
+WHOLE = "Meditating begins at home in a quiet room where you close both eyes and breathe slowly."
+
+
+@pytest.mark.parametrize(
+    "response, score",
+    [
+        (WHOLE, 1.0),
+        (WHOLE[:-1], 0.6),  # it does not end
+        (WHOLE + " It calms.", 0.8),  # a second sentence
+        ("1. " + WHOLE, 0.8),  # a list
+        ("I am happy to help you with that question.", 0.4),  # an empty phrase
+        ("Start meditating at home.", 0.7),  # the question alone
+        (
+            "Meditating home room room room room room room.",
+            0.7 + 0.3 * 1 / 7 * 3 / 8,
+        ),  # one new word of three, of eight
+        ("", 0.0),
+    ],
+)
+def test_the_person_wants_one_sentence_that_ends_and_answers(response, score):
+    assert person.labeller(QUESTION, response) == pytest.approx(score)
+
+
+def test_the_log_probability_of_an_answer_is_the_sum_over_its_tokens(gpt, encoding):
+    rows = [
+        data.encode_row(encoding, gpt.config.eos, "ask me.", text, ended)
+        for text, ended in ((" yes", True), (" no no", False))
+    ]
+    total, n = texts.log_p(gpt, rows, size=1)
+    by_hand = []
+    for row in rows:
+        logp = gpt(torch.tensor([row.tokens])).log_softmax(-1)[0]
+        by_hand.append(sum(logp[i - 1, row.tokens[i]].item() for i in range(row.prompt_len, len(row.tokens))))
+    assert total.tolist() == pytest.approx(by_hand, abs=1e-4)
+    assert n.tolist() == [len(row.tokens) - row.prompt_len for row in rows]
+    pairs = [(" yes", True), (" no no", False)]
+    assert texts.fluency(gpt, encoding, ["ask me."] * 2, pairs) == pytest.approx(
+        sum(by_hand) / sum(n.tolist()), abs=1e-4
+    )
+
+
+@pytest.fixture
+def wide(encoding):
+    return make_gpt(vocab_size=encoding.n_vocab, eos=encoding.eot_token, block_size=200)
+
+
+def test_answers_that_change_places_are_as_much_less_about_their_questions(wide, encoding):
+    asked, answers = ["tell me a tale?", "yes or no?"], ["a fox.", "no."]
+    apart = texts.about_question(wide, encoding, asked, answers)
+    assert apart == pytest.approx(-texts.about_question(wide, encoding, asked, answers[::-1]), abs=1e-4)
+    assert abs(apart) > 0.01 and texts.about_question(wide, encoding, asked, ["a fox."] * 2) == 0
+
+
+def test_pairs_of_words_are_counted_among_the_first_of_each_text():
+    assert texts.distinct_bigrams(["A b a b", "a b"]) == 2 / 4  # a b, b a
+    assert texts.distinct_bigrams(["a " * 12 + "b c d"]) == 1 / 11
+
+
+def test_ppo_on_its_way_is_the_five_iterations_nearest_in_kl():
+    lines = [{"objective/kl": float(i), "objective/judge": i / 10} for i in range(8)]  # means of five: 2, 3, 4, 5
+    assert harness.on_its_way(lines, 3.4) == pytest.approx(0.3)
+    assert harness.on_its_way(lines, 0.0) == pytest.approx(0.2)
+
+
+def test_the_critic_learns_the_order_of_words(monkeypatch):
+    """Both kinds have the same words; only what stands first differs."""
+    for name, value in (("EPOCHS", 12), ("BATCH", 16), ("LR", 3e-3)):
+        monkeypatch.setattr(reviewer, name, value)
+    pairs = [(f"{a} film {x} {b}", int(a == "good")) for a, b in (("good", "bad"), ("bad", "good")) for x in "abcdefgh"]
+    model, encoding = reviewer.fit(pairs)
+    assert [int(x > 0) for x in reviewer.score(model, encoding, [text for text, _ in pairs])] == [
+        label for _, label in pairs
+    ]
+
+
+@pytest.mark.slow
+def test_a_seed_of_the_sentences_is_measured_on_all_sides(wide, encoding, tmp_path, monkeypatch):
+    nets.save_model(wide, encoding, tmp_path / "model.pt")
+    prompts = [{"prompt": [{"role": "user", "content": f"ask {i}."}]} for i in range(40)]
+    monkeypatch.setattr(sentence, "HERE", tmp_path / "here")
+    monkeypatch.setattr(sentence.hh, "FOLDER", tmp_path)
+    for name in ("ppo", "eval"):
+        write(tmp_path / f"{name}.jsonl", prompts)
+    small = ["--response_len", 6]
+    for name, value in (("N_COMPARE", 20), ("LONGEST", 90), ("BEST_OF", (1, 2))):
+        monkeypatch.setattr(sentence, name, value)
+    monkeypatch.setattr(sentence, "REWARD", [*sentence.REWARD, *small])
+    monkeypatch.setattr(sentence, "TASK", [*sentence.TASK, *small])
+    monkeypatch.setattr(sentence, "PPO", "--iterations 5 --eval_prompts 16".split())
+
+    def stage(folder, name, *words):
+        folder.mkdir(parents=True, exist_ok=True)
+        done = run(*words, "--device", "cpu", cwd=folder)
+        assert not done.returncode, done.stderr
+        return "took 60 s"
+
+    monkeypatch.setattr(sentence, "stage", stage)
+    sentence.write_files(tmp_path)
+    found = sentence.run(tmp_path, 0)
+    report = json.loads((tmp_path / "here/seed-0/out/ppo/report.json").read_text())["table"]
+    for side in ("before", "after"):
+        assert found["sides"][side]["the person's score"] == pytest.approx(report[sentence.LABELLER][side][0])
+        assert found["sides"][side]["ended by EOS"] == pytest.approx(report[measure.ENDED][side][0])
+    assert found["minutes"] == 2 and [row["n"] for row in found["best of n"]] == [1, 2]
+    assert "| before | after |" in harness.before_and_after([found, found])[
+        0
+    ] and "| 2 | 0.19 |" in harness.beside_table([found])
