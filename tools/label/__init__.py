@@ -108,7 +108,7 @@ def given_questions(cfg: Config) -> tuple[list[int], Callable[[int], Question]]:
 def label(cfg: Config) -> None:
     """Report on --out, or ask people until no question is left or Ctrl-C stops it."""
     path = Path(cfg.out)
-    if cfg.report:
+    if cfg.report or cfg.json:
         if not path.exists():
             raise InputError(f"--out {path}: no such file; name a file with answers")
         rows = read_answers(path)
