@@ -26,6 +26,15 @@ class InputError(Exception):
         super().__init__(" ".join(message.splitlines()))  # what it quotes may have line breaks
 
 
+@contextmanager
+def at(where: str) -> Iterator[None]:
+    """Name the row in an InputError that does not."""
+    try:
+        yield
+    except InputError as error:
+        raise error if str(error).startswith(where) else InputError(f"{where}: {error}") from None
+
+
 def sources(path: str | Path) -> list[Path]:
     """Return the files that `path` names, by name: one, all of a folder, or those of a pattern (data/*.parquet).
 

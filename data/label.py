@@ -6,7 +6,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from data.files import InputError, is_verdict, read_jsonl
+from data.chat import check
+from data.files import TEXT, InputError, at, is_verdict, read_jsonl
 
 
 class Answer(NamedTuple):
@@ -32,19 +33,42 @@ def columns(name: str, answers: list[Answer]) -> dict[str, list]:
     return found if None in ids else found | {f"{name}_ids": ids}
 
 
+def given_answers(row: dict) -> list[Answer]:
+    """Return the two or more answers of a row: "chosen" and "rejected", a list "ranked", or a list "responses".
+
+    Raises InputError if they are not texts.
+    """
+    if "chosen" in row:
+        pair = ("chosen", "rejected")
+        texts, ids = ([row.get(f"{name}{end}") for name in pair] for end in ("", "_ids"))
+        ended = [row.get(f"{name}_ended", True) for name in pair]
+    else:
+        name = "ranked" if "ranked" in row else "responses"
+        texts, ended, ids = (row.get(f"{name}{end}") for end in ("", "_ended", "_ids"))
+    if not are_texts(texts) or len(texts) < 2:
+        raise InputError('"responses", or "chosen" and "rejected", are not two or more texts; fix the row')
+    ended = [True] * len(texts) if ended is None else ended
+    if not isinstance(ended, list) or [type(each) for each in ended] != [bool] * len(texts):
+        raise InputError('a column "…_ended" must be true or false for each text; fix the row')
+    ids = ids if isinstance(ids, list) and len(ids) == len(texts) else [None] * len(texts)
+    return [*map(Answer, texts, ended, ids)]
+
+
 def read_answers(path: Path, repair: bool = False) -> list[dict]:
     """Return the rows of a label file. `repair` removes a last line that a kill has cut."""
     if repair and path.exists():
         mend_last_line(path)
     if not path.exists() or not path.stat().st_size:
         return []
-    rows = read_jsonl(path, {"prompt": str, "annotator": str, "seconds": float})
+    rows = read_jsonl(path, {"prompt": TEXT, "annotator": str, "seconds": float})
     for number, row in enumerate(rows, 1):
-        texts = row.get("responses") if is_verdict(row) else row.get("ranked", [row.get("chosen"), row.get("rejected")])
-        checkpoints = row.get("checkpoint")
-        placed = is_verdict(row) or isinstance(row.get("position"), int)
-        if not (are_texts(texts) and are_texts(checkpoints) and len(texts) == len(checkpoints) > 1 and placed):
-            raise InputError(f"{path}: row {number}: not an answer of a person to tools.label; remove the row")
+        with at(f"{path}: row {number}"):
+            if isinstance(row["prompt"], list):
+                check(row["prompt"])
+            n, names = len(given_answers(row)), row.get("checkpoint")
+            placed = is_verdict(row) or isinstance(row.get("position"), int)
+            if not (are_texts(names) and len(names) == n and placed):
+                raise InputError("not an answer of a person to tools.label; remove the row")
     return rows
 
 

@@ -5,15 +5,14 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from tiktoken import Encoding
 
 from data.batches import Group, Prompt, Row, Say, hold_out, keep_short, prompt_hash
-from data.chat import TURN, Messages, check, split_dialogue, template_of, template_variables
-from data.files import TEXT, InputError, first_row, is_verdict, numbered
-from data.label import Answer, are_texts
+from data.chat import CONTENT, TURN, Messages, check, split_dialogue, template_of, template_variables
+from data.files import TEXT, InputError, at, first_row, is_verdict, numbered
+from data.label import Answer, are_texts, given_answers
 from data.tokenizer import encode_answer, encode_prompt, encode_text
 
 PromptText = str | Messages
@@ -79,15 +78,6 @@ def completions(path: str | Path, encoding: Encoding, eos: int) -> list[Row]:
                 said = read_answer(encoding, eos, messages[:i], messages[i], complete, variables)
                 rows.append(encode_row(encoding, eos, messages[:i], *said, variables))
     return rows
-
-
-@contextmanager
-def at(where: str) -> Iterator[None]:
-    """Name the row in an InputError that does not."""
-    try:
-        yield
-    except InputError as error:
-        raise error if str(error).startswith(where) else InputError(f"{where}: {error}") from None
 
 
 def conversation(value: str | list, role: str) -> Messages:
@@ -269,12 +259,51 @@ def numbered_prompts(path: str | Path) -> Iterator[tuple[str, dict]]:
     column = "messages" if "messages" in first and not isinstance(first.get("prompt"), list) else "prompt"
     for where, row in numbered(path, {column: TEXT}):
         with at(where):
-            prompt = row[column] if isinstance(row[column], str) else check(row[column])
-            if isinstance(prompt, list) and prompt[-1]["role"] == "assistant":
-                prompt = prompt[:-1]
-            if prompt == []:
-                raise InputError("a conversation without a question; remove the row")
+            prompt = asked(row[column])
         yield where, row | {"prompt": prompt}
+
+
+def asked(prompt: str | list) -> PromptText:
+    """Return a text as it is, and a conversation without a last answer of the assistant."""
+    if isinstance(prompt, str):
+        return prompt
+    messages = check(prompt)
+    if messages[-1]["role"] == "assistant":
+        messages = messages[:-1]
+    if not messages:
+        raise InputError("a conversation without a question; remove the row")
+    return messages
+
+
+def answered(path: str | Path, say: Say = lambda text: None) -> Iterator[dict]:
+    """Yield each row that holds two or more different answers, with "checkpoint": who gave them, as far as is known.
+
+    Such a row has "responses", "ranked", or "chosen" and "rejected" in each of their shapes; `given_answers` reads what
+    is yielded. `say` is told in the end how many rows were left out.
+    """
+    omitted: Counter[str] = Counter()
+    for where, row in numbered(path, {}):
+        with at(where):
+            if "responses" in row and "prompt" not in row and "messages" in row:
+                row["prompt"] = asked(row["messages"])
+            _, row = of_one_shape(row)
+            if isinstance(row, str):
+                omitted[row] += 1
+                continue
+            for name in ("chosen", "rejected"):
+                if isinstance(row.get(name), dict) and row[name].keys().isdisjoint(CONTENT[1:]):
+                    row[name] = row[name]["content"]
+            texts = [answer.text for answer in given_answers(row)]
+            names = ["chosen", "rejected"] if "chosen" in row else [f"response {i}" for i in range(1, len(texts) + 1)]
+            names = row.get("models", row.get("checkpoint", names))
+            if not are_texts(names) or len(names) != len(texts):
+                raise InputError('"models", or "checkpoint", does not name the model of each response; fix the row')
+        if len({*texts}) < len(texts):
+            omitted["equal texts"] += 1
+        else:
+            yield row | {"checkpoint": names}
+    for reason, n in omitted.most_common():
+        say(f"{path}: {n:,} rows left out ({reason})")
 
 
 def prompts_and_held_out(

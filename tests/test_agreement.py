@@ -13,7 +13,7 @@ import data
 import ppo
 from tests.conftest import FAMILIES, make_gpt, ragged, uneven
 from tools import hf as weights
-from tools.label import agreement, alpha
+from tools.label import alpha, report
 
 seeds = st.integers(0, 2**32 - 1)
 BYTES = {bytes([i]): i for i in range(256)}
@@ -238,10 +238,10 @@ def test_a_value_is_the_best_response_wherever_it_stood_and_ties_and_all_bad_are
     def row(prompt, who, verdict, swapped=False):
         a, b = ("x", "m1"), ("y", "m2")
         best, worst = (b, a) if verdict == "y" or swapped else (a, b)
-        about = {"prompt": prompt, "annotator": who, "checkpoint": [best[1], worst[1]]}
+        about = {"prompt": prompt, "annotator": who, "checkpoint": [best[1], worst[1]], "seconds": 1.0}
         if verdict in ("tie", "bad", "skip"):
             return about | {"verdict": verdict, "responses": [best[0], worst[0]]}
-        return about | {"chosen": best[0], "rejected": worst[0]}
+        return about | {"chosen": best[0], "rejected": worst[0], "position": 0}
 
     said = {"ann": ["x", "y", "tie", "bad", "skip"], "bob": ["x", "x", "tie", "tie", "x"], "cy": ["y", "y", "tie"]}
     answers = [
@@ -249,14 +249,14 @@ def test_a_value_is_the_best_response_wherever_it_stood_and_ties_and_all_bad_are
         for who, verdicts in said.items()
         for i, verdict in enumerate(verdicts)
     ]
-    report = agreement(answers)
+    text = report(answers)
     four = units(["xytb.", "xxttx", "yyt.."])
-    assert f"agreement: the same in 5 of 10 pairs of answers, alpha {alpha_by_pairs(four):.3f} (" in report
+    assert f"agreement: the same in 5 of 10 pairs of answers, alpha {alpha_by_pairs(four):.3f} (" in text
     for pair, same, lines in (
         ("ann and bob", "2 of 4", ["xytb.", "xxttx"]),
         ("ann and cy", "2 of 3", ["xyt", "yyt"]),
         ("bob and cy", "1 of 3", ["xxt", "yyt"]),
     ):
-        assert f"{pair}: the same in {same} pairs of answers, alpha {alpha_by_pairs(units(lines)):.3f} (" in report
-    assert "alpha undefined" in agreement([row("q", "ann", "x"), row("q", "bob", "x")])
-    assert "no two people" in agreement([row("q", "ann", "x"), row("q", "bob", "skip")])
+        assert f"{pair}: the same in {same} pairs of answers, alpha {alpha_by_pairs(units(lines)):.3f} (" in text
+    assert "alpha undefined" in report([row("q", "ann", "x"), row("q", "bob", "x")])
+    assert "no two people" in report([row("q", "ann", "x"), row("q", "bob", "skip")])

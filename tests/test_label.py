@@ -13,6 +13,7 @@ import threading
 import time
 import urllib.request
 
+import numpy as np
 import pytest
 
 import data
@@ -21,6 +22,7 @@ from data import InputError
 from tests.conftest import ROOT, locked, write
 from tools import label
 from tools.label import sitting as rooms
+from tools.label.report import summarise
 
 PROMPTS = [f"question {i}" for i in range(30)]
 NASTY = '<script>document.title = "owned"</script><img src=x onerror=alert(1)> & "quotes" \x1b[2J'
@@ -239,10 +241,33 @@ def test_the_report_counts_positions_checkpoints_and_agreement(sit):
     sitting.answer("ann", sitting.next("ann").number, "bad")
     said = label.report(rows(sit.out))
     first = sum(row.get("position") == 0 for row in rows(sit.out))
-    assert f"the first shown was preferred in {first / 20:.3f} ± " in said
+    low, high = wilson(first / 20, 20)
+    assert f"the first shown was preferred in {first / 20:.3f} ({low:.3f} to {high:.3f}) of 20" in said
     assert "agreement: the same in 7 of 10 pairs of answers, alpha " in said
-    assert "out/ppo was preferred in 17 of the 20" in said and "out/sft was preferred in 3 of the 20" in said
+    p = (7 + 3 * 0.5 + 2 * 0.5) / 12  # both say ppo, the two disagree, a tie and both bad
+    low, high = wilson(p, 12)
+    assert f"out/ppo against out/sft: {p:.3f} ({low:.3f} to {high:.3f}) (prompts: 12" in said
     assert "ann                            10      1        1      0" in said
+    call("--out", sit.out, "--report", "--json", sit.out.with_name("report.json"))
+    found = json.loads(sit.out.with_name("report.json").read_text())
+    (models,) = found["models"]
+    assert models["win_rate"] == pytest.approx([p, low, high]) and models["prompts"] == 12
+    counts = {"preferred": 10, "tie": 1, "bad": 1, "skip": 0}
+    assert found["annotators"]["ann"].items() >= counts.items() and found["agreement"][0]["same"] == 7
+
+
+def wilson(p, n):
+    """The two shares from which p of n is 1.96 standard errors away."""
+    return sorted(np.roots([1 + 1.96**2 / n, -2 * p - 1.96**2 / n, p**2]))
+
+
+def test_of_four_ranked_responses_each_pair_of_two_models_counts(sit):
+    sitting = sit(make=lambda prompt: make(prompt, 4), prompts=PROMPTS[:1])  # sft, ppo, sft, ppo
+    question = sitting.next("ann")
+    places = sitting.order(question, "ann")
+    sitting.answer("ann", question.number, [places.index(i) for i in (1, 0, 2, 3)])
+    (models,) = summarise(rows(sit.out))["models"]
+    assert models["win_rate"][0] == 2 / 4  # the first ppo beats both, the second none
 
 
 def test_a_sampler_that_fails_is_said_and_not_taken_for_the_end(sit):
@@ -332,10 +357,14 @@ def test_the_page_and_its_requests_work(served, sit):
     assert status == 200 and b"default-src 'none'" in page and b"POLICY" not in page
     assert (headers["Referrer-Policy"], headers["X-Frame-Options"]) == ("no-referrer", "DENY")
     asked = json.loads(request(served, body={})[2])
-    assert asked["prompt"] == "question 0" and len(asked["responses"]) == 2 and "checkpoint" not in json.dumps(asked)
+    assert (
+        asked["prompt"] == [{"role": "", "content": "question 0"}]
+        and len(asked["responses"]) == 2
+        and "checkpoint" not in json.dumps(asked)
+    )
     said = {"number": asked["number"], "verdict": [1, 0]}
     status, headers, body = request(served, path=f"/{served.token}/answer", body=said)
-    assert status == 200 and json.loads(body)["prompt"] == "question 1"
+    assert status == 200 and json.loads(body)["prompt"][0]["content"] == "question 1"
     assert headers["Content-Type"] == "application/json; charset=utf-8"
     assert rows(sit.out)[0]["chosen"] == asked["responses"][1]
     earlier = f"/{served.token}/earlier"
@@ -346,7 +375,7 @@ def test_the_page_and_its_requests_work(served, sit):
     assert (again["said"], again["comment"], again["sure"]) == ([1, 0], "", 0)
     change = {"index": 0, "verdict": "bad", "comment": "none", "sure": 2}
     body = json.loads(request(served, path=f"/{served.token}/revise", body=change)[2])
-    assert body["prompt"] == "question 1" and body["done"] == 1 and rows(sit.out)[0]["verdict"] == "bad"
+    assert body["prompt"][0]["content"] == "question 1" and body["done"] == 1 and rows(sit.out)[0]["verdict"] == "bad"
 
 
 def test_a_request_without_the_token_or_with_nonsense_is_refused(served, sit):
@@ -482,6 +511,91 @@ def test_samples_depend_on_seed_and_prompt_alone_and_two_models_answer_in_turn(f
     questions = [first(prompt) for prompt in prompts[:6]]
     assert [q.answers for q in questions] == [second(prompt).answers for prompt in reversed(prompts[:6])][::-1]
     assert all(sorted(q.checkpoints) == sorted(both.split(",") * 2) for q in questions)
+
+
+TALK = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}, {"role": "user", "content": "Go"}]
+HH = "\n\nHuman: Hi\n\nAssistant: Yes?\n\nHuman: Go\n\nAssistant:"
+
+
+def test_answers_that_exist_are_asked_as_they_are_without_a_model(tmp_path, monkeypatch, encoding):
+    """Logs, an API's outputs, old pairs of each shape. Two rows of one prompt are two questions."""
+    logs = [
+        {"prompt": "p", "responses": ["a", "b"], "models": ["big", "small"]},
+        {"prompt": "p", "responses": ["a", "c"]},
+    ]
+    logs += [{"messages": TALK, "responses": ["a", "b", "c"]}, {"prompt": TALK, "chosen": "a", "rejected": "b"}]
+    said = [[{"role": "assistant", "content": text}] for text in "ab"]
+    logs += [{"chosen": TALK[:1] + said[0], "rejected": TALK[:1] + said[1], "models": ["m1", "m2"]}]
+    logs += [{"chosen": f"{HH} good", "rejected": f"{HH} bad"}, {"prompt": "q", "chosen": "a", "rejected": "a"}]
+    options = ["--prompts", write(tmp_path / "logs.jsonl", logs), "--out", tmp_path / "a.jsonl"]
+    monkeypatch.setattr(label.nets, "load_gpt", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("builtins.input", lambda _: "1")
+    with monkeypatch.context() as once:
+        words = iter(["1", "t", "q"])
+        once.setattr("builtins.input", lambda _: next(words))
+        call(*options, "--terminal")
+    monkeypatch.setattr("builtins.input", lambda question: "123" if "order" in question else "2")
+    call(*options, "--terminal")
+    made = rows(tmp_path / "a.jsonl")
+    assert [row["prompt"] for row in made] == ["p", "p", TALK, TALK, TALK[:1], HH]
+    assert sorted(made[0]["checkpoint"]) == ["big", "small"] and made[1]["verdict"] == "tie"
+    assert [made[0]["chosen"], made[0]["checkpoint"][0]] in (["a", "big"], ["b", "small"])
+    assert sorted(made[2]["ranked"]) == ["a", "b", "c"] and sorted(made[2]["checkpoint"])[0] == "response 1"
+    assert [made[3]["chosen"], made[3]["checkpoint"][0]] in (["a", "chosen"], ["b", "rejected"])
+    assert sorted(made[4]["checkpoint"]) == ["m1", "m2"] and {made[5]["chosen"], made[5]["rejected"]} == {
+        " good",
+        " bad",
+    }
+    assert len(data.comparisons(tmp_path / "a.jsonl", encoding, encoding.eot_token)) == 5
+    again = ["--prompts", tmp_path / "a.jsonl", "--out", tmp_path / "second.jsonl", "--annotator", "bob"]
+    call(*again, "--terminal")  # a second opinion on what people said, ties too
+    second = rows(tmp_path / "second.jsonl")
+    assert [label.question_of(row).number for row in second] == [label.question_of(row).number for row in made]
+    report = label.report(made + second)
+    assert "of 6 pairs of answers" in report and "big against small" in report
+
+
+@pytest.mark.parametrize("row, named", [
+    ({"prompt": "p", "responses": ["a"]}, 'row 1: "responses", or "chosen" and "rejected", are not two or more texts'),
+    ({"prompt": "p", "responses": ["a", 3]}, "row 1: .*are not two or more texts"),
+    ({"prompt": "p", "chosen": "a"}, "row 1: .*are not two or more texts"),
+    ({"prompt": "p", "responses": ["a", "b"], "models": ["m"]}, 'row 1: "models", or "checkpoint", does not name'),
+    ({"prompt": "p", "responses": ["a", "b"], "responses_ended": [True]}, 'row 1: a column "…_ended"'),
+    ({"responses": ["a", "b"]}, "row 1: a comparison has"),
+    ({"messages": [], "responses": ["a", "b"]}, "row 1: a conversation is a list"),
+    ({"prompt": TALK, "chosen": [{"role": "assistant", "content": "a", "tool_calls": [{}]}], "rejected": "b"}, "row 1"),
+    ({"prompt": "p", "responses": ["a", "a"]}, "no row holds two different responses"),
+])  # fmt: skip
+def test_a_row_whose_answers_cannot_be_asked_is_named_in_one_sentence(tmp_path, row, named):
+    out = tmp_path / "a.jsonl"
+    with pytest.raises(InputError, match=named):
+        call("--prompts", write(tmp_path / "logs.jsonl", [row]), "--out", out)
+    assert not out.exists()
+    with pytest.raises(InputError, match="--init, --samples: no model answers"):
+        call("--prompts", tmp_path / "logs.jsonl", "--out", out, "--init", "out/mine")
+
+
+def test_what_a_conversation_holds_is_shown_and_its_tools_and_calls_too():
+    call = {"function": {"name": "look", "arguments": "{}"}}
+    messages = [
+        *TALK,
+        {"role": "assistant", "content": "Wait.", "tool_calls": [call]},
+        {"role": "tool", "content": "42"},
+    ]
+    row = {"prompt": messages, "tools": [{"name": "look"}], "responses": ["a", "b"], "checkpoint": ["m", "m"]}
+    question = label.question_of(row)
+    shown = [(turn["role"], turn["content"]) for turn in label.turns_of(question)]
+    said = [(each["role"], each["content"]) for each in TALK]
+    assert shown == [
+        ("tools", '[{"name": "look"}]'),
+        *said,
+        ("assistant", f"Wait.\n[{json.dumps(call)}]"),
+        ("tool", "42"),
+    ]
+    question.prompt = HH
+    assert [(turn["role"], turn["content"]) for turn in label.turns_of(question)][-3:] == said
+    question.prompt = "A play.\n\nHuman: I speak."
+    assert label.turns_of(question) == [{"role": "", "content": question.prompt}]
 
 
 @pytest.mark.parametrize("options, named", [

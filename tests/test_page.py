@@ -234,10 +234,11 @@ def test_each_paragraph_runs_its_own_way_and_code_keeps_its_lines(serve, browser
     page = opened(browser, width, height, touch=width < 1000)
     begin(page, sitting.address)
     for i, (prompt, answers) in enumerate(asked.items()):
-        assert page.locator("#prompt").text_content() == prompt and sorted(texts(page)) == sorted(answers)
+        shown = [answer.replace("```python\n", "").replace("```\n", "") for answer in answers]
+        assert page.locator("#prompt").text_content() == prompt and sorted(texts(page)) == sorted(shown)
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
         if i == 0:
-            assert page.locator("#prompt").evaluate(SIDES) == ["right"]
+            assert page.locator("#prompt .text").evaluate(SIDES) == ["right"]
             body = page.locator("article .text", has_text="English")
             assert body.evaluate(SIDES) == ["right", "left", "right"]
         if i == 1:
@@ -245,7 +246,7 @@ def test_each_paragraph_runs_its_own_way_and_code_keeps_its_lines(serve, browser
             assert body.evaluate("e => e.scrollWidth <= e.clientWidth && e.clientHeight > 100")
         if i == 2:
             lines = page.locator("code").first if "See" in texts(page)[0] else page.locator("code").nth(1)
-            assert lines.text_content().startswith("```python\nif x:\n\tprint(") and page.locator("code").count() == 2
+            assert lines.text_content().startswith("if x:\n\tprint(") and page.locator("code").count() == 2
             assert lines.evaluate("e => { e.scrollLeft = 50; return e.scrollLeft === 50; }")  # a long line is reached
             assert lines.evaluate("e => getComputedStyle(e).direction") == "ltr"
             assert page.locator("article .text", has_text="See").evaluate(SIDES)[-1] == "right"  # after the code
@@ -264,7 +265,7 @@ SIDES = """e => {  // the side at which each line of the text nodes begins
             range.setEnd(node, start + line.length);
             start += line.length + 1;
             const box = range.getBoundingClientRect();
-            if (line && line !== "```") sides.push(box.x - outer.x < outer.right - box.right ? "left" : "right");
+            if (line) sides.push(box.x - outer.x < outer.right - box.right ? "left" : "right");
         }
     }
     return sides;
@@ -482,6 +483,119 @@ def test_hostile_texts_stay_texts(serve, page):
     assert rows(sitting)[0]["comment"] == NASTY and len(label.read_answers(sitting.out)) == 1
 
 
+MARKDOWN = """## Plan
+A **bold *and* leaning** word, `a * b * c`, ``x``, and _so_ on: 2 * 3 * 4, a*b*c, snake_case_name, *args, **kwargs.
+
+2. second, **first**
+   - nested
+* ```one line```
+
+```html
+<b onclick="x">**not bold**</b>
+```
+| a | b |
+|---|---|
+
+\\<img src=x onerror="document.title='owned'"> [link](javascript:document.title='owned') &lt;"""
+NODES = """e => [...e.querySelectorAll("*")].map(x => `${x.tagName.toLowerCase()} ${x.textContent}`)"""
+
+
+def test_markdown_is_shown_as_nodes_and_everything_else_as_it_is(serve, page):
+    answers = [(MARKDOWN, True), (f" {NASTY} **{NASTY}** `{NASTY}`\n- {NASTY}\n```{NASTY}\n{NASTY}", True)]
+    sitting = serve(lambda p: label.Question(p, answers, ["m"] * 2), ["**q**"])
+    begin(page, sitting.address)
+    assert page.locator("#prompt strong").text_content() == "q"
+    body = page.locator("article .text", has_text="Plan")
+    nodes = body.evaluate(NODES)
+    assert nodes == ["strong Plan", "strong bold and leaning", "em and", "code a * b * c", "code x", "em so"] + [
+        "div second, first", "strong first", "div nested", "div one line", "code one line",
+        'code <b onclick="x">**not bold**</b>\n', "code | a | b |\n|---|---|\n",
+    ]  # fmt: skip
+    signs = body.locator(".item").evaluate_all("all => all.map(e => getComputedStyle(e).listStyleType)")
+    assert signs == ['"2. "', '"• "', '"• "']
+    assert "2 * 3 * 4, a*b*c, snake_case_name, *args, **kwargs." in body.text_content()
+    assert body.text_content().endswith(MARKDOWN[-84:])
+    hostile = page.locator("article .text", has_text="onmouseover")
+    assert hostile.evaluate("e => e.textContent[0]") == "<"  # the space before an answer is no indent
+    assert {node.partition(" ")[0] for node in hostile.evaluate(NODES)} <= {"strong", "code", "em", "div"}
+    assert page.locator("article").locator("img, a, b, script, [onclick], [onerror], [onmouseover]").count() == 0
+    press(page, "t", "1 done")
+    assert page.title() == "Which is better?" and not page.problems
+
+
+@pytest.mark.parametrize("kind", ["messages", "dialogue"])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_a_conversation_is_a_bubble_a_turn_with_its_role(serve, browser, width, scheme, kind):
+    """Also: hostile text in a turn is text, the last turn is in view, and each contrast is WCAG's."""
+    turns = [("user", f"{NASTY} " * 9), ("assistant", "**Yes**?\n- one\n- two\n" * 9), ("user", "مرحبا")]
+    prompt = "".join(f"\n\n{({'user': 'Human'}).get(role, 'Assistant')}: {said}" for role, said in turns)
+    prompt += "\n\nAssistant:"
+    if kind == "messages":
+        prompt = [{"role": role, "content": said} for role, said in turns]
+    sitting = serve(lambda key: label.Question(prompt, make("q").answers, ["m"] * 2), ["q"])
+    page = opened(browser, width, 844, touch=width < 1000, color_scheme=scheme)
+    begin(page, sitting.address)
+    bubbles = page.locator("#prompt > .text")
+    assert bubbles.evaluate_all("all => all.map(e => e.dataset.role)") == ["user", "assistant", "user"]
+    shown = [each.strip() for each in bubbles.all_text_contents()]
+    assert shown == [turns[0][1].strip(), ("Yes?\n" + "one" + "two") * 9, turns[2][1]]
+    named = bubbles.evaluate_all("all => all.map(e => getComputedStyle(e, '::before').content)")
+    assert named == ['"user"', '"assistant"', '"user"']
+    left, right = [bubbles.nth(i).bounding_box() for i in (1, 2)]
+    assert left["x"] < right["x"] and bubbles.nth(2).evaluate("e => getComputedStyle(e).direction") == "rtl"
+    assert page.evaluate(IN_VIEW, "#prompt > .text:last-child")[0] is not None
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    for ink in bubbles.all() + page.locator("code, .item").all():
+        assert ink.evaluate(CONTRAST) >= 4.5
+    page.get_by_role("button", name="Tie").click()
+    wait(page, "1 done")
+    assert rows(sitting)[0]["prompt"] == prompt and len(label.read_answers(sitting.out)) == 1
+    page.locator("#back").click()
+    assert page.locator("#list .text").text_content() == "مرحبا"
+    assert page.title() == "Which is better?" and not page.problems
+
+
+def test_the_words_in_which_two_answers_differ_can_be_marked(serve, page):
+    answers = [("The **red** fox ran, and ran home. 我们去", True), ("The fox ran, then *walked* home. 我们来", True)]
+    sitting = serve(lambda p: label.Question(p, answers, ["m"] * 2), ["q", "r"])
+    begin(page, sitting.address)
+    marked = """() => [...CSS.highlights.get("differs") ?? []].map(
+        range => range.startContainer.data.slice(range.startOffset, range.endOffset))"""
+    assert page.evaluate(marked) == []
+    page.keyboard.press("d")
+    found = page.evaluate(marked)
+    assert sorted(found) == sorted(["red", "and", "ran", "then", "walked", "去", "来"])
+    press(page, "1", "1 done")
+    assert sorted(page.evaluate(marked)) == sorted(found)  # of the next question too
+    page.reload()
+    wait(page, "1 done")
+    assert len(page.evaluate(marked)) == len(found)
+    page.get_by_label("differences").uncheck()
+    assert page.evaluate(marked) == [] and not page.problems
+
+
+def test_an_earlier_choice_is_marked_and_small_keys_work(serve, page):
+    sitting = serve()
+    begin(page, sitting.address)
+    assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "none"  # of the title
+    page.keyboard.press("?")
+    assert page.locator("#help").is_visible()
+    page.keyboard.press("Escape")
+    page.keyboard.press("c")
+    page.keyboard.type("why")
+    page.keyboard.press("Control+Enter")
+    press(page, "2", "1 done")
+    press(page, "b", "2 done")
+    pressed = page.locator("#choices [aria-pressed=true]")
+    assert pressed.count() == 0 and rows(sitting)[0]["comment"] == "why"
+    for index, said, button in ((1, "none is good", "Both bad B"), (0, "2 is better", "2 is better 2")):
+        page.keyboard.press("u")
+        page.locator("#list button").nth(1 - index).click()
+        wait(page, f"Your answer {index + 1} of 2 was: {said}.")
+        assert pressed.all_text_contents() == [button]
+
+
 def test_a_server_that_is_killed_and_started_again_loses_nothing(folders, page):
     """SIGKILL while the page shows a question with a comment; the same command; the same page goes on."""
     with socket.socket() as probe:
@@ -513,7 +627,7 @@ def test_a_server_that_is_killed_and_started_again_loses_nothing(folders, page):
         page.get_by_role("button", name="Try again").click()
         wait(page, "Saved. 2 done")
         row = json.loads(out.read_text().splitlines()[1])
-        assert (row["prompt"], row["chosen"], row["comment"]) == (prompt, shown[1], "before the kill")
+        assert (row["prompt"], row["comment"]) == (prompt, "before the kill") and row["chosen"].endswith(shown[1])
         page.locator("#comment").fill("a draft")
         process.kill()
         process.wait()

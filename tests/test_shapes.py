@@ -122,14 +122,17 @@ def test_a_damaged_conversation_is_named(encoding, tmp_path, row, words):
         data.completions(write(tmp_path / "x.jsonl", [row]), encoding, 299)
 
 
-def test_people_may_compare_answers_to_conversations_but_none_that_spells_a_special_token(folders):
+def test_people_may_compare_answers_to_conversations_and_a_special_token_in_one_stays_text(folders, encoding):
     tmp = folders["tmp"]
     rows = [{"messages": [said("user", question)]} for question in QUESTIONS[:6]]
+    rows[2]["messages"][0]["content"] += data.EOS_TEXT
     cfg = label.Config(init=str(folders["sft"]), prompts=str(tmp / "m.jsonl"), response_len=6, device="cpu")
     write(tmp / "m.jsonl", rows)
     prompts, make = label.prepare(cfg)
-    assert prompts[0] == f"\n\nHuman: {QUESTIONS[0]}\n\nAssistant:" and make(prompts[0]).prompt == prompts[0]
-    rows[2]["messages"][0]["content"] += data.EOS_TEXT
-    write(tmp / "m.jsonl", rows)
-    with pytest.raises(InputError, match=r"a message spells a special token; leave it out: .*<\|endoftext\|>"):
-        label.prepare(cfg)
+    questions = [make(prompt) for prompt in prompts]
+    assert [question.prompt for question in questions] == [row["messages"] for row in rows]
+    row = {"prompt": questions[2].prompt, "ranked": [answer.text for answer in questions[2].answers]}
+    (group,) = data.comparisons(write(tmp / "mine.jsonl", [row]), encoding, encoding.eot_token)
+    prompt = data.encode_prompt(encoding, questions[2].prompt)
+    assert [row.tokens[: row.prompt_len] for row in group.rows] == [prompt, prompt]
+    assert encoding.eot_token not in prompt

@@ -1,7 +1,8 @@
-"""Comparisons from people: sample several responses to a prompt, ask which is better, append the answer to a JSONL.
+"""Comparisons from people: ask which of several responses to a prompt is better, append the answer to a JSONL.
 
 python -m tools.label --init out/sft --prompts PROMPTS.jsonl --out mine.jsonl    show people a page in the browser
 python -m tools.label … --init out/sft,out/ppo        two models answer; the page does not name them
+python -m tools.label --prompts LOGS.jsonl --out mine.jsonl     ask about responses that the rows hold already
 python -m tools.label … --samples 4                   rank four responses instead of choosing between two
 python -m tools.label … --terminal                    ask the same questions in the terminal
 python -m tools.label --out mine.jsonl --report       summarise a file: counts, position bias, agreement
@@ -22,15 +23,15 @@ from common import cli, folders, nets
 from common.cli import Count, Number, Whole
 from common.compare import sample_responses
 from data.batches import keep_short
-from data.chat import prompt_text, template_variables
-from data.files import InputError
+from data.chat import template_variables
+from data.files import InputError, first_row, replacing
 from data.label import Answer, read_answers
 from data.rng import seed_of
-from data.rows import prompt_rows
+from data.rows import answered, prompt_rows
 from data.tokenizer import encode_prompt
 from tools import web
-from tools.label.report import agreement, alpha, report
-from tools.label.sitting import Question, Sitting, question_of
+from tools.label.report import alpha, report, summarise
+from tools.label.sitting import Question, Sitting, key_of, question_of, turns_of
 
 HELP = """t tie, b all are bad, s skip, u change the last answer, u 3 change your third answer, q quit.
 Behind a choice: ! if you are very sure, ? if you are not, # and a comment. For example: 1 ! # the other is rude"""
@@ -42,7 +43,7 @@ PAGE = Path(__file__).with_name("page.html")
 class Config:
     # questions
     init: str = "out/sft"  # run folder of the model that answers; several, separated by commas, take turns
-    prompts: str = ""  # JSONL "prompt"
+    prompts: str = ""  # JSONL "prompt" or "messages"; with "responses", or "chosen" and "rejected", no model answers
     out: str = "comparisons.jsonl"  # answers are appended to this file
     samples: Count = 2  # responses to a prompt: people compare 2 and rank more
     response_len: Count = 64  # longest response, in tokens
@@ -59,54 +60,71 @@ class Config:
     terminal: bool = False  # ask in the terminal instead of on a page
     annotator: str = os.environ.get("USER", "me")  # name for --terminal
     report: bool = False  # print a summary of --out
+    json: str = ""  # file for the numbers of --report
 
 
 def prepare(cfg: Config) -> tuple[list[str], Callable[[str], Question | None]]:
-    """Return the different prompts and a function prompt → question. Its questions depend only on seed and prompt."""
-    if not cfg.prompts:
-        raise InputError("--prompts: name a JSONL file with prompts")
+    """Return the keys of the prompts and a function key → question. Its questions depend only on seed and prompt."""
     names = cfg.init.split(",")
     if len(set(names)) < len(names) or cfg.samples < max(2, len(names)):
         raise InputError(f"--init {cfg.init} --samples {cfg.samples}: name each model once, and sample two or more")
     models = [(name, *nets.load_gpt(name, cli.pick_device(cfg.device), "--init")) for name in names]
     _, _, encoding = models[0]
-    prompts = []
-    for row in prompt_rows(cfg.prompts):
-        prompt, variables = row["prompt"], template_variables(row, cfg.prompts)
-        prompts.append(prompt_text(encoding, prompt, variables))
-        if encode_prompt(encoding, prompt, variables) != encode_prompt(encoding, prompts[-1]):
-            raise InputError(f"--prompts: a message spells a special token; leave it out: {str(prompt)[:80]}")
-    prompts = list(dict.fromkeys(prompts))[: cfg.n_prompts or None]
+    rows = {key_of(row): row for row in prompt_rows(cfg.prompts)}
+    prompts, ids = list(rows)[: cfg.n_prompts or None], {}  # ids: (model, key) → tokens
     what = f"prompts of {cfg.prompts} (with --response_len {cfg.response_len})"
-    for _, model, encoding in models:
-        lengths = [max(1, len(encode_prompt(encoding, prompt))) + cfg.response_len for prompt in prompts]
+    for name, model, encoding in models:
+        for prompt in prompts:
+            variables = template_variables(rows[prompt], cfg.prompts)
+            ids[name, prompt] = encode_prompt(encoding, rows[prompt]["prompt"], variables)
+        lengths = [max(1, len(ids[name, prompt])) + cfg.response_len for prompt in prompts]
         prompts = keep_short(prompts, lengths, model.config.block_size, what)
 
     def make(prompt: str) -> Question | None:
         found: dict[str, tuple[Answer, str]] = {}  # text → answer, checkpoint
         for attempt, (j, (name, model, encoding)) in itertools.product(range(5), enumerate(models)):
-            n = len(range(j, cfg.samples, len(models))) - [made for _, made in found.values()].count(name)
+            n = len(range(j, cfg.samples, len(models))) - [by for _, by in found.values()].count(name)
             if n:  # at a later attempt: because some answers were the same
                 shape = cfg.response_len, cfg.temperature, seed_of("question", cfg.seed, attempt, j, prompt)
-                for answer in sample_responses(model, encoding, [encode_prompt(encoding, prompt)], n, *shape)[0]:
+                for answer in sample_responses(model, encoding, [ids[name, prompt]], n, *shape)[0]:
                     found.setdefault(answer.text, (answer, name))
-        return Question(prompt, *map(list, zip(*found.values()))) if len(found) == cfg.samples else None
+        made = map(list, zip(*found.values()))
+        return Question(rows[prompt]["prompt"], *made, rows[prompt]) if len(found) == cfg.samples else None
 
     return prompts, make
+
+
+def given_questions(cfg: Config) -> tuple[list[int], Callable[[int], Question]]:
+    """Return the numbers of the questions about responses that the rows hold, and a function number → question."""
+    if (cfg.init, cfg.samples) != (Config.init, Config.samples):
+        raise InputError(f"--init, --samples: no model answers, as {cfg.prompts} holds responses; leave them out")
+    questions = {each.number: each for each in map(question_of, answered(cfg.prompts, print))}
+    if not questions:
+        raise InputError(f"{cfg.prompts}: no row holds two different responses; give one that does")
+    print(f"{cfg.prompts}: {len(questions):,} questions about responses that it holds")
+    return list(questions)[: cfg.n_prompts or None], questions.__getitem__
 
 
 def label(cfg: Config) -> None:
     """Report on --out, or ask people until no question is left or Ctrl-C stops it."""
     path = Path(cfg.out)
-    if cfg.report:
+    if cfg.report or cfg.json:
         if not path.exists():
             raise InputError(f"--out {path}: no such file; name a file with answers")
-        return print(report(read_answers(path)))
+        rows = read_answers(path)
+        if cfg.json:
+            with replacing(cfg.json) as file:
+                json.dump(summarise(rows), file, indent=1)
+        return print(report(rows))
+    if not cfg.prompts:
+        raise InputError("--prompts: name a JSONL file with prompts")
+    given = not first_row(cfg.prompts).keys().isdisjoint(("responses", "chosen", "ranked"))
     instructions = Path(cfg.instructions).read_text("utf-8-sig", "replace").strip() if cfg.instructions else ""
     with folders.lock(path):
-        if any(len(row["checkpoint"]) != cfg.samples for row in read_answers(path, repair=True)):
+        rows = read_answers(path, repair=True)
+        if not given and any(len(row["checkpoint"]) != cfg.samples for row in rows):
             raise InputError(f"--samples {cfg.samples}: {path} compares another number of responses; use another file")
-        sitting = Sitting(*prepare(cfg), path, cfg.people, cfg.seed)
+        sitting = Sitting(*(given_questions if given else prepare)(cfg), path, cfg.people, cfg.seed)
         try:
             if cfg.terminal:
                 ask_in_terminal(sitting, cfg.annotator, instructions)
@@ -147,7 +165,8 @@ class Server(web.Server):
             sitting.revise(annotator, index, *given)
         if action == "earlier" and index is None:
             rows = sitting.earlier(annotator)
-            found = {"earlier": [{"prompt": row["prompt"][:200], "said": sitting.said(row)} for row in rows]}
+            turns = [turns_of(question_of(row))[-1]["content"] for row in rows]
+            found = {"earlier": [{"prompt": text[:200], "said": sitting.said(row)} for text, row in zip(turns, rows)]}
         else:
             found = sitting.shown(annotator, index if action == "earlier" else None)
         return 200, json.dumps(found), "application/json"
@@ -175,7 +194,9 @@ def ask_in_terminal(sitting: Sitting, annotator: str, instructions: str) -> None
             said = shown["said"]
             words = said if isinstance(said, str) else " > ".join(str(place + 1) for place in said)
             title = f"your answer {index + 1} was: {words}"
-        print(f"\n{'─' * 72}\n{title}\n\n{visible(shown['prompt'])}")
+        print(f"\n{'─' * 72}\n{title}")
+        for turn in shown["prompt"]:
+            print(f"\n{visible(': '.join(filter(None, turn.values())))}")
         for place, (text, cut) in enumerate(zip(shown["responses"], shown["cut"]), 1):
             print(f"\n[{place}] {visible(text)}{' …' if cut else ''}")
         choice = "1 or 2" if n == 2 else "the order (for example 312)"

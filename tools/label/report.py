@@ -1,4 +1,4 @@
-"""Summarise a file of answers: counts, position bias, and agreement between people."""
+"""Summarise a file of answers: counts, position bias, model against model, and agreement between people."""
 
 import itertools
 import math
@@ -7,39 +7,79 @@ from collections import Counter, defaultdict
 
 import numpy as np
 
-from data.files import is_verdict
+from common.measure import share
+from data.files import VERDICTS, is_verdict
 from data.rng import shuffler
-from tools.label.sitting import question_of
+from tools.label.sitting import key_of, question_of
 
 SURE = {3: "very sure", 2: "fairly sure", 1: "not sure"}
 RESAMPLES = 2000
+INTERVAL = "{:.3f} ({:.3f} to {:.3f})".format
 
 
-def report(rows: list[dict]) -> str:
-    """Report counts by annotator, position bias, wins by checkpoint, and agreement on questions that people share."""
-    lines = ["annotator             preferences   ties  all bad  skips   median seconds"]
+def summarise(rows: list[dict]) -> dict:
+    """Return what `report` says, for JSON. Shares are (value, ends of an interval of 95%)."""
+    people = {}
     for who in sorted({row["annotator"] for row in rows}):
         mine = [row for row in rows if row["annotator"] == who]
         n = Counter(row["verdict"] if is_verdict(row) else "preferred" for row in mine)
-        seconds = statistics.median(row["seconds"] for row in mine)
-        lines.append(f"{who:<20} {n['preferred']:>12} {n['tie']:>6} {n['bad']:>8} {n['skip']:>6} {seconds:>16.1f}")
-    if sure := Counter(row["sure"] for row in rows if row.get("sure") in list(SURE)):
-        lines.append("\nhow sure: " + ", ".join(f"{sure[level]} {name}" for level, name in SURE.items()))
+        counts = {name: n[name] for name in ("preferred", *VERDICTS)}
+        people[who] = counts | {"median_seconds": statistics.median(row["seconds"] for row in mine)}
+    sure = Counter(row["sure"] for row in rows if row.get("sure") in list(SURE))
+    found: dict = {"annotators": people, "sure": {name: sure[level] for level, name in SURE.items()}}
     preferred = [row for row in rows if not is_verdict(row)]
     if n := len(preferred):
-        share = sum(row["position"] == 0 for row in preferred) / n
-        error = math.sqrt(share * (1 - share) / n)
-        fair = statistics.mean(1 / len(row["checkpoint"]) for row in preferred)
-        lines.append(f"\nthe first shown was preferred in {share:.3f} ± {error:.3f} of {n} (without bias: {fair:.3f})")
-    compared = [row["checkpoint"] for row in preferred if len(set(row["checkpoint"])) > 1]  # each best first
-    for name in sorted(set(itertools.chain(*compared))):
-        won = [names[0] == name for names in compared if name in names]
-        lines.append(f"{name} was preferred in {sum(won)} of the {len(won)} questions that compare it with another")
-    return "\n".join([*lines, agreement(rows)])
+        found["first_shown"] = {"n": n, "preferred": share(sum(row["position"] == 0 for row in preferred) / n, n)}
+        found["first_shown"]["unbiased"] = statistics.mean(1 / len(row["checkpoint"]) for row in preferred)
+    return found | {"models": contests(rows), "agreement": agreement(rows)}
 
 
-def agreement(rows: list[dict]) -> str:
-    """Report alpha, for all people and for each two, and how often two people said the same.
+def report(rows: list[dict]) -> str:
+    """Report counts by annotator, position bias, model against model, and agreement on questions that people share."""
+    found = summarise(rows)
+    lines = ["annotator             preferences   ties  all bad  skips   median seconds"]
+    for who, n in found["annotators"].items():
+        counts = f"{n['preferred']:>12} {n['tie']:>6} {n['bad']:>8} {n['skip']:>6}"
+        lines.append(f"{who:<20} {counts} {n['median_seconds']:>16.1f}")
+    if any(found["sure"].values()):
+        lines.append("\nhow sure: " + ", ".join(f"{n} {name}" for name, n in found["sure"].items()))
+    if first := found.get("first_shown"):
+        said = f"{INTERVAL(*first['preferred'])} of {first['n']} (without bias: {first['unbiased']:.3f})"
+        lines.append(f"\nthe first shown was preferred in {said}")
+    for pair in found["models"]:
+        models = f"{pair['model']} against {pair['other']}"
+        lines.append(
+            f"{models}: {INTERVAL(*pair['win_rate'])} (prompts: {pair['prompts']}; a tie or both bad is a half)"
+        )
+    for i, group in enumerate(found["agreement"]):
+        name = f"  {' and '.join(group['people'])}" if i else "agreement"
+        figure = INTERVAL(*group["alpha"]) if group["alpha"] else "undefined: all said the same"
+        lines.append(f"{name}: the same in {group['same']} of {group['pairs']} pairs of answers, alpha {figure}")
+    note = "(Krippendorff's alpha of the best response, tie or all bad; 95% by a bootstrap over prompts)"
+    none = "agreement: no two people judged the same question (use --people 2)"
+    return "\n".join([*lines, note if found["agreement"] else none])
+
+
+def contests(rows: list[dict]) -> list[dict]:
+    """Return for each two models how often the first is preferred to the second: a tie or both bad is a half.
+
+    A prompt counts once, with the mean of its answers, because these are not independent.
+    """
+    won: defaultdict[tuple, defaultdict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        for better, worse in itertools.combinations(row["checkpoint"], 2):  # of a preference; best first
+            if better != worse and row.get("verdict") != "skip":
+                value = 0.5 if is_verdict(row) else float(better < worse)
+                won[min(better, worse), max(better, worse)][key_of(row)].append(value)
+    found = []
+    for (model, other), by_prompt in sorted(won.items()):
+        n, mean = len(by_prompt), statistics.fmean(map(statistics.fmean, by_prompt.values()))
+        found.append({"model": model, "other": other, "win_rate": share(mean, n), "prompts": n})
+    return found
+
+
+def agreement(rows: list[dict]) -> list[dict]:
+    """Return alpha, for all people and for each two, and how often two people said the same.
 
     A value is "tie", "bad", or the number of the best response, by checkpoint and then by text. A skip is no value.
     """
@@ -49,23 +89,18 @@ def agreement(rows: list[dict]) -> str:
         responses = [(name, answer.text) for name, answer in zip(question.checkpoints, question.answers)]
         if row.get("verdict") != "skip":
             best = sorted(responses).index(responses[0])
-            units[row["prompt"], question.number][row["annotator"]] = row.get("verdict", best)
+            units[key_of(row), question.number][row["annotator"]] = row.get("verdict", best)
     people = sorted({who for said in units.values() for who in said})
     groups = [people, *itertools.combinations(people, 2)] if len(people) > 2 else [people]
-    lines = []
+    found = []
     for group in groups:
         part = {question: {who: said[who] for who in group if who in said} for question, said in units.items()}
         pairs = [a == b for said in part.values() for a, b in itertools.combinations(said.values(), 2)]
-        if not pairs:
-            continue
-        value, low, high = alpha(part)
-        figure = "undefined: all said the same" if math.isnan(value) else f"{value:.3f} ({low:.3f} to {high:.3f})"
-        name = "agreement" if group is people else f"  {' and '.join(group)}"
-        lines.append(f"{name}: the same in {sum(pairs)} of {len(pairs)} pairs of answers, alpha {figure}")
-    if not lines:
-        return "agreement: no two people judged the same question (use --people 2)"
-    lines.append("(Krippendorff's alpha of the best response, tie or all bad; 95% by a bootstrap over prompts)")
-    return "\n".join(lines)
+        if pairs:
+            value = alpha(part)
+            value = None if math.isnan(value[0]) else value
+            found.append({"people": list(group), "same": sum(pairs), "pairs": len(pairs), "alpha": value})
+    return found
 
 
 def alpha(units: dict[tuple, dict[str, object]]) -> tuple[float, float, float]:

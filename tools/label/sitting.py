@@ -1,33 +1,39 @@
 """A sitting gives questions to annotators and saves their answers."""
 
+import json
 import math
 import statistics
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from data.chat import Messages, turns
 from data.files import VERDICTS, is_verdict, write_jsonl
-from data.label import Answer, columns, preference, read_answers
+from data.label import Answer, columns, given_answers, preference, read_answers
 from data.rng import seed_of
 
 AHEAD = 16  # questions that are prepared before an annotator needs them
 ABANDONED = 300  # seconds until an open question goes to another person too, if no new question remains
 LONGEST_COMMENT = 2000  # characters
+ABOUT = ("tools", "chat_template_kwargs")  # columns that a chat template reads beside the messages
 STAMP = "%Y-%m-%dT%H:%M:%SZ"
 
 
 @dataclass(eq=False)
 class Question:
-    prompt: str
+    prompt: str | Messages
     answers: list[Answer]
     checkpoints: list[str]  # the checkpoint of each answer
+    about: dict = field(default_factory=dict)  # its row, of which the columns ABOUT are kept
+    key: Hashable = None  # of `Sitting.prompts`, which has made it
 
     def __post_init__(self) -> None:
         self.answers = [Answer(*answer) for answer in self.answers]
+        self.about = {name: self.about[name] for name in ABOUT if name in self.about}
         texts = sorted(answer.text for answer in self.answers)
         self.number = seed_of(self.prompt, *texts) % 2**53  # the same after a restart; JavaScript is exact to 2**53
 
@@ -35,16 +41,17 @@ class Question:
 class Sitting:
     """Prepares questions in the background, gives them to annotators, and keeps their answers in one file.
 
-    `make` returns the question of a prompt, or None if the model does not give enough different answers. At most
-    `people` annotators answer a question. Any thread may call any method.
+    `make` returns the question of a prompt's `key_of`, or of a number; None if the model's answers are too alike. At
+    most `people` annotators answer a question. Any thread may call any method.
     """
 
-    def __init__(self, prompts: list[str], make: Callable[[str], Question | None], out: Path, people: int, seed: int):
+    def __init__(self, prompts: list, make: Callable[[Hashable], Question | None], out: Path, people: int, seed: int):
         self.prompts, self.make, self.out, self.people, self.seed = prompts, make, out, people, seed
         self.rows = read_answers(out, repair=True)
-        self.answered_by: defaultdict[str, set[str]] = defaultdict(set)  # prompt → who has answered it
+        self.answered_by: defaultdict[Hashable, set[str]] = defaultdict(set)  # key or number → who has answered it
         for row in self.rows:
-            self.answered_by[row["prompt"]].add(row["annotator"])
+            for key in (key_of(row), question_of(row).number):
+                self.answered_by[key].add(row["annotator"])
         self.open: dict[str, tuple[Question, float]] = {}  # annotator → their open question, and its start time
         self.lock, self.began = threading.RLock(), time.monotonic()
         self.alike = 0  # prompts without a question, because the model's answers are the same
@@ -56,6 +63,7 @@ class Sitting:
         """Return the question of the next prompt that has one; None if no prompt is left."""
         for prompt in self.unasked:
             if question := self.make(prompt):
+                question.key = prompt
                 return question
             self.alike += 1
         return None
@@ -68,7 +76,7 @@ class Sitting:
         """Return who has answered the question, or opened it in the last `patience` seconds."""
         since = time.monotonic() - patience
         opened = {who for who, (shown, start) in self.open.items() if shown is question and start > since}
-        return self.answered_by[question.prompt] | opened
+        return self.answered_by[question.key] | opened
 
     def _available(self, annotator: str, patience: float = math.inf) -> Iterator[Question]:
         """Yield the questions that the annotator may be given. Waits for the model; raises what the model raised."""
@@ -101,7 +109,7 @@ class Sitting:
         question = question_of(row) if row else self.next(annotator)
         if question is None:
             return self.progress(annotator) | {"prompt": None}
-        shown = self.progress(annotator) | {"prompt": question.prompt, "number": question.number}
+        shown = self.progress(annotator) | {"prompt": turns_of(question), "number": question.number}
         answers = [question.answers[i] for i in self.order(question, annotator)]
         shown |= {"responses": [answer.text for answer in answers], "cut": [not answer.ended for answer in answers]}
         earlier = {"index": index, "comment": row.get("comment", ""), "sure": row.get("sure", 0)}
@@ -132,9 +140,9 @@ class Sitting:
             row |= {"seconds": round(time.monotonic() - since, 2), "seed": self.seed}
             row["time"] = time.strftime(STAMP, time.gmtime())
             self._write([*self.rows, row])
-            self.answered_by[question.prompt].add(annotator)
+            self.answered_by[question.key].add(annotator)
             self.open.pop(annotator, None)
-            if len(self.answered_by[question.prompt]) >= self.people:
+            if len(self.answered_by[question.key]) >= self.people:
                 self.open = {who: opened for who, opened in self.open.items() if opened[0] is not question}
 
     def _row(self, question: Question, annotator: str, verdict: object, comment: object, sure: object) -> dict:
@@ -153,8 +161,9 @@ class Sitting:
         if type(sure) is not int or sure not in range(4):
             raise ValueError("how sure one is goes from 1 to 3")
         f"{annotator}{comment}".encode()  # raises ValueError for half a character, which no reader of the file takes
-        about = {"comment": comment, "sure": sure, "annotator": annotator}
-        return {"prompt": question.prompt} | row | {name: value for name, value in about.items() if value}
+        row = {"prompt": question.prompt} | question.about | row
+        said = {"comment": comment, "sure": sure, "annotator": annotator}
+        return row | {name: value for name, value in said.items() if value}
 
     def earlier(self, annotator: str) -> list[dict]:
         """Return the annotator's rows of the file, the oldest first."""
@@ -190,10 +199,25 @@ class Sitting:
 
 def question_of(row: dict) -> Question:
     """Return the question that a row answers."""
-    if "chosen" in row:
-        names = ("chosen", "rejected")
-        answers = [(row[name], row.get(f"{name}_ended", True), row.get(f"{name}_ids")) for name in names]
-    else:
-        name, n = "responses" if is_verdict(row) else "ranked", len(row["checkpoint"])
-        answers = [*zip(row[name], row.get(f"{name}_ended", [True] * n), row.get(f"{name}_ids", [None] * n))]
-    return Question(row["prompt"], answers, row["checkpoint"])
+    return Question(row["prompt"], given_answers(row), row["checkpoint"], row)
+
+
+def key_of(row: dict) -> str:
+    """Return the prompt of a row if it is a text, else a text that stands for its messages and what goes with them."""
+    prompt = row["prompt"]
+    return prompt if isinstance(prompt, str) else json.dumps([row.get(name) for name in ("prompt", *ABOUT)])
+
+
+def turns_of(question: Question) -> list[dict[str, str]]:
+    """Return each turn of a conversation as {"role", "content"}; of a text that is none its only turn, of no role."""
+    prompt = question.prompt
+    if isinstance(prompt, str):
+        dialogue = prompt.rstrip().endswith("\n\nAssistant:")  # as in HH: its last turn is still to come
+        return dialogue and turns(prompt)[:-1] or [{"role": "", "content": prompt}]
+
+    def said(message: dict) -> str:
+        parts = [message[part] for part in ("content", "tool_calls") if message.get(part)]
+        return "\n".join(part if isinstance(part, str) else json.dumps(part, ensure_ascii=False) for part in parts)
+
+    tools = [{"role": "tools", "content": question.about["tools"]}] if "tools" in question.about else []
+    return [{"role": each["role"], "content": said(each)} for each in tools + prompt]
