@@ -84,9 +84,9 @@ def test_what_is_kept_of_a_rollout_is_bounded(encoding):
     batch |= {"tokens": torch.full((B, R + 1), 65), "prompt_len": torch.ones(B).long()}
     batch |= {"length": torch.full((B,), R + 1), "ended": torch.zeros(B, dtype=torch.bool)}
     rows = [{"prompt": "a", "response": "b"}] * B
-    assert len(by_token(batch, rows, encoding, 1, 0.1)["answers"]) == 128
+    assert len(by_token(batch, rows, encoding, 1, 0.1, [])["answers"]) == 128
     short = batch | {"mask": mask[:, :3], "length": torch.full((B,), 4)}
-    assert len(by_token(short, rows, encoding, 1, 0.1)["answers"]) == 256
+    assert len(by_token(short, rows, encoding, 1, 0.1, [])["answers"]) == 256
 
 
 def run_ppo(folders, monkeypatch, out, **more):
