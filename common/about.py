@@ -42,7 +42,9 @@ def next_command(stage: str, cfg: Any) -> str:
     if stage == "sft" and not cfg.init:
         return shlex.join(["python", "sft.py", "--init", cfg.out, "--data", "PAIRS.jsonl"])
     following = {"sft": ["reward.py"], "reward": ["ppo.py"]}.get(stage)
-    return shlex.join(["python", *following, *named] if following else ["python", "-m", "tools.sample", cfg.out])
+    return shlex.join(
+        ["python", *following, *named] if following else ["python", "-m", "tools.sample", cfg.out, "--chat"]
+    )
 
 
 def git(*words: str) -> str | None:

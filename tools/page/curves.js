@@ -14,7 +14,7 @@ function ticks(low, high, n) { // round numbers between the two, each with its t
 
 function chart(panel, width = 340) { // {title, unit, x: its axis's name, series, legend, at_least: what y spans, still: no hover}
   const { title, unit, x: x_name, at_least } = panel, large = view.large.has(title);
-  const height = large ? 420 : 210, left = 44, right = 8, top = 8, bottom = 40;
+  const height = large ? 420 : width > 400 ? 290 : 210, left = 44, right = 8, top = 8, bottom = 40;
   if (large) width = innerWidth < 700 ? 340 : 1100;
   const series = panel.series.map(each => ({ ...each, points: each.points.filter(point => point.every(finite)) }))
     .filter(each => each.points.length);
@@ -31,8 +31,7 @@ function chart(panel, width = 340) { // {title, unit, x: its axis's name, series
   const legend = div("legend"), key = each => sample(each.colour, each.kind, each.dash);
   const names = panel.legend ?? series.filter(each => each.label);
   const cursor = s("line", { class: "axis", y1: top, y2: height - bottom });
-  const point_at = at => { // kept in `view`, so that a page that is drawn anew goes on showing it
-    view.cursor = at === null ? null : { title, at };
+  const point_at = at => {
     cursor.setAttribute("visibility", at === null ? "hidden" : "visible");
     for (const end of ["x1", "x2"]) cursor.setAttribute(end, X(at ?? x0));
     const nearest = points => points.reduce((best, point) => Math.abs(point[0] - at) < Math.abs(best[0] - at) ? point : best);
@@ -44,7 +43,13 @@ function chart(panel, width = 340) { // {title, unit, x: its axis's name, series
   const follow = event => {
     const box = svg.getBoundingClientRect();
     const x = Math.max(left, Math.min(width - right, (event.clientX - box.left) / box.width * width));
-    point_at(Math.round(x0 + (x - left) / (width - left - right) * (x1 - x0)));
+    view.cursor = { title, at: Math.round(x0 + (x - left) / (width - left - right) * (x1 - x0)) };
+    point_at(view.cursor.at);
+  };
+  const leave = () => {
+    if (!svg.isConnected) return; // the page is drawn anew
+    view.cursor = null;
+    point_at(null);
   };
   const enlarge = event => {
     if (event.pointerType === "touch" && event.currentTarget === svg) return; // a finger reads the numbers
@@ -56,7 +61,7 @@ function chart(panel, width = 340) { // {title, unit, x: its axis's name, series
   const svg = s("svg",
     {
       viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": title, onclick: enlarge,
-      onpointermove: panel.still ? null : follow, onpointerleave: () => point_at(null),
+      onpointermove: panel.still ? null : follow, onpointerleave: leave,
     },
     ticks(y0, y1, large ? 8 : 4).map(([y, name]) => [
       s("line", { class: "axis", x1: left, x2: width - right, y1: Y(y), y2: Y(y) }),

@@ -83,7 +83,8 @@ const said = x => x === null || x === undefined ? "–" : x === "" ? "(empty)" :
 function differing(able) {
   const facts = able.map(facts_of);
   const names = [...new Set(facts.flatMap(Object.keys))];
-  return names.filter(name => new Set(facts.map(each => JSON.stringify(each[name]))).size > 1);
+  const unlike = names.filter(name => new Set(facts.map(each => JSON.stringify(each[name]))).size > 1);
+  return unlike.sort((a, b) => b.startsWith("--") - a.startsWith("--"));
 }
 
 // --- sections -------------------------------------------------------------------------------------------------------
@@ -98,7 +99,7 @@ function head() {
   return [
     h("h1", {}, runs.map(run => h("span", { class: "run" }, titled(run)))),
     able.map(run => h("p", {}, titled(run), " ", h("code", { class: "soft" }, each(run)))),
-    reported.length > 0 && div("card", report_table(reported)),
+    reported.length > 0 && div("grid wide", div("card", report_table(reported))),
   ];
 }
 
