@@ -12,7 +12,8 @@ function ticks(low, high, n) { // round numbers between the two, each with its t
   return found;
 }
 
-function chart(panel, width = 340) { // {title, unit, x: its axis's name, series, legend, at_least: what y spans, still: no hover}
+// A panel is {title, unit, x: the name of its axis, series, legend, at_least: what y spans, still: without a hover}.
+function chart(panel, width = 340) {
   const { title, unit, x: x_name, at_least } = panel, large = view.large.has(title);
   const height = large ? 420 : width > 400 ? 290 : 210, left = 44, right = 8, top = 8, bottom = 40;
   if (large) width = innerWidth < 700 ? 340 : 1100;
@@ -34,10 +35,12 @@ function chart(panel, width = 340) { // {title, unit, x: its axis's name, series
   const point_at = at => {
     cursor.setAttribute("visibility", at === null ? "hidden" : "visible");
     for (const end of ["x1", "x2"]) cursor.setAttribute(end, X(at ?? x0));
-    const nearest = points => points.reduce((best, point) => Math.abs(point[0] - at) < Math.abs(best[0] - at) ? point : best);
+    const far = point => Math.abs(point[0] - at);
+    const nearest = points => points.reduce((best, point) => far(point) < far(best) ? point : best);
+    const value = each => h("span", {}, key(each), number(nearest(each.points)[1]));
     legend.replaceChildren(...at === null
       ? [h("span", {}, unit), ...names.map(each => h("span", {}, key(each), each.label))]
-      : [h("span", {}, `${x_name} ${at}`), ...series.map(each => h("span", {}, key(each), number(nearest(each.points)[1])))]);
+      : [h("span", {}, `${x_name} ${at}`), ...series.map(value)]);
   };
   point_at(view.cursor?.title === title ? view.cursor.at : null);
   const follow = event => {
@@ -67,7 +70,8 @@ function chart(panel, width = 340) { // {title, unit, x: its axis's name, series
       s("line", { class: "axis", x1: left, x2: width - right, y1: Y(y), y2: Y(y) }),
       s("text", { x: left - 5, y: Y(y) + 4, "text-anchor": "end" }, name),
     ]),
-    ticks(x0, x1, large ? 10 : 5).map(([x, name]) => s("text", { x: X(x), y: height - 24, "text-anchor": "middle" }, name)),
+    ticks(x0, x1, large ? 10 : 5).map(([x, name]) =>
+      s("text", { x: X(x), y: height - 24, "text-anchor": "middle" }, name)),
     s("text", { x: (left + width - right) / 2, y: height - 6, "text-anchor": "middle" }, x_name),
     cursor,
     series.map(each => drawn(each, X, Y)));
@@ -92,13 +96,15 @@ function drawn({ kind, points, smooth, colour: stroke, dash }, X, Y) {
 }
 
 function curves() { // the panels of all runs: one run tells its series by colour, several tell the runs by colour
-  const several = runs.length > 1, x = [...new Set(runs.map(run => run.unit))].join(" or ");
+  const several = runs.length > 1;
   const panels = [...new Set(runs.flatMap(run => run.panels.map(panel => panel.title)))].map(title => {
     const found = runs.map(run => run.panels.find(panel => panel.title === title));
     const shade = (each, i, j) => ({ ...each, colour: colour(several ? i : j), dash: several && j ? "4 3" : null });
     const series = found.flatMap((panel, i) => panel.series.map((each, j) => shade(each, i, j)));
     const most = found.map(panel => panel.series).reduce((a, b) => b.length > a.length ? b : a);
-    const legend = several && most.length > 1 ? most.map((each, j) => ({ ...shade(each, 0, j), colour: "var(--soft)" })) : several ? [] : null;
+    const x = [...new Set(runs.filter((run, i) => found[i].series.length).map(run => run.unit))].join(" or ");
+    const grey = most.map((each, j) => ({ ...shade(each, 0, j), colour: "var(--soft)" }));
+    const legend = !several ? null : most.length > 1 ? grey : [];
     return chart({ x, ...found[0], series, legend });
   });
   const runs_by_colour = several && h("p", { id: "legend" }, runs.map(run => h("span", { class: "run" }, titled(run))));

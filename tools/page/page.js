@@ -111,7 +111,8 @@ function head_of(run) {
     tile(short(name), `${from} → ${to}`, pair(change, report.answers.length, digits, "+"));
   }
   if (report?.win_rate) tile(WINS, number(report.win_rate[0]), `by ${short(report.by)}, ties half`);
-  const [accuracy, low, high, ceiling] = ["", "_low", "_high", "_ceiling"].map(end => report?.metrics?.[`eval/accuracy${end}`]);
+  const found = end => report?.metrics?.[`eval/accuracy${end}`];
+  const [accuracy, low, high, ceiling] = ["", "_low", "_high", "_ceiling"].map(found);
   const allowed = finite(ceiling) ? `of ${fixed(ceiling, 3)} that the noise in the labels allows` : "";
   const interval = finite(low) ? `95%: ${fixed(low, 3)} to ${fixed(high, 3)}, ` : "";
   if (finite(accuracy)) tile("held-out accuracy", fixed(accuracy, 3), interval + allowed);
@@ -143,9 +144,11 @@ function report_table(able) {
     return table(["held-out prompts", "before", "after", "change"],
       [...rows, row([WINS, "", pair(win_rate), ""])]);
   }
-  const digits = names.map(name => digits_of(able.flatMap(run => run.report.table[name] ? [run.report.table[name].after] : [])));
-  const cell = ({ table: found, answers }, name, i) => found[name] ? pair(found[name].after, answers.length, digits[i]) : "–";
-  const rows = able.map(run => row([titled(run), ...names.map((name, i) => cell(run.report, name, i)), pair(run.report.win_rate)]));
+  const digits = names.map(name => digits_of(able.map(run => run.report.table[name]?.after ?? [])));
+  const cell = ({ table: found, answers }, name, i) =>
+    found[name] ? pair(found[name].after, answers.length, digits[i]) : "–";
+  const cells = found => [...names.map((name, i) => cell(found, name, i)), pair(found.win_rate)];
+  const rows = able.map(run => row([titled(run), ...cells(run.report)]));
   return table(["after", ...names.map(short), WINS], rows);
 }
 
@@ -170,7 +173,8 @@ function reliability(run) {
   const diagonal = { kind: "line", dash: "3 3", points: [[0, 0], [1, 1]], colour: "var(--soft)" };
   const series = [diagonal, { kind: "dots", points, colour: colour(runs.indexOf(run)) }];
   const whose = runs.length > 1 ? `, ${visible(run.name)}` : "";
-  return chart({ title: `predicted and observed win rate${whose}`, unit: "observed, held out", x: "predicted", still: true, series });
+  const title = `predicted and observed win rate${whose}`;
+  return chart({ title, unit: "observed, held out", x: "predicted", still: true, series });
 }
 
 function samples() {
@@ -192,15 +196,18 @@ function options() {
   const rows = able.map((run, i) => row([titled(run), ...unlike.map(name => h("code", {}, said(facts[i][name])))]));
   return [
     h("h2", {}, "What the run was"),
-    unlike.length > 0 && [h("p", {}, soft("What differs:")), div("card differs", table(["", ...unlike.map(visible)], rows))],
+    unlike.length > 0 && [h("p", {}, soft("What differs:")), div("card differs",
+      table(["", ...unlike.map(visible)], rows))],
     list(alike.filter(name => !name.startsWith("--"))),
-    fold("options", `${chosen.length} options${unlike.length ? " that are the same" : ""}`, runs.length === 1, list(chosen)),
+    fold("options", `${chosen.length} options${unlike.length ? " that are the same" : ""}`, runs.length === 1,
+      list(chosen)),
   ];
 }
 
 function fold(key, summary, open, ...content) { // stays as it was left when the page is drawn anew
   const turn = event => view.folds.set(key, event.currentTarget.open);
-  return h("details", { open: view.folds.get(key) ?? open ? "" : null, ontoggle: turn }, h("summary", {}, summary), content);
+  const shown = view.folds.get(key) ?? open ? "" : null;
+  return h("details", { open: shown, ontoggle: turn }, h("summary", {}, summary), content);
 }
 
 // --- the page -------------------------------------------------------------------------------------------------------

@@ -171,7 +171,8 @@ function answer_card(answer, number_of, kl_coef) {
   const turn = () => { view.open[open ? "delete" : "add"](number_of); draw("tokens"); };
   return h("article", { class: "card answer" },
     h("header", {},
-      fact("score", number(answer.score, true)), finite(answer.judge) && fact("judge", number(answer.judge)), fact("KL", number(kl)), fact("tokens", answer.tokens.length),
+      fact("score", number(answer.score, true)), finite(answer.judge) && fact("judge", number(answer.judge)),
+      fact("KL", number(kl)), fact("tokens", answer.tokens.length),
       fact("score − β KL", number(answer.final_score - kl_coef * kl, true)),
       !answer.ended && h("span", { class: "name" }, "did not end"),
       h("button", { type: "button", "aria-expanded": String(open), onclick: turn }, open ? "hide the table" : "table")),
