@@ -1,6 +1,7 @@
 """What a run says at the console and returns to Python, and how the options of a run are taken again."""
 
 import json
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,6 @@ import reward
 import sft
 from common import about, cli, dist, runs
 from data import InputError
-from tests.conftest import run
 from tools import sample
 
 
@@ -81,12 +81,13 @@ def write_config(folder, options):
     (folder / "config.json").write_text(json.dumps({"options": options}))
 
 
-def test_the_sampler_tells_the_score_and_the_kl_of_each_answer(folders):
+def test_the_sampler_tells_the_score_and_the_kl_of_each_answer(folders, monkeypatch, capsys):
     write_config(folders["sft"], {"kl_coef": 0.1, "ref": "", "init": str(folders["sft"])})
-    words = ["--prompt", "ask me", "--samples", 2, "--response_len", 9, "--reward", folders["reward"]]
-    done = run("tools/sample.py", folders["sft"], *words)
-    assert done.returncode == 0 and done.stdout.count("[score ") == 2, done.stderr
-    assert done.stdout.count(", KL 0.00]") == 2  # it is its own frozen copy
+    words = ["--prompt", "ask me", "--samples", "2", "--response_len", "9", "--reward", str(folders["reward"])]
+    monkeypatch.setattr(sys, "argv", ["tools.sample", str(folders["sft"]), *words])
+    sample.main()
+    said = capsys.readouterr().out
+    assert said.count("[score ") == 2 and said.count(", KL 0.00]") == 2  # it is its own frozen copy
 
 
 def test_a_model_without_a_chat_template_goes_on_with_each_line(folders, encoding, gpt, monkeypatch, capsys):
