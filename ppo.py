@@ -43,8 +43,8 @@ from model import GPT, ScalarModel, response_window
 
 Batch = dict[str, Tensor]  # and "columns", a list
 WINDOW = ["logp", "ref_logp", "values", "entropy", "mask", "rewards", "advantages", "returns", "ratio"]  # all (B, R)
-SHOWN = ["objective/scores", "objective/judge", "objective/kl", "policy/ratio", "ended", "tokens_per_s"]
-SHOWN += ["eval/score", "eval/final_score", "eval/judge", "eval/kl"]
+SHOWN = ["objective/scores", "objective/judge", "objective/kl", "response_len", "ended", "value/explained_variance"]
+SHOWN += ["tokens_per_s", "eval/score", "eval/final_score", "eval/judge", "eval/kl"]
 
 
 @dataclass
@@ -86,7 +86,7 @@ class Config(cli.Shared):
 # --- the loop ---------------------------------------------------------------------------------------------------------
 
 
-def train(cfg: Config) -> None:
+def train(cfg: Config) -> dict:
     if cfg.kl_target and not cfg.kl_coef:
         raise InputError("--kl_target: needs a --kl_coef above 0 to start from")
     device, autocast = cli.setup(cfg)
@@ -136,7 +136,7 @@ def train(cfg: Config) -> None:
         if step % 20 == 0 or step + 1 == cfg.iterations:
             run.sample(step + 1, f"[{batch['score'][0].item():+.2f}] {rows[0]['prompt']}{rows[0]['response']}")
         if run.due(step, cfg.save_every or 20):
-            run.write("rollout.json", measure.by_token(batch, rows, encoding, step + 1, kl_coef))
+            run.write("rollout.json", measure.by_token(batch, rows, encoding, step + 1, kl_coef, judged))
             run.save(step + 1, policy, encoding, {"kl_coef": next_kl_coef}, **saved)
         kl_coef = next_kl_coef
 
@@ -144,7 +144,7 @@ def train(cfg: Config) -> None:
     after = measured(policy, held_out, "after", cfg.seed)
     found = measure.paired(before, after, judged_by)
     run.report(measure.report(found), found)
-    run.finish(device)
+    return run.finish(device)
 
 
 # --- 1 rollout --------------------------------------------------------------------------------------------------------

@@ -53,7 +53,7 @@ class Config(cli.Shared):
 # --- the loop ---------------------------------------------------------------------------------------------------------
 
 
-def train(cfg: Config) -> None:
+def train(cfg: Config) -> dict:
     device, autocast = cli.setup(cfg)
     run = runs.Run(cfg)
     policy, encoding, groups, held_out = build(cfg, run, autocast, device)
@@ -93,16 +93,16 @@ def train(cfg: Config) -> None:
                 margin = measure.margins(held_out, read_scores(model, held_out, size, device, autocast))
                 found, table = measure.agreement(held_out, margin)
                 metrics |= {"eval/loss": pairwise_loss(margin, held_out).item() / len(held_out)} | found
-                run.report(measure.agreement_report(found, table), {"metrics": found, "calibration": table})
                 normalize(model, samples, cfg.micro_batch_size or 64, device, autocast)
+        tokens = sum(len(row.tokens) for group in batch for row in group.rows)
+        run.log(step, metrics, ("loss/train", "accuracy", "tokens_per_s"), tokens)
+        if last:
+            run.report(measure.agreement_report(found, table), {"metrics": found, "calibration": table})
             how = f"(gain {model.gain:.3f}, bias {model.bias:.3f})"
             dist.print0(f"\nscores of {cfg.init}'s samples now have mean 0, variance 1 {how}")
-        tokens = sum(len(row.tokens) for group in batch for row in group.rows)
-        shown = ("loss/train", "accuracy", "tokens_per_s") if step % 20 == 0 or last else ()
-        run.log(step, metrics, shown, tokens)
         if run.due(step, cfg.save_every or 200):
             run.save(step + 1, model, encoding, {}, optimizer=optimizer)
-    run.finish(device)
+    return run.finish(device)
 
 
 # --- 1 comparisons ----------------------------------------------------------------------------------------------------
@@ -154,7 +154,7 @@ def read_scores(
 ) -> Tensor:
     """The scores (N,) of all responses of the groups, on the CPU, `size` groups at a time."""
     found = []
-    for start in range(0, len(groups), size):
+    for start in dist.counted(range(0, len(groups), size), "held-out pairs"):
         with autocast:
             found.append(score_groups(model, groups[start : start + size], device).cpu())
     return torch.cat(found)
@@ -170,7 +170,7 @@ def normalize(
     """Set gain and bias so that the scores of `rows`, `size` of them at a time, have mean 0 and variance 1 (Ziegler et
     al. 2019, section 2.2)."""
     scores = []
-    for part in data.micro_batches(rows, size):
+    for part in dist.counted([*data.micro_batches(rows, size)], "scores of samples"):
         tokens, _, length = data.pad(part, device)
         with autocast:
             scores.append(model.scores(tokens, length))

@@ -52,7 +52,7 @@ class Config(cli.Shared):
 # --- the loop ---------------------------------------------------------------------------------------------------------
 
 
-def train(cfg: Config) -> None:
+def train(cfg: Config) -> dict:
     device, autocast = cli.setup(cfg)
     run = runs.Run(cfg)
     model, encoding = build(cfg, run, autocast, device)
@@ -89,7 +89,7 @@ def train(cfg: Config) -> None:
         if due:
             with run.timed("evaluate"):
                 metrics["loss/held_out"] = held_out_loss(model, held_out, cfg.batch_size, device, autocast)
-        shown = ("loss/train", "loss/held_out", "tokens_per_s") if due or step % 20 == 0 else ()
+        shown = ("loss/train", "loss/held_out", "tokens_per_s")
         run.log(step, metrics, shown, tokens=sum(len(row.tokens) for row in rows))
         if due:
             row = held_out[step % len(held_out)]
@@ -99,7 +99,7 @@ def train(cfg: Config) -> None:
             run.keep_best(-metrics["loss/held_out"], model, encoding)
         if run.due(step, cfg.save_every or every):
             run.save(step + 1, model, encoding, {}, optimizer=optimizer)
-    run.finish(device)
+    return run.finish(device)
 
 
 # --- 1 model and data -------------------------------------------------------------------------------------------------

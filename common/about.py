@@ -34,6 +34,19 @@ def origin(cfg: Any, device: torch.device, resumed: Path | None) -> dict:
     return found
 
 
+def next_command(stage: str, cfg: Any) -> str:
+    """What to type after a run. A folder that is its option's default is not named."""
+    folders = {"--init": cfg.out} if stage == "sft" else {"--init": cfg.init, "--reward": cfg.out}
+    defaults = ("out/sft", "out/reward")
+    named = [word for name, folder in folders.items() if folder not in defaults for word in (name, folder)]
+    if stage == "sft" and not cfg.init:
+        return shlex.join(["python", "sft.py", "--init", cfg.out, "--data", "PAIRS.jsonl"])
+    following = {"sft": ["reward.py"], "reward": ["ppo.py"]}.get(stage)
+    return shlex.join(
+        ["python", *following, *named] if following else ["python", "-m", "tools.sample", cfg.out, "--chat"]
+    )
+
+
 def git(*words: str) -> str | None:
     """What git says of this project's folder; None if it is no checkout."""
     command = ["git", "--no-optional-locks", "-C", str(ROOT), *words]

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import inspect
+import json
 import math
 import os
 import re
@@ -85,6 +86,8 @@ def parse(config: type, argv: list[str] | None = None, positional: str = "") -> 
     parser = Parser(usage=usage, description=doc, allow_abbrev=False, formatter_class=raw)
     if positional:
         parser.add_argument(positional.strip("[]"), nargs="?" if "[" in positional else None, help="a run folder")
+    if issubclass(config, Shared):
+        parser.add_argument("--like", metavar="DIR", help="take the options of this run, but for --out; yours go first")
     fields = {field.name: field for field in dataclasses.fields(config)}
     line = re.compile(r"^    (?:# (.*)|(\w+): .*?(?:#\s*(.*))?)$", re.MULTILINE)
     for each in config.__mro__[:-1]:
@@ -97,10 +100,22 @@ def parse(config: type, argv: list[str] | None = None, positional: str = "") -> 
     words = sys.argv[1:] if argv is None else argv
     words = [re.sub(r"^--[\w-]+", lambda name: "--" + name[0][2:].replace("-", "_"), word) for word in words]
     options = vars(parser.parse_args(words))
-    folder = options.pop(positional.strip("[]"), None)
+    if options.get("like"):
+        options = vars(parser.parse_args(options_of(options["like"], config) + words))
+    _, folder = options.pop("like", None), options.pop(positional.strip("[]"), None)
     for field in dataclasses.fields(config):
         check_limits(field, options[field.name])
     return (config(**options), folder) if positional else config(**options)
+
+
+def options_of(folder: str, config: type) -> list[str]:
+    """The options of a run as words, but for --out and --resume. Raises InputError if it is no run of this stage."""
+    try:
+        options = json.loads((Path(folder) / "config.json").read_text())["options"] | {"out": "", "resume": ""}
+        given = {config.__dataclass_fields__[name].name: x for name, x in options.items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        raise InputError(f"--like {folder}: holds no config.json of a run of this stage; name one that does") from None
+    return [f"--{name}" + f"={x}" * (x is not True) for name, x in given.items() if str(x) not in ("", "None", "False")]
 
 
 def add_option(group: Any, field: dataclasses.Field, comment: str) -> None:

@@ -7,6 +7,8 @@ gathers the blocks one by one; `gathered` gathers a net at once, for a rollout. 
 import importlib
 import os
 import sys
+import time
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -112,6 +114,17 @@ def print0(text: str) -> None:
     """Print, in the first process alone."""
     if RANK == 0:
         print(text, flush=True)
+
+
+def counted(parts: Sequence, what: str) -> Iterator:
+    """The parts, one by one. Where they take more than five seconds, the first process says how far it is."""
+    began = said = time.time()
+    for i, part in enumerate(parts):
+        now = time.time()
+        if now - said > 5:
+            said, left = now, timedelta(seconds=round((now - began) / i * (len(parts) - i)))
+            print0(f"    {what}: {100 * i // len(parts)}%, {left} left")
+        yield part
 
 
 # --- nets and optimizers ----------------------------------------------------------------------------------------------

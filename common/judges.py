@@ -18,6 +18,7 @@ from functools import cache
 from pathlib import Path
 from types import ModuleType
 
+from common import dist
 from data.files import InputError
 from data.rng import seed_of
 
@@ -52,7 +53,8 @@ def load_function(name: str) -> Judge:
                 lists = {column: [each.get(column) for each in columns] for column in names}
                 given = list(called(prompts, responses, **lists))
             else:
-                given = [called(*texts, **each) for *texts, each in zip(prompts, responses, columns)]
+                asked = dist.counted([*zip(prompts, responses, columns)], "judging")
+                given = [called(*texts, **each) for *texts, each in asked]
         except (Exception, SystemExit) as error:
             traceback.print_exc()
             raise InputError(f"{name}: failed ({type(error).__name__}: {error}); mend the function") from None

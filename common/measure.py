@@ -17,6 +17,7 @@ from data import Group, Prompt
 from data.rng import generator
 from model import GPT
 
+Batch = dict[str, Tensor]
 KL, ENDED = "KL to the reference (nats)", "ended by EOS"  # rows of the table
 FEWEST = 10  # with fewer values or clusters, ± 1.96 standard errors hold the truth in clearly less than 95%
 BY_TOKEN = ("logp", "ref_logp", "entropy", "rewards", "values", "advantages", "returns", "ratio")
@@ -24,7 +25,7 @@ BY_TOKEN = ("logp", "ref_logp", "entropy", "rewards", "values", "advantages", "r
 # --- one iteration ----------------------------------------------------------------------------------------------------
 
 
-def rollout_metrics(batch: dict[str, Tensor], judged: list[float], kl_coef: float) -> dict[str, float]:
+def rollout_metrics(batch: Batch, judged: list[float], kl_coef: float) -> dict[str, float]:
     """The metrics of an iteration: sums over a response, then means over the responses of all processes.
 
     Names that TRL has mean what they mean there. Its val/num_eos_tokens, policy/approxkl_avg and val/ratio count all
@@ -59,7 +60,7 @@ def rollout_metrics(batch: dict[str, Tensor], judged: list[float], kl_coef: floa
     return dict(zip(found, numbers)) | {"kl_coef": kl_coef}
 
 
-def as_rows(batch: dict[str, Tensor], encoding: Encoding, eos: int) -> list[dict]:
+def as_rows(batch: Batch, encoding: Encoding, eos: int) -> list[dict]:
     """Every answer as a row: "prompt" and "response" as text, without the EOS, and the prompt's columns."""
     rows = []
     lists = [batch[name].tolist() for name in ("tokens", "prompt_len", "length", "ended")]
@@ -70,17 +71,16 @@ def as_rows(batch: dict[str, Tensor], encoding: Encoding, eos: int) -> list[dict
     return rows
 
 
-def by_token(batch: dict[str, Tensor], rows: list[dict], encoding: Encoding, iteration: int, kl_coef: float) -> dict:
+def by_token(batch: Batch, rows: list[dict], encoding: Encoding, iteration: int, kl_coef: float, judged: list) -> dict:
     """A rollout as plain lists, for rollout.json: each answer with what the step made of each of its tokens.
 
     At most 256 answers and about 65,536 tokens, of this process alone. Numbers have five digits.
     """
-    B, R = batch["mask"].shape
-    n = min(B, 256, max(1, 65_536 // R))
+    n = min(256, max(1, 65_536 // batch["mask"].shape[1]))
     columns = {name: x[:n].tolist() for name, x in batch.items() if name != "columns"}
     answers = []
     for i, (start, end) in enumerate(zip(columns["prompt_len"], columns["length"])):
-        answer = {name: rows[i][name] for name in ("prompt", "response")}
+        answer = {name: rows[i][name] for name in ("prompt", "response")} | ({"judge": judged[i]} if judged else {})
         answer |= {name: columns[name][i] for name in ("ended", "score", "final_score")}
         answer["tokens"] = [token_text(token, encoding) for token in columns["tokens"][i][start:end]]
         for name in (name for name in BY_TOKEN if name in columns):
@@ -131,7 +131,7 @@ def held_out(
         n = -(-len(starts) // dist.WORLD) * dist.WORLD
         starts = [len(prompts) * i // n for i in range(n)]
     ends = dict(zip(starts, [*starts[1:], len(prompts)]))
-    for start in dist.mine(starts):
+    for start in dist.counted(dist.mine(starts), f"held-out prompts, {key[0]}"):
         batch = answer(policy, prompts[start : ends[start]], generator(*key, start))
         rows = as_rows(batch, encoding, policy.config.eos)
         found[start] = {name: judge(rows) for name, judge in judges.items()} | {

@@ -152,7 +152,7 @@ def generate(
     """
     starts = range(0, len(prompts), size or len(prompts))
     how = {"temperature": temperature, "generator": rng}
-    parts = [model.generate(prompts[i : i + starts.step], new_tokens, **how) for i in starts]
+    parts = [model.generate(prompts[i : i + starts.step], new_tokens, **how) for i in dist.counted(starts, "sampling")]
     tokens, prompt_len, length = zip(*parts)
     rows = [row for part in tokens for row in part]
     tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=model.config.eos)

@@ -41,6 +41,8 @@ class Run:
         self.times: dict[str, float] = {}
         self.files: dict[str, Path] = {}  # what was made before the start: its name in the folder → where it is
         self.created = self.saved_at = self.logged_at = time.time()
+        self.shown_at = 0.0  # when a step was last printed
+        self.result: dict = {}  # what `finish` returns
         self.save_took = 0.0
         self.signal, self.handlers = 0, {}  # the signal that has asked the run to stop; what else would hear it
         self.board: Any = None  # TensorBoard's writer
@@ -85,6 +87,7 @@ class Run:
                 raise cannot_write(self.folder, error) from None
             device = next(parts["model"].parameters()).device
             self.origin = about.origin(self.cfg, device, self.folder if self.state else None)
+            self.origin |= {"steps": steps, "first_step": self.step, "started": time.time()}
             self.describe()
             if self.cfg.tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
@@ -127,8 +130,9 @@ class Run:
             self.handlers = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def log(self, step: int, metrics: dict[str, float], show: Iterable[str] = (), tokens: int = 0) -> None:
-        """Append the metrics of a step to metrics.jsonl, with its speed. Print those that `show` names.
+        """Append the metrics of a step to metrics.jsonl, with its speed. Now and then print those that `show` names.
 
+        It prints the first and the last step, those with an evaluation, and others two seconds after the line before.
         Raises InputError if a metric is not finite, before a checkpoint can be written.
         """
         for name, x in metrics.items():
@@ -137,7 +141,7 @@ class Run:
         now = time.time()
         seconds = now - self.logged_at - self.times.get("time/evaluate", 0.0)
         metrics |= self.times | {"tokens_per_s": tokens / seconds}
-        self.times, self.logged_at = {}, now
+        self.times, self.logged_at, self.result = {}, now, metrics
         if RANK > 0:
             return
         self.append("metrics.jsonl", json.dumps({"step": step} | metrics))
@@ -145,7 +149,9 @@ class Run:
             for name, x in metrics.items():
                 self.board.add_scalar(name, x, step)
             self.board.flush()
-        if show:
+        always = step in (self.step, self.steps - 1) or "time/evaluate" in metrics
+        if show and (always or now - self.shown_at >= 2):
+            self.shown_at = now
             left = (now - self.started) / (step + 1 - self.step) * (self.steps - step - 1)
             names = {name: name if "eval/" in name else name.split("/")[-1] for name in show if name in metrics}
             shown = "  ".join(f"{short} {about.number(metrics[name])}" for name, short in names.items())
@@ -231,6 +237,7 @@ class Run:
 
     def report(self, text: str, content: dict) -> None:
         """Print a report, and keep all its numbers as report.json."""
+        self.result = content
         dist.print0(text)
         self.write("report.json", content)
 
@@ -241,12 +248,17 @@ class Run:
             self.append("samples.txt", f"step {step}  {text}")
             print(f"    “{text}”", flush=True)
 
-    def finish(self, device: torch.device) -> None:
-        """Print the peak memory, and write the run's page."""
+    def finish(self, device: torch.device) -> dict:
+        """Print the peak memory, write the run's page, and say what is next. Returns what report.json holds, or, of a
+        run without one, the metrics of its last step."""
         if RANK == 0:
             self.describe()
             print(f"peak memory: {about.peak_memory(device):.2f} GiB", flush=True)
             write_page(self.folder)
+            if (path := self.folder / "report.json").exists():
+                print(f"{path}: the report, with all its numbers")
+            print(f"next: {about.next_command(self.origin['stage'], self.cfg)}", flush=True)
+        return self.result
 
 
 def write_page(folder: Path) -> None:

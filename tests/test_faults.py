@@ -60,7 +60,8 @@ def contents(folder):
             ]
         elif path.name == "config.json":
             found[path.name] = json.loads(path.read_text())
-            for name in ("seconds", "command", "options", "commit", "clean"):  # the checkout may change meanwhile
+            of_this_start = {"seconds", "started", "first_step", "command", "options"}
+            for name in of_this_start | {"commit", "clean"}:  # the checkout may change meanwhile
                 found[path.name].pop(name)
         else:
             found[path.name] = path.read_bytes()

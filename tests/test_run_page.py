@@ -84,9 +84,9 @@ def test_what_is_kept_of_a_rollout_is_bounded(encoding):
     batch |= {"tokens": torch.full((B, R + 1), 65), "prompt_len": torch.ones(B).long()}
     batch |= {"length": torch.full((B,), R + 1), "ended": torch.zeros(B, dtype=torch.bool)}
     rows = [{"prompt": "a", "response": "b"}] * B
-    assert len(by_token(batch, rows, encoding, 1, 0.1)["answers"]) == 128
+    assert len(by_token(batch, rows, encoding, 1, 0.1, [])["answers"]) == 128
     short = batch | {"mask": mask[:, :3], "length": torch.full((B,), 4)}
-    assert len(by_token(short, rows, encoding, 1, 0.1)["answers"]) == 256
+    assert len(by_token(short, rows, encoding, 1, 0.1, [])["answers"]) == 256
 
 
 def run_ppo(folders, monkeypatch, out, **more):
@@ -217,6 +217,7 @@ def hostile_run(folders, monkeypatch, out="out/hostile"):
 
 def test_the_command_writes_a_page_and_what_never_changes_is_not_drawn(monkeypatch, tmp_path, capsys):
     lines = [{"step": i, "loss/train": 2.0 - 0.1 * i, "lr": 0.1, "loss/held_out": 1.0 * i} for i in range(1500)]
+    lines[777]["loss/train"] = 34.0
     write(tmp_path / "metrics.jsonl", lines)
     (tmp_path / "report.json").write_text(json.dumps({"answers": [{"prompt": str(i)} for i in range(99)]}))
     monkeypatch.setattr(sys, "argv", ["tools.page", str(tmp_path)])
@@ -227,12 +228,23 @@ def test_the_command_writes_a_page_and_what_never_changes_is_not_drawn(monkeypat
     assert [answer["prompt"] for answer in found["report"]["answers"]] == [str(i) for i in range(40)]
     loss, *others = found["panels"]
     assert [(each["label"], each["kind"]) for each in loss["series"]] == [("training", "line"), ("held out", "dots")]
-    points = loss["series"][0]["points"]
-    assert len(points) == 600 and points[0] == [1, 2.0] and points[-1][0] == 1500
+    points, smooth = loss["series"][0]["points"], dict(loss["series"][0]["smooth"])
+    assert 500 < len(points) <= 600 and points[0] == [1, 2.0] and points[-1][0] == 1500
+    assert [778, 34.0] in points  # a peak of one step is not thinned out
+    near = [line["loss/train"] for line in lines[650:751]]  # a thirtieth of 1,500 to either side of 700
+    assert smooth.get(701, np.mean(near)) == pytest.approx(np.mean(near)) and len(smooth) == 600
     assert len(others) > 9 and all(series["points"] == [] for each in others for series in each["series"])
     monkeypatch.setattr(sys, "argv", ["tools.page"])
     with pytest.raises(InputError, match="name a run folder"):
         page.main()
+
+
+def test_a_panel_that_varies_keeps_what_was_measured_once_and_rates_are_not_smoothed():
+    lines = [{"step": i, "accuracy": 0.1 * i, "lr": 0.1 * i} for i in range(9)]
+    lines[-1] |= {"eval/accuracy": 0.8, "eval/accuracy_ceiling": 0.9, "eval/loss": 0.4}
+    found = {panel["title"]: panel["series"] for panel in page.panels(lines)}
+    assert [each["points"] for each in found["accuracy"][1:]] == [[(9, 0.8)], [(9, 0.9)]]
+    assert found["loss"] == [] and "smooth" not in found["learning rate"][0]
 
 
 def test_a_watched_page_needs_the_token_and_tells_what_has_changed(tmp_path):
@@ -361,6 +373,10 @@ def test_it_fits_a_wide_and_a_narrow_window(folders, monkeypatch, browser_page, 
     show(browser_page, folder)
     browser_page.locator(".answer").first.get_by_role("button", name="table").click()
     assert browser_page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    sizes = browser_page.locator("#curves svg").evaluate_all(
+        "all => all.map(s => parseFloat(getComputedStyle(s).fontSize) * s.clientWidth / s.viewBox.baseVal.width)"
+    )
+    assert min(sizes) >= 11 and max(sizes) < 16  # pixels
     cards = [card.bounding_box() for card in browser_page.locator("#curves .card").all()[:2]]
     assert (cards[0]["y"] == cards[1]["y"]) == (width > 700)  # side by side where there is room
     for control in browser_page.locator("button:visible, a:visible, summary:visible").all():
@@ -398,7 +414,11 @@ def test_two_runs_stand_side_by_side_and_what_differs_is_marked(folders, monkeyp
     panel = browser_page.locator("#curves .card").filter(has_text="judge, never trained on").locator("svg")
     drawn = panel.locator("path").evaluate_all("all => all.map(path => path.getAttribute('stroke'))")
     assert {"var(--c0)", "var(--c1)"} == set(drawn)
-    marked = browser_page.locator("tr.differs td:first-child").all_text_contents()
+    marked = browser_page.locator(".differs thead th").all_text_contents()
+    for place in ("#head", ".differs"):  # a run is a row, so that a narrow window shows them all
+        rows = browser_page.locator(f"{place} tbody tr")
+        assert [row.locator("td").first.text_content() for row in rows.all()] == [str(a), str(b)]
+    assert browser_page.locator("#legend").text_content() == f"{a}{b}"
     assert {"--kl_coef", "--iterations", "--out"} <= set(marked) and "--lr" not in marked
     texts = [json.loads((x / "report.json").read_text())["answers"][0]["after"]["text"] for x in (a, b)]
     shown = browser_page.locator("#pairs > div").first.locator(".card .text").all_text_contents()
@@ -419,33 +439,86 @@ def test_runs_of_the_other_stages_have_a_page_too(folders, monkeypatch, browser_
     reward.train(reward.Config(data="comparisons.jsonl", init="sft", out="out/reward", response_len=8, lr=1e-4, seed=1))
     for name, title in (("sft", "loss"), ("reward", "accuracy")):
         show(browser_page, folders["tmp"] / "out" / name)
+        assert "step" in browser_page.locator("#curves svg").first.text_content()
         assert title in browser_page.locator("#curves h3").all_text_contents()
         assert "--lr" in browser_page.locator("#options").text_content()
+    accuracy = browser_page.locator("#curves .card").filter(has_text="accuracy")
+    assert accuracy.locator("circle").count() == 1  # measured once, at the end
     assert "held-out accuracy" in browser_page.locator("#head").text_content() and not browser_page.problems
 
 
 @pytest.mark.slow
 @needs_chromium
-def test_a_page_that_is_watched_follows_the_run(folders, browser_page):
-    folder = folders["tmp"] / "run"
+def test_a_ratio_of_rounding_is_no_picture_and_an_error_gives_the_digits(folders, monkeypatch, browser_page):
+    run_ppo(folders, monkeypatch, "out/ppo", lr=1e-7, eval_prompts=12, eval_data=str(folders["tmp"] / "prompts.jsonl"))
+    folder = folders["tmp"] / "out/ppo"
+    lines = runs.read_metrics(folder)
+    write(folder / "metrics.jsonl", [line | {"policy/ratio": 1 + 1e-5 * line["step"]} for line in lines])
+    found = json.loads((folder / "report.json").read_text())
+    found["table"]["score"] = {"before": [1.2, 0.045], "after": [1.31, 0.0058], "change": [0.11, 0.05]}
+    (folder / "report.json").write_text(json.dumps(found))
+    show(browser_page, folder)
+    ratio = browser_page.locator("#curves .card").filter(has_text="ratio of new to old")
+    assert ratio.locator("svg text").all_text_contents()[:3] == ["0.95", "1", "1.05"]
+    assert "ratio" not in browser_page.locator("#tools .choice").first.text_content()
+    cells = browser_page.locator("#report tr").filter(has_text="score").first.locator("td").all_text_contents()
+    assert cells == ["score", "1.200 ± 0.045", "1.310 ± 0.006", "+0.110 ± 0.050"]
+    judged = [answer["judge"] for answer in json.loads((folder / "rollout.json").read_text())["answers"]]
+    press(browser_page, "sort", "judge")
+    assert heads(browser_page, "judge") == sorted(judged, reverse=True)[:12] and len(set(judged)) > 2
+    browser_page.locator("#curves h3 button").first.focus()  # by keyboard: a chart as wide as the window, and back
+    wide = lambda: browser_page.locator("#curves .card").first.bounding_box()["width"] > 1000  # noqa: E731
+    assert not wide()
+    browser_page.keyboard.press("Enter")
+    assert wide() and browser_page.locator("#curves h3 button").first.evaluate("b => b === document.activeElement")
+    browser_page.locator("#curves svg").first.click()
+    assert not wide()
+    browser_page.locator(".tokens").first.focus()
+    browser_page.keyboard.press("ArrowRight")
+    assert "token 1 of" in browser_page.locator("#readout").text_content() and not browser_page.problems
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_a_page_that_is_watched_follows_the_run_and_stays_where_one_was(folders, monkeypatch, browser_page):
+    run_ppo(folders, monkeypatch, "out/ppo", lr=0.01)
+    done, folder = folders["tmp"] / "out/ppo", folders["tmp"] / "run"
     folder.mkdir()
     lines = [{"step": i, "loss/train": 2.0 - 0.1 * i} for i in range(9)]
-    write(folder / "metrics.jsonl", lines[:4])
     server = page.Server([str(folder)], 0)
     threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
+    live = lambda text: browser_page.locator("#live", has_text=text).wait_for(timeout=9000)  # noqa: E731
     try:
         browser_page.goto(server.address)
-        browser_page.locator("#head", has_text="steps4").wait_for(timeout=9000)
+        live("no step yet")
+        for name in ("rollout.json", "report.json"):
+            (folder / name).write_bytes((done / name).read_bytes())
+        write(folder / "metrics.jsonl", lines[:4])
+        began = (folder / "metrics.jsonl").stat().st_mtime - 40
+        about = {"steps": 10, "started": began, "first_step": 0, "options": {}, "seconds": 1.0, "device": "cpu"}
+        (folder / "config.json").write_text(json.dumps(about | {"command": "x"}))
+        live("4 of 10, 1:00 left")  # 40 seconds for 4 steps
+        browser_page.locator(".tokens").nth(2).locator("span").nth(1).click()
+        browser_page.locator("details").last.locator("summary").click()
+        was_open = browser_page.locator("details").last.get_attribute("open")
+        browser_page.locator("#curves svg").first.hover()
+        at = browser_page.locator("#curves .legend").first.text_content()
+        assert "step" in at
         write(folder / "metrics.jsonl", lines)
-        browser_page.locator("#head", has_text="steps9").wait_for(timeout=9000)
+        live("9 of 10")
+        browser_page.wait_for_timeout(100)
+        assert browser_page.locator("#curves .legend").first.text_content() == at
+        assert browser_page.locator(".tokens").nth(2).locator("span").nth(1).get_attribute("class").endswith("at")
+        assert browser_page.locator("details").last.get_attribute("open") == was_open
         browser_page.goto(server.address.removesuffix("/"))
         browser_page.locator("#head", has_text="steps9").wait_for(timeout=9000)
-        write(folder / "metrics.jsonl", lines[:5])
-        browser_page.locator("#head", has_text="steps5").wait_for(timeout=9000)
+        (folder / "config.json").write_text("{")
+        live("cannot be read as a JSON object")
     finally:
         server.shutdown()
         server.server_close()
-    assert not browser_page.problems
+    assert all("503" in problem for problem in browser_page.problems)
+    live("no answer since")
 
 
 @pytest.mark.slow

@@ -2,10 +2,13 @@
 
 python -m tools.sample out/ppo --compare out/sft --prompt "Tell me about a shy owl who lost a red key near the lake."
 python -m tools.sample out/ppo --chat
+python -m tools.sample out/ppo --prompt "…" --reward out/reward
 """
 
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import tiktoken
 import torch
@@ -13,8 +16,9 @@ import torch
 from common import cli, nets
 from common.cli import Count, Number, Share, Whole
 from data import InputError, encode_prompt
-from data.chat import Messages
-from model import GPT
+from data.chat import Messages, template_of
+from model import GPT, ScalarModel
+from tools.page import read_object
 
 
 @dataclass
@@ -22,6 +26,7 @@ class Config:
     prompt: str = ""  # the text to continue
     chat: bool = False  # talk in turns, through the model's chat template; an empty line ends it
     compare: str = ""  # a second run folder, answering beside the first
+    reward: str = ""  # run folder of a reward model: show its score, and for a run of PPO the KL to its frozen copy
     samples: Count = 4  # answers from each model
     response_len: Count = 128  # longest answer, in tokens
     temperature: Number = 1.0  # 0 is greedy
@@ -32,30 +37,61 @@ class Config:
 
 
 def answers(
-    model: GPT, encoding: tiktoken.Encoding, prompt: str | Messages, n: int, cfg: Config, rng: torch.Generator
+    model: GPT,
+    encoding: tiktoken.Encoding,
+    prompt: str | Messages,
+    n: int,
+    cfg: Config,
+    rng: torch.Generator,
+    reward: ScalarModel | None = None,
+    ref: GPT | None = None,
 ) -> list[tuple[str, str]]:
-    """Return n answers to a prompt, each with what is printed behind it: " …" if it did not end."""
+    """Return n answers to a prompt, each with what is printed behind it: " …" if it did not end, score and KL."""
     ids = encode_prompt(encoding, prompt)
-    room = model.config.block_size - max(1, len(ids))
+    context = min(net.config.block_size for net in (model, reward, ref) if net) - len(
+        reward.config.suffix if reward else ()
+    )
+    room = context - max(1, len(ids))
     if room < 1:
-        raise InputError(f"--prompt: {len(ids)} tokens leave no room in the context of {model.config.block_size}")
+        raise InputError(f"--prompt: {len(ids)} tokens leave no room in the context of {context}")
     how = {"temperature": cfg.temperature, "top_k": cfg.top_k, "top_p": cfg.top_p, "generator": rng}
     tokens, prompt_len, length = model.generate([ids] * n, min(cfg.response_len, room), **how)
-    found = []
-    for row, start, end in zip(tokens.tolist(), prompt_len.tolist(), length.tolist()):
-        ended = row[end - 1] in model.config.ends
-        found.append((encoding.decode(row[start : end - ended]), "" if ended else " …"))
-    return found
+    ended = [row[end - 1] in model.config.ends for row, end in zip(tokens.tolist(), length.tolist())]
+    behind = ["" if each else " …" for each in ended]
+    with torch.no_grad():
+        if reward:
+            behind = [f"{mark}  [score {x:+.2f}]" for mark, x in zip(behind, reward.scores(tokens, length).tolist())]
+        if ref:
+            kl = (net.logprobs(tokens, prompt_len, length).sum(1) for net in (model, ref))
+            behind = [f"{mark[:-1]}, KL {x:.2f}]" for mark, x in zip(behind, (next(kl) - next(kl)).tolist())]
+    found = zip(tokens.tolist(), prompt_len.tolist(), length.tolist(), ended)
+    return [(encoding.decode(row[start : end - e]), mark) for (row, start, end, e), mark in zip(found, behind)]
 
 
-def talk(model: GPT, encoding: tiktoken.Encoding, cfg: Config, rng: torch.Generator) -> None:
-    """Read a line, answer it, and so on. The model sees as much of the conversation as fits."""
+def readers(cfg: Config, folder: str, encoding: tiktoken.Encoding, device: torch.device) -> dict[str, Any]:
+    """Return what reads the answers, with --reward: its model, and the frozen copy of the run in `folder`."""
+    if not cfg.reward:
+        return {}
+    reward, its_encoding = nets.load_scalar(cfg.reward, device, "--reward")
+    nets.check_vocabulary(f"--reward {cfg.reward}", its_encoding, encoding, folder)
+    about = {"options": {}} | (read_object(Path(folder) / "config.json") or {})
+    if "kl_coef" not in about["options"]:
+        return {"reward": reward}
+    return {"reward": reward, "ref": nets.load_gpt(about["options"].get("ref") or about["options"]["init"], device)[0]}
+
+
+def talk(model: GPT, encoding: tiktoken.Encoding, cfg: Config, rng: torch.Generator, **readers: Any) -> None:
+    """Read a line, answer it, and so on. The model sees as much of the conversation as fits; without a chat template
+    it sees the line alone, as it is."""
     messages: Messages = []
+    in_turns = bool(template_of(encoding))
+    if not in_turns:
+        print("the model has no chat template, so it goes on with each line as it is")
     while said := input("> ").strip():
         messages.append({"role": "user", "content": said})
         while len(messages) > 1 and len(encode_prompt(encoding, messages)) > model.config.block_size - 16:
             del messages[:2]  # what is oldest no longer fits
-        ((text, mark),) = answers(model, encoding, messages, 1, cfg, rng)
+        ((text, mark),) = answers(model, encoding, messages if in_turns else said, 1, cfg, rng, **readers)
         messages.append({"role": "assistant", "content": text.strip()})
         print(f"{text.strip()}{mark}\n", flush=True)
 
@@ -67,13 +103,13 @@ def main() -> None:
         raise InputError("--chat: takes neither --prompt nor --compare; leave them out")
     for name in filter(None, [folder, cfg.compare]):
         model, encoding = nets.load_gpt(name, device)
-        rng = torch.Generator().manual_seed(cfg.seed)
+        rng, read_by = torch.Generator().manual_seed(cfg.seed), readers(cfg, name, encoding, device)
         if cfg.chat:
             with suppress(EOFError):
-                talk(model, encoding, cfg, rng)
+                talk(model, encoding, cfg, rng, **read_by)
             return
         print(f"\n{name}")
-        for text, mark in answers(model, encoding, cfg.prompt, cfg.samples, cfg, rng):
+        for text, mark in answers(model, encoding, cfg.prompt, cfg.samples, cfg, rng, **read_by):
             print(f"  ·{text}{mark}")
 
 

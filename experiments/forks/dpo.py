@@ -85,7 +85,7 @@ def train(cfg: Config) -> None:
         metrics |= {"grad_norm": norm.item(), "lr": lr}
         shown = ("loss/train", "rewards/accuracies", "rewards/margins", "tokens_per_s")
         tokens = sum(len(row.tokens) for group in batch for row in group.rows)
-        run.log(step, metrics, shown if step % 20 == 0 or step + 1 == steps else (), tokens)
+        run.log(step, metrics, shown, tokens)
         if run.due(step, cfg.save_every or 200):
             run.save(step + 1, policy, encoding, {}, optimizer=optimizer)
     run.finish(device)

@@ -6,6 +6,7 @@ python -m tools.page out/ppo --watch                  serve the page on this mac
 """
 
 import hashlib
+import itertools
 import json
 import re
 import secrets
@@ -47,37 +48,68 @@ PANELS = [
     ("learning rate", "rate", {"lr": ""}),
     ("speed", "tokens per second", {"tokens_per_s": ""}),
 ]
+AT_LEAST = {"policy/ratio": (0.95, 1.05), "objective/kl": (0, 0.1), "objective/kl_max": (0, 0.1)}  # what an axis spans
+EXACT = ("kl_coef", "lr")  # without noise, so not smoothed
 
 
 def panels(lines: list[dict]) -> list[dict]:
-    """Return the panels with their points, without metrics that never change. The last is the path of score and KL."""
+    """Return the panels with their points, without those that never change. The last is the path of score and KL."""
     found = []
     for title, unit, metrics in PANELS:
-        series = []
+        series, varies = [], False
         for name, label in metrics.items():
             points = [(line["step"] + 1, line[name]) for line in lines if name in line]
-            if len({y for _, y in points}) > 1:
-                kind = "dots" if name.startswith(("eval/", "loss/held_out")) else "line"  # measured now and then
-                series.append({"label": label, "kind": kind, "points": evenly(points, MOST_POINTS)})
-        found.append({"title": title, "unit": unit, "series": series})
+            each = {"label": label, "kind": "line", "points": thinned(points)}
+            if name.startswith(("eval/", "loss/held_out")):  # measured now and then
+                each["kind"] = "dots"
+            elif name not in EXACT:
+                each["smooth"] = evenly(smooth(points), MOST_POINTS)
+            series += [each] * bool(points)
+            varies |= len({y for _, y in points}) > 1
+        at_least = AT_LEAST.get(next(iter(metrics)))
+        found.append({"title": title, "unit": unit, "series": series * varies, "at_least": at_least})
     path = [
         (line["objective/kl"], line["objective/scores"])
         for line in lines
         if line.keys() >= {"objective/kl", "objective/scores"}
     ]
     series = [{"label": "", "kind": "path", "points": evenly(path, MOST_POINTS)}]
-    return [*found, {"title": "score against KL", "unit": "score, early iterations pale", "series": series}]
+    path = {"title": "score against KL", "unit": "score, early iterations pale", "series": series}
+    return [*found, path | {"x": "KL to the frozen copy, nats per response", "still": True}]
 
 
-def read_run(folder: str) -> dict[str, Any]:
+def smooth(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    """Return the running mean over a thirtieth of the points to either side."""
+    reach, n = len(points) // 30, len(points)
+    sums = [0.0, *itertools.accumulate(y for _, y in points)]
+    ends = [(max(0, i - reach), min(n, i + reach + 1)) for i in range(n)]
+    return [(x, (sums[b] - sums[a]) / (b - a)) for (x, _), (a, b) in zip(points, ends)]
+
+
+def thinned(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    """Return at most MOST_POINTS of the points: the first, the last, and the lowest and highest of equal parts."""
+    n, parts = len(points), MOST_POINTS // 2 - 1
+    if n <= MOST_POINTS:
+        return points
+    kept = {0, n - 1}
+    for i in range(parts):
+        part = range(n * i // parts, n * (i + 1) // parts)
+        kept |= {choose(part, key=lambda j: points[j][1]) for choose in (min, max)}
+    return [points[i] for i in sorted(kept)]
+
+
+def read_run(folder: str, watched: bool = False) -> dict[str, Any]:
     """Return a run folder as one JSON object. What the folder does not hold is None or empty."""
     path = Path(folder)
     lines = runs.read_metrics(path)
-    if not lines:
+    if not lines and not watched:
         raise InputError(f"{folder}: no step in a metrics.jsonl there; name the folder of a run")
-    unit = "iteration" if "objective/kl" in lines[-1] else "step"
-    found = {"name": folder, "unit": unit, "steps": lines[-1]["step"] + 1, "last": lines[-1], "panels": panels(lines)}
+    last = lines[-1] if lines else {"step": -1}
+    unit = "iteration" if "objective/kl" in last else "step"
+    found = {"name": folder, "unit": unit, "steps": last["step"] + 1, "last": last, "panels": panels(lines)}
     found |= {name: read_object(path / f"{name}.json") for name in ("config", "report", "rollout")}
+    if lines and watched:
+        found["since_start"] = (path / "metrics.jsonl").stat().st_mtime - (found["config"] or {}).get("started", 0)
     if found["report"]:
         answers = found["report"].get("answers", [])
         if not isinstance(answers, list):
@@ -112,9 +144,9 @@ def evenly(items: list, most: int) -> list:
     return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
 
 
-def dumps(folders: list[str], **more: Any) -> str:
+def dumps(folders: list[str], watched: bool, **more: Any) -> str:
     """Return the runs as JSON without a `<` or a line separator, so that it can stand in a script element."""
-    content = {"runs": [read_run(folder) for folder in folders]} | more
+    content = {"runs": [read_run(folder, watched) for folder in folders], "watched": watched} | more
     try:
         return json.dumps(content, allow_nan=False).replace("<", "\\u003c")
     except ValueError:
@@ -125,7 +157,7 @@ def page(folders: list[str], watched: bool = False) -> str:
     """Return the page of some run folders. A watched page may ask the server that it came from, and nobody else."""
     template, *scripts = (path.read_text(encoding="utf-8") for path in FILES)
     whole = web.secured(template.replace("SCRIPT", "\n".join([*scripts, "start();\n"])), connect=watched)
-    return whole.replace("CONTENT", dumps(folders, watched=watched), 1)
+    return whole.replace("CONTENT", dumps(folders, watched), 1)
 
 
 class Server(web.Server):
@@ -141,7 +173,7 @@ class Server(web.Server):
         if action != "runs":
             return web.NOT_FOUND
         version = version_of(self.folders)
-        code, text = (204, "") if query == version else (200, dumps(self.folders, version=version))
+        code, text = (204, "") if query == version else (200, dumps(self.folders, True, version=version))
         return code, text, "application/json"
 
 
@@ -158,7 +190,7 @@ def main() -> None:
     folders = list(dict.fromkeys(name for name in [folder or "", *cfg.compare.split(",")] if name))
     if not folders:
         raise InputError("name a run folder, such as out/ppo")
-    whole = page(folders)
+    whole = page(folders, cfg.watch)
     if not cfg.watch:
         target = Path(folders[0]) / ("compare.html" if len(folders) > 1 else "run.html")
         with replacing(target) as file:

@@ -1,6 +1,4 @@
-// Line charts as SVG. A series is {label, kind: line, dots or path, points, colour, dash}.
-
-const BOX = { height: 190, left: 40, right: 8, top: 8, bottom: 24 };
+// Line charts as SVG. A series is {label, kind: line, dots or path, points, smooth, colour, dash}.
 
 function ticks(low, high, n) { // round numbers between the two, each with its text
   const rough = (high - low) / n || 1, power = 10 ** Math.floor(Math.log10(rough));
@@ -14,65 +12,80 @@ function ticks(low, high, n) { // round numbers between the two, each with its t
   return found;
 }
 
-function smooth(points) { // the running mean over a thirtieth of the points to either side
-  const reach = Math.floor(points.length / 30);
-  return points.map(([x], i) => [x, mean(points.slice(Math.max(0, i - reach), i + reach + 1).map(point => point[1]))]);
-}
-
-function chart(title, unit, series, x_unit, width = 340) {
-  const { height, left, right, top, bottom } = BOX;
-  series = series.map(each => ({ ...each, points: each.points.filter(point => point.every(finite)) }));
-  series = series.filter(each => each.points.length);
+// A panel is {title, unit, x: the name of its axis, series, legend, at_least: what y spans, still: without a hover}.
+function chart(panel, width = 340) {
+  const { title, unit, x: x_name, at_least } = panel, large = view.large.has(title);
+  const height = large ? 420 : width > 400 ? 290 : 210, left = 44, right = 8, top = 8, bottom = 40;
+  if (large) width = innerWidth < 700 ? 340 : 1100;
+  const series = panel.series.map(each => ({ ...each, points: each.points.filter(point => point.every(finite)) }))
+    .filter(each => each.points.length);
   const all = series.flatMap(each => each.points);
   if (!all.length) return null;
   const bound = (i, choose) => all.reduce((found, point) => choose(found, point[i]), all[0][i]);
-  const x0 = bound(0, Math.min), x1 = Math.max(bound(0, Math.max), x0 + 1e-9);
+  const x0 = bound(0, Math.min), x1 = Math.max(bound(0, Math.max), x0 + (panel.still ? 0.01 : 1));
   const spread = bound(1, Math.max) - bound(1, Math.min);
-  const room = spread * 0.06 || Math.abs(all[0][1]) * 0.1 || 1;
-  const y0 = bound(1, Math.min) - room, y1 = bound(1, Math.max) + room;
+  const room = spread * 0.06 || Math.abs(all[0][1]) * 0.1 || 1, [low, high] = at_least ?? [Infinity, -Infinity];
+  const y0 = Math.min(low, bound(1, Math.min) - room), y1 = Math.max(high, bound(1, Math.max) + room);
   const X = x => left + (x - x0) / (x1 - x0) * (width - left - right);
   const Y = y => top + (y1 - y) / (y1 - y0) * (height - top - bottom);
 
-  const legend = div("legend");
-  const label = at => {
-    legend.replaceChildren(...(at === null ? legend_of(series, unit) : numbers_at(series, at, x_unit)));
+  const legend = div("legend"), key = each => sample(each.colour, each.kind, each.dash);
+  const names = panel.legend ?? series.filter(each => each.label);
+  const cursor = s("line", { class: "axis", y1: top, y2: height - bottom });
+  const point_at = at => {
+    cursor.setAttribute("visibility", at === null ? "hidden" : "visible");
+    for (const end of ["x1", "x2"]) cursor.setAttribute(end, X(at ?? x0));
+    const far = point => Math.abs(point[0] - at);
+    const nearest = points => points.reduce((best, point) => far(point) < far(best) ? point : best);
+    const value = each => h("span", {}, key(each), number(nearest(each.points)[1]));
+    legend.replaceChildren(...at === null
+      ? [h("span", {}, unit), ...names.map(each => h("span", {}, key(each), each.label))]
+      : [h("span", {}, `${x_name} ${at}`), ...series.map(value)]);
   };
-  label(null);
-  const cursor = s("line", { class: "axis", y1: top, y2: height - bottom, visibility: "hidden" });
+  point_at(view.cursor?.title === title ? view.cursor.at : null);
   const follow = event => {
     const box = svg.getBoundingClientRect();
     const x = Math.max(left, Math.min(width - right, (event.clientX - box.left) / box.width * width));
-    const at = Math.round(x0 + (x - left) / (width - left - right) * (x1 - x0));
-    const changes = { visibility: "visible", x1: X(at), x2: X(at) };
-    for (const [name, value] of Object.entries(changes)) cursor.setAttribute(name, value);
-    label(at);
+    view.cursor = { title, at: Math.round(x0 + (x - left) / (width - left - right) * (x1 - x0)) };
+    point_at(view.cursor.at);
   };
   const leave = () => {
-    cursor.setAttribute("visibility", "hidden");
-    label(null);
+    if (!svg.isConnected) return; // the page is drawn anew
+    view.cursor = null;
+    point_at(null);
   };
-  const over_steps = series[0].kind !== "path";
+  const enlarge = event => {
+    if (event.pointerType === "touch" && event.currentTarget === svg) return; // a finger reads the numbers
+    view.large[large ? "delete" : "add"](title);
+    const changed = chart(panel);
+    card.replaceWith(changed);
+    changed.querySelector("button").focus({ preventScroll: true });
+  };
   const svg = s("svg",
     {
-      viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": title,
-      onpointermove: over_steps ? follow : null, onpointerleave: leave,
+      viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": title, onclick: enlarge,
+      onpointermove: panel.still ? null : follow, onpointerleave: leave,
     },
-    ticks(y0, y1, 4).map(([y, name]) => [
+    ticks(y0, y1, large ? 8 : 4).map(([y, name]) => [
       s("line", { class: "axis", x1: left, x2: width - right, y1: Y(y), y2: Y(y) }),
-      s("text", { x: left - 5, y: Y(y) + 3.5, "text-anchor": "end" }, name),
+      s("text", { x: left - 5, y: Y(y) + 4, "text-anchor": "end" }, name),
     ]),
-    ticks(x0, x1, 5).map(([x, name]) => s("text", { x: X(x), y: height - 9, "text-anchor": "middle" }, name)),
+    ticks(x0, x1, large ? 10 : 5).map(([x, name]) =>
+      s("text", { x: X(x), y: height - 24, "text-anchor": "middle" }, name)),
+    s("text", { x: (left + width - right) / 2, y: height - 6, "text-anchor": "middle" }, x_name),
     cursor,
     series.map(each => drawn(each, X, Y)));
-  return div("card chart", h("h3", {}, title), legend, svg);
+  const card = div(`card chart${large ? " large" : ""}`,
+    h("h3", {}, h("button", { type: "button", "aria-expanded": String(large), onclick: enlarge }, title)), legend, svg);
+  return card;
 }
 
-function drawn({ kind, points, colour: stroke, dash }, X, Y) {
+function drawn({ kind, points, smooth, colour: stroke, dash }, X, Y) {
   const place = ([x, y], i) => `${i ? "L" : "M"}${X(x).toFixed(1)} ${Y(y).toFixed(1)}`;
   const line = (some, more) => s("path", { d: some.map(place).join(""), fill: "none", stroke, ...more });
   if (kind === "line") {
-    const raw = line(points, { "stroke-width": 1, opacity: 0.28 });
-    return [raw, line(smooth(points), { "stroke-width": 1.9, "stroke-dasharray": dash })];
+    const raw = smooth && line(points, { "stroke-width": 1, opacity: 0.28 });
+    return [raw, line(smooth ?? points, { "stroke-width": 1.9, "stroke-dasharray": dash })];
   }
   const path = kind === "path"; // early points are pale
   const dots = points.map(([x, y], i) => s("circle", {
@@ -82,29 +95,18 @@ function drawn({ kind, points, colour: stroke, dash }, X, Y) {
   return [path && line(points, { "stroke-width": 0.8, opacity: 0.45 }), dots];
 }
 
-function legend_of(series, unit) {
-  const named = series.filter(each => each.label);
-  return named.length ? named.map(each => h("span", {}, dot(each.colour, each.dash), each.label)) : [unit];
-}
-
-function numbers_at(series, at, x_unit) {
-  const far = point => Math.abs(point[0] - at);
-  const nearest = points => points.reduce((best, point) => far(point) < far(best) ? point : best);
-  const value = each => h("span", {}, dot(each.colour, each.dash), number(nearest(each.points)[1]));
-  return [h("span", {}, `${x_unit} ${at}`), ...series.map(value)];
-}
-
 function curves() { // the panels of all runs: one run tells its series by colour, several tell the runs by colour
   const several = runs.length > 1;
   const panels = [...new Set(runs.flatMap(run => run.panels.map(panel => panel.title)))].map(title => {
     const found = runs.map(run => run.panels.find(panel => panel.title === title));
-    const series = found.flatMap((panel, i) => (panel ? panel.series : []).map((each, j) => ({
-      ...each,
-      colour: colour(several ? i : j),
-      dash: several && j ? "4 3" : null,
-      label: several ? visible(runs[i].name) + (panel.series.length > 1 ? `: ${each.label}` : "") : each.label,
-    })));
-    return chart(title, found.find(Boolean).unit, series, runs[0].unit);
+    const shade = (each, i, j) => ({ ...each, colour: colour(several ? i : j), dash: several && j ? "4 3" : null });
+    const series = found.flatMap((panel, i) => panel.series.map((each, j) => shade(each, i, j)));
+    const most = found.map(panel => panel.series).reduce((a, b) => b.length > a.length ? b : a);
+    const x = [...new Set(runs.filter((run, i) => found[i].series.length).map(run => run.unit))].join(" or ");
+    const grey = most.map((each, j) => ({ ...shade(each, 0, j), colour: "var(--soft)" }));
+    const legend = !several ? null : most.length > 1 ? grey : [];
+    return chart({ x, ...found[0], series, legend });
   });
-  return [h("h2", {}, "Curves"), div("grid", panels)];
+  const runs_by_colour = several && h("p", { id: "legend" }, runs.map(run => h("span", { class: "run" }, titled(run))));
+  return [h("h2", {}, "Curves"), runs_by_colour, div("grid", panels)];
 }

@@ -47,8 +47,18 @@ function number(x, signed = false) {
   if (Number.isInteger(x) || size >= 1000) return sign + size.toLocaleString("en", { maximumFractionDigits: 0 });
   return sign + size.toFixed(size >= 100 ? 0 : size >= 10 ? 1 : size >= 1 ? 2 : size >= 0.01 ? 3 : 4);
 }
-const pair = ([x, error, high], n) => high !== undefined ? `${number(x)} [${number(error)}, ${number(high)}]`
-  : finite(error) ? `${number(x)} ± ${number(error)}` : `${number(x)} (n ${n})`; // an interval, or an error if known
+
+// A measure is [mean, error or null] or [share, low, high]. Its digits are those that the error leaves, alike in a row.
+function digits_of(measures) {
+  const errors = measures.map(([, low, high]) => high === undefined ? low : (high - low) / 2).filter(x => x > 0);
+  const digits = errors.map(x => (x.toExponential()[0] === "1") - Math.floor(Math.log10(x))); // one, of 0.012 two
+  return errors.length ? Math.max(0, Math.min(4, Math.max(...digits))) : 3;
+}
+const fixed = (x, digits, sign = "") => (x < 0 ? "−" : x > 0 ? sign : "") + Math.abs(x).toFixed(digits);
+function pair(measure, n, digits = digits_of([measure]), sign = "") {
+  const [x, ...ends] = measure.map((each, i) => finite(each) ? fixed(each, digits, i ? "" : sign) : null);
+  return ends.length > 1 ? `${x} [${ends[0]}, ${ends[1]}]` : ends[0] ? `${x} ± ${ends[0]}` : `${x} (n ${n})`;
+}
 
 function clock(seconds) {
   if (seconds < 90) return `${Math.round(seconds)} s`;
@@ -59,11 +69,13 @@ function clock(seconds) {
 
 const WINS = "wins against the reference";
 const short = name => visible(name).replace(/^.*:/, ""); // a judge without its file
-const colour = i => `var(--c${i % 5})`;
-const dot = (shade, pale) => h("i", { class: "dot", css: { background: shade, opacity: pale ? 0.5 : 1 } });
-const titled = run => [runs.length > 1 && dot(colour(runs.indexOf(run))), visible(run.name)];
+const colour = i => `var(--c${i % 10})`;
+const sample = (shade, kind, dash) =>
+  h("i", { class: kind === "line" ? `line${dash ? " dashed" : ""}` : "dot", css: { color: shade } });
+const titled = run => [runs.length > 1 && sample(colour(runs.indexOf(run))), visible(run.name)];
 
-function facts_of({ config: { options, ...about } }) { // what a run was, with its options as they are written
+// What a run was, with its options as they are written; not what the time left is counted from.
+function facts_of({ config: { options, steps, started, first_step, ...about } }) {
   return { ...about, ...Object.fromEntries(Object.entries(options).map(([name, x]) => [`--${name}`, x])) };
 }
 const said = x => x === null || x === undefined ? "–" : x === "" ? "(empty)" : visible(x);
@@ -71,7 +83,8 @@ const said = x => x === null || x === undefined ? "–" : x === "" ? "(empty)" :
 function differing(able) {
   const facts = able.map(facts_of);
   const names = [...new Set(facts.flatMap(Object.keys))];
-  return names.filter(name => new Set(facts.map(each => JSON.stringify(each[name]))).size > 1);
+  const unlike = names.filter(name => new Set(facts.map(each => JSON.stringify(each[name]))).size > 1);
+  return unlike.sort((a, b) => b.startsWith("--") - a.startsWith("--"));
 }
 
 // --- sections -------------------------------------------------------------------------------------------------------
@@ -79,11 +92,14 @@ function differing(able) {
 function head() {
   if (runs.length === 1) return head_of(runs[0]);
   const able = runs.filter(run => run.config);
-  const unlike = differing(able).filter(name => name.startsWith("--") && name !== "--out");
+  const all = differing(able), mixed = all.includes("stage");
+  const unlike = all.filter(name => mixed ? name === "stage" : name.startsWith("--") && name !== "--out");
   const each = run => unlike.map(name => `${name} ${said(facts_of(run)[name])}`).join("  ");
+  const reported = runs.filter(run => run.report?.table);
   return [
     h("h1", {}, runs.map(run => h("span", { class: "run" }, titled(run)))),
     able.map(run => h("p", {}, titled(run), " ", h("code", { class: "soft" }, each(run)))),
+    reported.length > 0 && div("grid wide", div("card", report_table(reported))),
   ];
 }
 
@@ -91,13 +107,17 @@ function head_of(run) {
   const { config, report, last } = run, tiles = [];
   const tile = (name, value, more) => tiles.push(div("card tile", soft(name), h("b", {}, value), soft(more)));
   for (const [name, { before, after, change }] of Object.entries(report?.table ?? {}).slice(0, 5)) {
-    const sign = change[0] > 0 ? "+" : "";
-    tile(short(name), `${number(before[0])} → ${number(after[0])}`, sign + pair(change, report.answers.length));
+    const digits = digits_of([before, after, change]), [from, to] = [before, after].map(([x]) => fixed(x, digits));
+    tile(short(name), `${from} → ${to}`, pair(change, report.answers.length, digits, "+"));
   }
   if (report?.win_rate) tile(WINS, number(report.win_rate[0]), `by ${short(report.by)}, ties half`);
-  const { "eval/accuracy": accuracy, "eval/accuracy_low": low, "eval/accuracy_high": high } = report?.metrics ?? {};
-  if (finite(accuracy)) tile("held-out accuracy", number(accuracy), finite(low) && `95%: ${number(low)} to ${number(high)}`);
+  const found = end => report?.metrics?.[`eval/accuracy${end}`];
+  const [accuracy, low, high, ceiling] = ["", "_low", "_high", "_ceiling"].map(found);
+  const allowed = finite(ceiling) ? `of ${fixed(ceiling, 3)} that the noise in the labels allows` : "";
+  const interval = finite(low) ? `95%: ${fixed(low, 3)} to ${fixed(high, 3)}, ` : "";
+  if (finite(accuracy)) tile("held-out accuracy", fixed(accuracy, 3), interval + allowed);
   if (finite(last["loss/held_out"])) tile("held-out loss", number(last["loss/held_out"]), "nats per token");
+  if (finite(last["eval/loss"])) tile("held-out loss", number(last["eval/loss"]), "nats per comparison");
   tile(`${run.unit}s`, number(run.steps), config ? `${clock(config.seconds)} on ${visible(config.device)}` : "");
   const command = config && h("code", { class: "soft" }, visible(config.command));
   return [h("h1", {}, visible(run.name)), h("p", {}, command), div("grid tiles", tiles)];
@@ -109,25 +129,27 @@ function report() {
   if (!able.length && !measured.length) return [];
   return [
     h("h2", {}, able.length ? "Before and after" : "Held out"),
-    able.length > 0 && [div("card", report_table(able)), side_by_side(able)],
+    able.length > 0 && [runs.length === 1 && div("card", report_table(able)), side_by_side(able)],
     div("grid", measured.map(reliability)),
   ];
 }
 
 function report_table(able) {
   const names = [...new Set(able.flatMap(run => Object.keys(run.report.table)))];
-  if (able.length === 1) {
-    const { table: found, win_rate, answers } = able[0].report;
-    const cells = name => ["before", "after", "change"].map(column => pair(found[name][column], answers.length));
-    const rows = names.map(name => row([short(name), ...cells(name)]));
+  if (runs.length === 1) {
+    const { table: found, win_rate, answers: { length } } = able[0].report;
+    const cells = ({ before, after, change }, digits = digits_of([before, after, change])) =>
+      [pair(before, length, digits), pair(after, length, digits), pair(change, length, digits, "+")];
+    const rows = names.map(name => row([short(name), ...cells(found[name])]));
     return table(["held-out prompts", "before", "after", "change"],
       [...rows, row([WINS, "", pair(win_rate), ""])]);
   }
-  const cell = ({ table: found, answers }, name) =>
-    found[name] ? `${number(found[name].before[0])} → ${pair(found[name].after, answers.length)}` : "–";
-  const rows = names.map(name => row([short(name), ...able.map(run => cell(run.report, name))]));
-  return table(["held-out prompts", ...able.map(titled)],
-    [...rows, row([WINS, ...able.map(run => pair(run.report.win_rate))])]);
+  const digits = names.map(name => digits_of(able.map(run => run.report.table[name]?.after ?? [])));
+  const cell = ({ table: found, answers }, name, i) =>
+    found[name] ? pair(found[name].after, answers.length, digits[i]) : "–";
+  const cells = found => [...names.map((name, i) => cell(found, name, i)), pair(found.win_rate)];
+  const rows = able.map(run => row([titled(run), ...cells(run.report)]));
+  return table(["after", ...names.map(short), WINS], rows);
 }
 
 function side_by_side(able) { // the answers of all runs to the same held-out prompts
@@ -142,15 +164,17 @@ function side_by_side(able) { // the answers of all runs to the same held-out pr
     return h("div", {}, h("h3", { class: "asked" }, text(asked.prompt, "(empty prompt)")),
       div("grid wide", side("before", asked.before), sides));
   });
-  const more = h("details", {}, h("summary", {}, `${prompts.length - 6} more prompts`), prompts.slice(6));
+  const more = fold("more", `${prompts.length - 6} more prompts`, false, prompts.slice(6));
   return [h("div", { id: "pairs" }, prompts.slice(0, 6)), prompts.length > 6 && more];
 }
 
 function reliability(run) {
   const points = run.report.calibration.map(([, , , predicted, observed]) => [predicted, observed]);
-  const diagonal = { kind: "line", points: [[0, 0], [1, 1]], colour: "var(--soft)", dash: "3 3" };
+  const diagonal = { kind: "line", dash: "3 3", points: [[0, 0], [1, 1]], colour: "var(--soft)" };
   const series = [diagonal, { kind: "dots", points, colour: colour(runs.indexOf(run)) }];
-  return chart("predicted and observed win rate", "observed, held out", series, "predicted");
+  const whose = runs.length > 1 ? `, ${visible(run.name)}` : "";
+  const title = `predicted and observed win rate${whose}`;
+  return chart({ title, unit: "observed, held out", x: "predicted", still: true, series });
 }
 
 function samples() {
@@ -169,31 +193,56 @@ function options() {
   const list = names => h("dl", { class: "facts card" },
     names.map(name => h("div", {}, h("dt", {}, visible(name)), h("dd", {}, said(facts[0][name])))));
   const chosen = alike.filter(name => name.startsWith("--"));
-  const cells = name => facts.map(each => h("code", {}, said(each[name])));
-  const rows = unlike.map(name => row([visible(name), ...cells(name)], "differs"));
+  const rows = able.map((run, i) => row([titled(run), ...unlike.map(name => h("code", {}, said(facts[i][name])))]));
   return [
     h("h2", {}, "What the run was"),
-    unlike.length > 0 && [h("p", {}, soft("What differs:")), div("card", table(["", ...able.map(titled)], rows))],
+    unlike.length > 0 && [h("p", {}, soft("What differs:")), div("card differs",
+      table(["", ...unlike.map(visible)], rows))],
     list(alike.filter(name => !name.startsWith("--"))),
-    h("details", { open: runs.length === 1 ? "" : null },
-      h("summary", {}, `${chosen.length} options${unlike.length ? " that are the same" : ""}`), list(chosen)),
+    fold("options", `${chosen.length} options${unlike.length ? " that are the same" : ""}`, runs.length === 1,
+      list(chosen)),
   ];
+}
+
+function fold(key, summary, open, ...content) { // stays as it was left when the page is drawn anew
+  const turn = event => view.folds.set(key, event.currentTarget.open);
+  const shown = view.folds.get(key) ?? open ? "" : null;
+  return h("details", { open: shown, ontoggle: turn }, h("summary", {}, summary), content);
 }
 
 // --- the page -------------------------------------------------------------------------------------------------------
 
 const SECTIONS = { head, curves, tokens, report, samples, options };
 const LINKS = { curves: "Curves", tokens: "Tokens", report: "Report", samples: "Samples", options: "Options" };
-const draw = name => document.getElementById(name).replaceChildren(...SECTIONS[name]().flat(9).filter(Boolean));
+function draw(name) {
+  document.getElementById(name).replaceChildren(...SECTIONS[name]().flat(9).filter(Boolean));
+  if (name === "tokens" && view.at) select(document.getElementById(view.at[0])?.querySelectorAll("span")[view.at[1]]);
+}
+
+// What a section is drawn from: as long as it is the same, the section stays as it is.
+const SOURCES = { head: run => run, curves: run => run.panels, tokens: run => run.rollout };
+const drawn_from = {};
 
 function draw_all() {
-  prepare();
   document.title = runs.map(run => run.name).join(", ");
-  Object.keys(SECTIONS).forEach(draw);
+  for (const name of Object.keys(SECTIONS)) {
+    const source = JSON.stringify(runs.map(SOURCES[name] ?? (run => [run.config, run.report, run.samples])));
+    if (drawn_from[name] === source) continue;
+    drawn_from[name] = source;
+    draw(name);
+  }
   const there = Object.entries(LINKS).filter(([name]) => document.getElementById(name).childNodes.length);
   const links = there.map(([name, label]) => h("a", { href: `#${name}` }, label));
   const theme = h("button", { type: "button", "aria-label": "light or dark", onclick: other_theme }, "◐");
-  document.getElementById("nav").replaceChildren(...links, theme);
+  document.getElementById("nav").replaceChildren(...links, h("span", { id: "live", role: "status" }, live), theme);
+}
+
+function progress({ config, steps, since_start }) {
+  const { steps: all, first_step: first } = config ?? {};
+  if (!steps) return "no step yet";
+  if (!all || steps >= all) return `${steps}${all ? ` of ${all}, all done` : ""}`;
+  const left = since_start / (steps - first) * (all - steps);
+  return `${steps} of ${all}, ${Math.floor(left / 60)}:${String(Math.floor(left % 60)).padStart(2, "0")} left`;
 }
 
 function other_theme() {
@@ -202,7 +251,7 @@ function other_theme() {
   root.colorScheme = dark ? "light" : "dark";
 }
 
-let version = "";
+let version = "", live = "", answered = new Date();
 async function follow() {
   try {
     const reply = await fetch(`${location.pathname.replace(/\/?$/, "/")}runs?${version}`);
@@ -210,9 +259,12 @@ async function follow() {
       ({ runs, version } = await reply.json());
       draw_all();
     }
+    live = reply.status > 204 ? await reply.text() : runs.map(progress).join("; ");
+    answered = new Date();
   } catch {
-    document.title = "no answer from tools.page";
+    live = `no answer since ${answered.toTimeString().slice(0, 5)}`;
   }
+  document.getElementById("live").replaceChildren(live);
   setTimeout(follow, 2000);
 }
 

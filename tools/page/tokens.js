@@ -22,7 +22,7 @@ const QUANTITIES = {
     meaning: "what the value net learns to expect here. Warm: less than on average. Cool: more.",
   },
   ratio: {
-    name: "ratio", warm: -1, adds_up: false, pale: 1,
+    name: "ratio", warm: -1, adds_up: false, pale: 1, least: 0.01,
     meaning: "π in the last epoch ÷ π before the update. Warm: made rarer. Cool: made likelier.",
   },
   logp: {
@@ -44,25 +44,30 @@ const SORTS = {
   KL: answer => sum(answer.kl),
   length: answer => answer.tokens.length,
   "worst token": answer => Math.max(...answer.kl),
+  judge: answer => answer.judge ?? 0,
   "as sampled": (answer, i) => -i,
 };
 const view = {
   colour: "kl", sort: "score", down: true, // a key of QUANTITIES, a key of SORTS
   run: 0, shown: 12, open: new Set(), // the run, how many of its answers are shown, which of them with their table
   numbers: false, alike: null, // whether numbers stand under the tokens; the token that is underlined everywhere
+  at: null, // the token that is selected: the numbers of its answer and of itself
+  large: new Set(), cursor: null, folds: new Map(), // of the charts, and of what can be folded
 };
-const scales = {}; // of each quantity: what is drawn pale, and how far from it the colour is full
+let scales = {}; // of each quantity of the run: what is drawn pale, and how far from it the colour is full
 const change = changes => { Object.assign(view, changes); draw("tokens"); };
 
-function prepare() {
-  const answers = runs.flatMap(run => run.rollout ? run.rollout.answers : []);
+function scales_of({ answers }) {
+  const found = {};
   for (const answer of answers) answer.kl = answer.logp.map((x, i) => x - answer.ref_logp[i]);
-  for (const [key, { pale }] of Object.entries(QUANTITIES)) {
+  for (const [key, { pale, least = 0 }] of Object.entries(QUANTITIES)) {
     const all = answers.flatMap(answer => answer[key] || []).filter(finite);
     const centre = pale ?? mean(all);
     const far = all.map(x => Math.abs(x - centre)).sort((a, b) => a - b);
-    if (all.length) scales[key] = { centre, reach: far[Math.floor(far.length * 0.975)] || far.at(-1) || 1 };
+    const reach = Math.max(least, far[Math.floor(far.length * 0.975)] || far.at(-1) || 1);
+    if (far.at(-1) >= least / 10) found[key] = { centre, reach }; // else it is rounding alone
   }
+  return found;
 }
 
 function paint(key, x) {
@@ -113,16 +118,18 @@ function read_out(answer, i) {
 
 function select(span) {
   document.querySelectorAll(".tokens .at").forEach(each => each.classList.remove("at"));
+  if (!span) return;
+  view.at = [span.parentNode.id, [...span.parentNode.querySelectorAll("span")].indexOf(span)];
   span.classList.add("at");
   span.dispatchEvent(new Event("pointerenter"));
 }
 
 addEventListener("keydown", event => {
   const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
-  const at = document.querySelector(".tokens .at");
-  if (!at || !step) return;
-  const all = [...at.parentNode.querySelectorAll("span")];
-  const next = all[all.indexOf(at) + step];
+  const at = document.querySelector(".tokens .at"), focused = document.activeElement.closest(".tokens");
+  if (!(at || focused) || !step) return;
+  const all = [...(focused ?? at.parentNode).querySelectorAll("span")];
+  const next = all.includes(at) ? all[all.indexOf(at) + step] : all[0];
   if (!next) return;
   event.preventDefault();
   select(next);
@@ -164,12 +171,13 @@ function answer_card(answer, number_of, kl_coef) {
   const turn = () => { view.open[open ? "delete" : "add"](number_of); draw("tokens"); };
   return h("article", { class: "card answer" },
     h("header", {},
-      fact("score", number(answer.score, true)), fact("KL", number(kl)), fact("tokens", answer.tokens.length),
+      fact("score", number(answer.score, true)), finite(answer.judge) && fact("judge", number(answer.judge)),
+      fact("KL", number(kl)), fact("tokens", answer.tokens.length),
       fact("score − β KL", number(answer.final_score - kl_coef * kl, true)),
       !answer.ended && h("span", { class: "name" }, "did not end"),
       h("button", { type: "button", "aria-expanded": String(open), onclick: turn }, open ? "hide the table" : "table")),
     div("soft", text(answer.prompt, "(empty prompt)")),
-    div("tokens", token_spans(answer)),
+    h("div", { class: "tokens", id: `answer-${number_of}`, tabindex: 0 }, token_spans(answer)),
     open && token_table(answer));
 }
 
@@ -186,7 +194,7 @@ function where(answers) {
     tokens.get(key).all.push(x);
   });
   const reached = positions.filter(all => all.length >= answers.length / 20); // few answers are that long
-  const line = { kind: "line", points: reached.map((all, i) => [i + 1, mean(all)]), colour: colour(0) };
+  const series = [{ kind: "line", points: reached.map((all, i) => [i + 1, mean(all)]), colour: colour(0) }];
   const measure = each => adds_up ? sum(each.all) : mean(each.all);
   const weight = each => Math.abs(measure(each) - centre);
   const often = [...tokens.values()].filter(each => adds_up || each.all.length >= Math.min(5, answers.length));
@@ -196,27 +204,28 @@ function where(answers) {
     background: paint(view.colour, measure(each) > centre ? Infinity : -Infinity),
   } });
   const rows = most.map(each => {
-    const cells = [name_of(each.token), each.all.length, number(measure(each), true), bar(each)];
+    const cells = [name_of(each.token), each.all.length, tell(view.colour, measure(each)), bar(each)];
     const turn = () => change({ alike: view.alike === each.key ? null : each.key });
-    return h("tr", { onclick: turn }, cells.map(cell => h("td", {}, cell)));
+    const at_key = event => event.key === "Enter" && turn();
+    return h("tr", { onclick: turn, onkeydown: at_key, tabindex: 0 }, cells.map(cell => h("td", {}, cell)));
   });
   const width = innerWidth < 700 ? 340 : 560;
   return div("grid wide",
-    chart(`${name} by position`, "mean over the answers", [line], "token", width),
+    chart({ title: `${name} by position`, unit: "mean over the answers", x: "token", series }, width),
     div("card bars",
       h("h3", {}, adds_up ? `tokens with the most ${name}, in all` : `tokens furthest from the usual ${name}`),
       table(["token", "times", adds_up ? "sum" : "mean", ""], rows)));
 }
 
-function tools() {
+function tools(judged) {
   const { warm } = QUANTITIES[view.colour], { centre, reach } = scales[view.colour];
   const [left, right] = warm > 0 ? ["--cold", "--hot"] : ["--hot", "--cold"];
   const bar = `linear-gradient(90deg, ${tint(left, 74)}, transparent, ${tint(right, 74)})`;
-  const ends = [centre - reach, centre + reach].map(x => number(x));
+  const ends = [centre - reach, centre + reach].map(x => tell(view.colour, x));
   const scale = h("span", { class: "scale" }, ends[0], h("i", { css: { background: bar } }), ends[1]);
   const colours = Object.keys(scales).map(key =>
     button(QUANTITIES[key].name, key === view.colour, () => change({ colour: key })));
-  const sorts = Object.keys(SORTS).map(key => {
+  const sorts = Object.keys(SORTS).filter(key => key !== "judge" || judged).map(key => {
     const chosen = key === view.sort, arrow = view.down ? " ↓" : " ↑";
     const turn = () => change(chosen ? { down: !view.down } : { sort: key, down: true });
     return button(key + (chosen ? arrow : ""), chosen, turn);
@@ -231,6 +240,8 @@ function tokens() {
   const able = runs.filter(run => run.rollout && run.rollout.answers.length);
   if (!able.length) return [];
   const run = able.includes(runs[view.run]) ? runs[view.run] : able[0];
+  scales = run.scales ??= scales_of(run.rollout);
+  if (!scales[view.colour]) view.colour = "kl";
   const { answers, iteration, kl_coef } = run.rollout, { name, meaning } = QUANTITIES[view.colour];
   const weights = answers.map(SORTS[view.sort]), sign = view.down ? -1 : 1;
   const order = answers.map((answer, i) => i).sort((i, j) => sign * (weights[i] - weights[j]) || i - j);
@@ -240,8 +251,8 @@ function tokens() {
     h("h2", {}, "Token by token"),
     h("p", {}, soft(`${about}: where the KL was spent, and where blame fell.`)),
     able.length > 1 && div("row", div("choice", soft("run"), able.map(each =>
-      button(each.name, each === run, () => change({ run: runs.indexOf(each), shown: 12 }))))),
-    tools(),
+      button(each.name, each === run, () => change({ run: runs.indexOf(each), shown: 12, at: null }))))),
+    tools(answers.some(answer => finite(answer.judge))),
     h("p", {}, soft(h("b", {}, name), `: ${meaning}`)),
     where(answers),
     div(view.numbers ? "numbers" : null, order.slice(0, view.shown).map(i => answer_card(answers[i], i, kl_coef))),

@@ -1,0 +1,99 @@
+"""What a run says at the console and returns to Python, and how the options of a run are taken again."""
+
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+import ppo
+import reward
+import sft
+from common import about, cli, dist, runs
+from data import InputError
+from tools import sample
+
+
+def test_steps_are_printed_two_seconds_apart_beside_the_first_the_last_and_those_evaluated(monkeypatch, capsys):
+    now = SimpleNamespace(time=lambda: now.clock, clock=0.0)
+    monkeypatch.setattr(runs, "time", now)
+    logs = SimpleNamespace(step=0, steps=40, times={}, logged_at=0.0, shown_at=0.0, started=0.0, board=None)
+    logs.append = lambda name, line: None
+    for step in range(40):
+        now.clock += 0.25
+        logs.times = {"time/evaluate": 0.1} if step == 20 else {}
+        runs.Run.log(logs, step, {"loss": 1.0}, ["loss"], 9)
+    shown = [int(line.split("/")[0].split()[1]) for line in capsys.readouterr().out.splitlines()]
+    assert shown == [1, 9, 17, 21, 29, 37, 40]
+
+
+def test_what_takes_over_five_seconds_says_how_far_it_is(monkeypatch, capsys):
+    now = SimpleNamespace(time=lambda: now.clock, clock=0.0)
+    monkeypatch.setattr(dist, "time", now)
+    for part in dist.counted(range(8), "sampling"):
+        now.clock = 2.0 * (part + 1)
+    said = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert said == ["sampling: 37%, 0:00:10 left", "sampling: 75%, 0:00:04 left"]
+
+
+@pytest.mark.parametrize(
+    "stage, folders, said",
+    [
+        ("sft", {"init": "out/pretrain", "out": "out/sft"}, "python reward.py"),
+        ("sft", {"init": "out/base", "out": "out/mine"}, "python reward.py --init out/mine"),
+        ("sft", {"init": "", "out": "out/base"}, "python sft.py --init out/base --data PAIRS.jsonl"),
+        ("reward", {"init": "out/sft", "out": "out/reward"}, "python ppo.py"),
+        ("reward", {"init": "out/a b", "out": "out/r"}, "python ppo.py --init 'out/a b' --reward out/r"),
+        ("ppo", {"init": "out/sft", "out": "out/ppo"}, "python -m tools.sample out/ppo --chat"),
+    ],
+)
+def test_a_run_ends_with_the_command_that_goes_on_from_it(stage, folders, said):
+    assert about.next_command(stage, SimpleNamespace(**folders)) == said
+
+
+def test_from_python_the_stages_return_what_they_found(folders, monkeypatch, capsys):
+    monkeypatch.chdir(folders["tmp"])
+    settings = dict(data="prompts.jsonl", init="sft", reward="reward", iterations=2, batch_size=16, minibatch_size=8)
+    found = ppo.train(ppo.Config(**settings, response_len=8, eval_prompts=8, out="out/two"))
+    assert json.loads(json.dumps(found)) == json.loads((folders["tmp"] / "out/two/report.json").read_text())
+    assert "next: python -m tools.sample out/two --chat" in capsys.readouterr().out
+    found = reward.train(reward.Config(data="comparisons.jsonl", init="sft", out="out/r", response_len=8, lr=1e-4))
+    assert found["metrics"] == json.loads((folders["tmp"] / "out/r/report.json").read_text())["metrics"]
+    assert sft.train(sft.Config(data="pairs.jsonl", init="sft", out="out/s"))["loss/held_out"] > 0
+
+
+def test_like_takes_the_options_of_a_run_and_the_command_line_goes_first(tmp_path):
+    given = ["--kl_coef", "0", "--lr", "0.001", "--unended_cap", "inf", "--compile", "--out", "out/x", "--resume"]
+    made = cli.parse(ppo.Config, given)
+    write_config(tmp_path, made.__dict__)
+    found = cli.parse(ppo.Config, ["--like", str(tmp_path), "--lr", "0.5"])
+    assert found == ppo.Config(kl_coef=0.0, lr=0.5, unended_cap=float("inf"), compile=True)
+    assert cli.parse(ppo.Config, ["--like", str(tmp_path), "--out", "y"]).out == "y"
+    for folder, config in ((tmp_path, sft.Config), (tmp_path / "nowhere", ppo.Config)):
+        with pytest.raises(InputError, match="--like .*: holds no config.json of a run of this stage"):
+            cli.parse(config, ["--like", str(folder)])
+    write_config(tmp_path, {"lr": "much"})
+    with pytest.raises(InputError, match="--lr: invalid float value: 'much'"):
+        cli.parse(ppo.Config, ["--like", str(tmp_path)])
+
+
+def write_config(folder, options):
+    (folder / "config.json").write_text(json.dumps({"options": options}))
+
+
+def test_the_sampler_tells_the_score_and_the_kl_of_each_answer(folders, monkeypatch, capsys):
+    write_config(folders["sft"], {"kl_coef": 0.1, "ref": "", "init": str(folders["sft"])})
+    words = ["--prompt", "ask me", "--samples", "2", "--response_len", "9", "--reward", str(folders["reward"])]
+    monkeypatch.setattr(sys, "argv", ["tools.sample", str(folders["sft"]), *words])
+    sample.main()
+    said = capsys.readouterr().out
+    assert said.count("[score ") == 2 and said.count(", KL 0.00]") == 2  # it is its own frozen copy
+
+
+def test_a_model_without_a_chat_template_goes_on_with_each_line(folders, encoding, gpt, monkeypatch, capsys):
+    said = iter(["ask me", "yes", ""])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(said))
+    asked = []
+    monkeypatch.setattr(sample, "answers", lambda model, encoding, prompt, *more: asked.append(prompt) or [("no", "")])
+    sample.talk(gpt, encoding, sample.Config(), None)
+    assert asked == ["ask me", "yes"] and capsys.readouterr().out.count("no chat template") == 1
