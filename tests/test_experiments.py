@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,8 +18,9 @@ import reward
 import sft
 from common import cli, measure, runs
 from data import InputError
-from experiments import adaptive, fewer, harness, helpful, lora, overoptimise, race, recipe, reviews
+from experiments import adaptive, atlas, fewer, harness, helpful, lora, overoptimise, race, recipe, reviews
 from experiments.forks import __main__ as forks
+from tests import puzzle
 from tests.conftest import ROOT
 from tools import evaluate
 
@@ -342,3 +344,19 @@ def test_a_run_that_diverged_is_a_result_where_that_is_asked_for(tmp_path, monke
         assert f"failed: {said}" in text and not harness.closing_table(text)
     with pytest.raises(SystemExit, match="objective/kl is nan"):
         harness.stage(tmp_path / "runs", "fourth", "diverge.py")
+
+
+def test_a_puzzle_is_a_copy_with_one_change_that_it_tells_only_when_asked(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    said = []
+    for words in ([], ["--hint"], ["--reveal"]):
+        monkeypatch.setattr("sys.argv", ["puzzle", "17", *words])
+        puzzle.main()
+        said.append(capsys.readouterr().out)
+    copied = {str(path.relative_to("out/puzzle-17")): path.read_text() for path in Path("out/puzzle-17").rglob("*.py")}
+    (changed,) = [name for name, text in copied.items() if text != (ROOT / name).read_text()]
+    ast.parse(copied[changed])
+    assert "python out/puzzle-17/ppo.py --out out/puzzled-17" in said[0]
+    assert changed not in said[0].replace("puzzle-17/ppo.py", "").replace("python ppo.py", "")
+    assert changed in said[1] and f"`{changed}`" in said[2] and "```diff\n- " in said[2]
+    assert {puzzle.form_of(i) for i in range(len(atlas.shown_forms()))} == set(atlas.shown_forms())
