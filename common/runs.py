@@ -19,7 +19,7 @@ from typing import Any
 import tiktoken
 import torch
 
-from common import about, dist, folders, nets
+from common import about, alarms, dist, folders, nets
 from common.dist import RANK, WORLD
 from common.judges import ROOT
 from data.files import InputError, cannot_write, replacing
@@ -145,6 +145,8 @@ class Run:
             for name, x in metrics.items():
                 self.board.add_scalar(name, x, step)
             self.board.flush()
+        if said := alarms.impossible(metrics, self.cfg, first=step == 0):
+            print(f"step {step + 1}: impossible: {said}", flush=True)
         if show:
             left = (now - self.started) / (step + 1 - self.step) * (self.steps - step - 1)
             names = {name: name if "eval/" in name else name.split("/")[-1] for name in show if name in metrics}
