@@ -10,8 +10,8 @@ def impossible(metrics: dict[str, float], cfg: Any, first: bool) -> str:
     all cases at most, since the mean of π₀ / π is 1 at most (Markov).
     """
     kl, rounding = metrics.get("objective/kl", 0.0), 0.01 * metrics.get("response_len", 0)
-    still = metrics.get("lr") == 0
-    if still and metrics.get("policy/approxkl", 0.0) > 0.01:
+    apart, still = abs(metrics.get("policy/ratio", 1.0) - 1), metrics.get("lr") == 0
+    if still and max(apart, metrics.get("policy/approxkl", 0.0)) > 0.02:
         return "the ratio is not 1 though the policy stands still: compare how old and new log-probabilities are made"
     if (still or first) and rounding and cfg.ref in ("", cfg.init) and abs(kl) > rounding:
         return "the KL is not 0 though the policy is still the reference: compare how logp and ref_logp are made"

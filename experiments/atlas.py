@@ -5,8 +5,8 @@
     python -m experiments.atlas --finished                      run nothing: keep what has run until now
     python -m experiments.atlas --page                          write atlas.md and its figures, from the results alone
 
-Each form is made in a copy of the project. It runs on the tales from the starts of experiments.kl, seeds 30 and 31, and
-in the world of letters (letters.py) at β = 0.6. It writes experiments/results/atlas.json. A stopped run goes on.
+Each form runs in a copy of the project, on the tales (starts of experiments.kl) and in the world of letters. What has
+ended stands in experiments/results/atlas.json. A stopped run goes on.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from experiments import atlas_page, letters
 from experiments.harness import FOLDER, JUDGE, stage, start, write_results
 from tests.test_mistakes import forms, plant
 
-SEEDS, BETA, CHANCE = (30, 31), 0.6, "another seed"  # the right run with another seed: what chance does
+SEEDS, BETA, CHANCE = (30, 31), 0.6, "another seed"  # of the right run: what chance does
 FILES = ("ppo.py", "model.py", "fast.py", "common/nets.py", "common/dist.py", "common/measure.py")  # that PPO runs
 NEEDS = {  # mistakes that no such run can show
     2: "dropout", 21: "two processes", 22: "a resume", 23: "a new head", 33: "the closing table", 37: "two processes"
@@ -70,9 +70,9 @@ def place(name: str, options: dict[str, object], world: int | str) -> tuple[Path
 def run(name: str, options: dict[str, object], world: int | str) -> None:
     folder, log, out = place(name, options, world)
     seed = (0 if world == "letters" else world) + 100 * (name == CHANCE)
-    words = letters.options(folder, BETA, seed, out=out, **options)
-    if world != "letters":
-        words = ["--seed", seed, "--out", out, *(x for name, value in options.items() for x in (f"--{name}", value))]
+    given = {"seed": seed, "out": out, **options}
+    words = [x for option, value in given.items() for x in (f"--{option}", value)]
+    words = letters.options(folder, BETA, **given) if world == "letters" else words
     try:
         stage(folder, log, script(name), *words, may_diverge=True)
     except SystemExit as error:  # the other runs go on
@@ -82,17 +82,19 @@ def run(name: str, options: dict[str, object], world: int | str) -> None:
 def read(name: str, options: dict[str, object], world: int | str) -> dict:
     """What is kept of a run: {} if it has not ended, and "failed" if it diverged."""
     folder, log, out = place(name, options, world)
-    if not (folder / f"{log}.log").exists():
+    if not (path := folder / f"{log}.log").exists():
         return {}
-    report, found = folder / out / "report.json", {}
+    report, said = folder / out / "report.json", path.read_text().splitlines()
+    alarms = [line for line in said if ": impossible: " in line]
+    found: dict = {"alarm": alarms[0]} if alarms else {}
     if not report.exists():
-        found["failed"] = (folder / f"{log}.log").read_text().splitlines()[-2]
+        found["failed"] = said[-2]
     elif world == "letters":
-        return {each: round(x, 4) for each, x in letters.ended(folder / out, BETA).items() if each in ("share", "TV")}
+        return found | {x: round(y, 4) for x, y in letters.ended(folder / out, BETA).items() if x in ("share", "TV")}
     else:
         table = json.loads(report.read_text())["table"]
-        rows = {"judge": JUDGE, "score": "score", "KL": KL}
-        found["end"] = {each: round(table[row]["after"][0], 4) for each, row in rows.items()}
+        rows = (("judge", JUDGE), ("score", "score"), ("KL", KL))
+        found["end"] = {each: round(table[row]["after"][0], 4) for each, row in rows}
     if not (lines := read_metrics(folder / out)):
         return found
     n = -(-len(lines) // 16)  # iterations to a point
@@ -119,9 +121,8 @@ def main() -> None:
     if unknown := set(chosen) - shown_forms().keys():
         parser.error(f"--only: {', '.join(sorted(unknown))}: no form here; there are {', '.join(shown_forms())}")
     if not given.finished:
-        for seed in SEEDS:
-            start(seed)  # before two runs need it at once
-        letters.place()
+        for world in (*SEEDS, "letters"):  # before two runs need them at once
+            letters.place() if world == "letters" else start(world)
         with ThreadPoolExecutor(given.jobs) as pool:
             try:
                 list(pool.map(lambda task: run(*task), tasks(chosen)))

@@ -18,7 +18,7 @@ Form = tuple[str, str, dict[str, str]]
 SYMPTOMS: dict[str, Callable[[dict], bool]] = {  # what is seen without judge and without a right run; the first counts
     "The run stops": lambda run: "failed" in run,
     "KL is not 0, or the ratio not 1, before the policy has moved": lambda run: (
-        abs(run["KL"]["first"]) > 0.01 or run["approxkl"]["first"] > 1e-3
+        max(abs(run["KL"]["first"]), run["approxkl"]["first"], abs(run["ratio"]["first"] - 1)) > 0.01
     ),
     "KL is below 0": lambda run: run["KL"]["lowest"] < -0.3,
     "Answers end too rarely": lambda run: run["ended"]["last"] < 0.9,
@@ -36,7 +36,8 @@ beside the right run: the tales, {seeds} seeds, the default options, and the wor
 
 **{plain} of {n} forms show** in the log, without a judge and without a right run beside it. **{silent} are
 silent**: each curve could be a healthy run's, and the judge, or the way to the optimum, is shorter by more than
-{cost}. **{free} cost nothing measurable**, and {inert} change no number at these options.
+{cost}. **{free} cost nothing measurable**, and {inert} change no number at these options. Of {alarmed} the log says
+in a sentence that something is impossible.
 
 A form has the number of its mistake and a letter. Judge, score and KL are those of 512 held-out prompts at the end.
 Highest is the KL of the worst iteration, and the ratio is that which is furthest from 1. Explained variance,
@@ -44,8 +45,7 @@ entropy (nats per token), length (tokens) and the share of answers that ended ar
 Share is the part of the way from J(π₀) to J\\*, and TV the distance to π\\*. In the figures the right run is grey;
 a line is a seed.
 
-{chance}
-"""
+{chance}"""
 
 
 def seeds_of(form: dict) -> list[dict]:
@@ -54,7 +54,8 @@ def seeds_of(form: dict) -> list[dict]:
 
 def right_of(form: dict, found: dict) -> dict:
     """The right run with the same options."""
-    return next(each for key, each in found.items() if key.startswith("right") and each["options"] == form["options"])
+    rights = (each for key, each in found.items() if key.startswith("right"))
+    return next((each for each in rights if each["options"] == form["options"]), {})
 
 
 def section(form: dict, right: dict) -> str:
@@ -130,11 +131,15 @@ def draw(names: list[str], found: dict, target: Path) -> None:
 def write(forms: dict[str, Form], needs: dict[int, str], target: Path = HERE / "atlas.md") -> None:
     """Write the page and a figure a section, beside each other."""
     found = read_results("atlas")
+    for form in found.values():
+        for world in form.keys() - right_of(form, found).keys():
+            del form[world]  # its right run has not ended yet
     ran = {name: found[name] for name in forms if seeds_of(found.get(name, {}))}
     places: dict[str, list[str]] = {heading: [] for heading in (*SYMPTOMS, SILENT, FREE, INERT)}
     for name, form in ran.items():
         places[section(form, right_of(form, found))].append(name)
     counts = {key: len(places[heading]) for key, heading in (("silent", SILENT), ("free", FREE), ("inert", INERT))}
+    counts["alarmed"] = sum(any("alarm" in run for run in form.values()) for form in ran.values())
     counts |= {"n": len(ran), "plain": len(ran) - sum(counts.values())}
     for key in ("right", "another-seed"):
         assert key not in found or section(found[key], found["right"]) in (FREE, INERT), f"{key} looks like a mistake"
@@ -149,7 +154,10 @@ def write(forms: dict[str, Form], needs: dict[int, str], target: Path = HERE / "
             figure = target.with_name(f"{target.stem}-{i + 1}.svg")
             draw(names, found, figure)
             parts.append(f"![{heading}: {', '.join(names)}]({figure.name})")
-        parts += [lines_of(name, forms[name]) for name in names]
+        for name in names:
+            parts.append(lines_of(name, forms[name]))
+            said = [run["alarm"] for run in found[name].values() if "alarm" in run]
+            parts += [f"The log says “{said[0]}”."] if said else []
     parts.append("## Not shown\n\n" + "; ".join(f"mistake {n} needs {what}" for n, what in needs.items()) + ".")
     left = ", ".join(name for name in forms if name not in ran)
     parts[-1] += f" Not yet run: {left}." * bool(left) + " The others are of stages 1 and 2, of files, or of the data."
