@@ -139,11 +139,10 @@ def main() -> None:
 
 
 def tasks(chosen: list[str]) -> list[tuple[str, dict[str, object], int | str]]:
-    """What to run: the right runs and the forms, each with its options, in every world where they mean something."""
+    """What to run: the right runs and the forms, each with its options, in every world where π* is as it was."""
     wanted = [("right", {}), (CHANCE, {}), *((who, options_of(name)) for name in chosen for who in ("right", name))]
     found = [(name, options, world) for name, options in wanted for world in (*SEEDS, "letters")]
-    elsewhere = {"temperature", "kl_target"}  # with them π* is another
-    found = [task for task in found if task[2] != "letters" or not elsewhere & task[1].keys()]
+    found = [task for task in found if task[2] != "letters" or not task[1].keys() & {"temperature", "kl_target"}]
     return [task for i, task in enumerate(found) if task not in found[:i]]
 
 
