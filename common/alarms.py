@@ -6,8 +6,8 @@ import torch
 
 
 def impossible(metrics: dict[str, float], cfg: Any, first: bool) -> str:
-    """One sentence on what cannot be, or "". At samples of π the sum of log π / π₀ over all answers is below −20 in e^−20
-    of all cases at most, since the mean of π₀ / π is 1 at most (Markov). Rounding is that of bfloat16 or TF32 on a GPU."""
+    """One sentence on what cannot be, or "". Rounding is that of bfloat16 or TF32 on a GPU. At samples of π the sum of
+    log π / π₀ over all answers is below −20 in e^−20 of all cases at most: the mean of π₀ / π is ≤ 1 (Markov)."""
     coarse = cfg.dtype == "bfloat16" or torch.cuda.is_available() or torch.backends.mps.is_available()
     rounding, still, length = 0.02 if coarse else 1e-4, metrics.get("lr") == 0, metrics.get("response_len", 0)
     kl, moved = metrics.get("objective/kl", 0.0), metrics.get("policy/approxkl", 0.0)

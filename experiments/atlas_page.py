@@ -34,10 +34,13 @@ HEAD = """# An atlas of mistakes
 beside the right run: the tales, {seeds} seeds, the default options, and the world of letters
 ([exact.md](exact.md)). Find what you see, then compare the lines. `python -m experiments.atlas` makes this page.
 
-**{plain} of {n} forms show** in the log, without a judge and without a right run beside it. **{silent} are
-silent**: each curve could be a healthy run's, and the judge, or the way to the optimum, is shorter by more than
-{cost}. **{free} cost nothing measurable**, and {inert} change no number at these options. Of {alarmed} the log says
-in a sentence that something is impossible.
+| of {n} forms | |
+|---|---|
+| show in the log, without a judge and without a right run beside it | {plain} |
+| are silent: each curve could be a healthy run's, and judge or way to the optimum lacks {cost} or more | {silent} |
+| cost nothing measurable | {free} |
+| change no number at these options | {inert} |
+| are called impossible by the log, in a sentence | {alarmed} |
 
 A form has the number of its mistake and a letter. Judge, score and KL are those of 512 held-out prompts at the end.
 Highest is the KL of the worst iteration, and the ratio is that which is furthest from 1. Explained variance,

@@ -4,6 +4,7 @@ import ast
 import json
 import math
 import os
+import re
 import shutil
 import time
 from pathlib import Path
@@ -18,7 +19,7 @@ import reward
 import sft
 from common import cli, measure, runs
 from data import InputError
-from experiments import adaptive, atlas, fewer, harness, helpful, lora, overoptimise, race, recipe, reviews
+from experiments import adaptive, atlas, atlas_page, fewer, harness, helpful, lora, overoptimise, race, recipe, reviews
 from experiments.forks import __main__ as forks
 from tests import puzzle
 from tests.conftest import ROOT
@@ -361,3 +362,27 @@ def test_a_puzzle_is_a_copy_with_one_change_that_it_tells_only_when_asked(tmp_pa
     assert changed in said[1] and f"`{changed}`" in said[2] and "```diff\n- " in said[2]
     names = [puzzle.form_of(i) for i in range(len(atlas.shown_forms()))]
     assert sorted(names) == sorted(atlas.shown_forms()) and all(map(puzzle.hint, names))
+
+
+def test_a_form_stands_under_what_is_seen_of_it_or_among_the_silent_or_the_free(tmp_path, monkeypatch):
+    def ran(judge=0.96, **seen):
+        numbers = {"KL": (0, -0.1, 4), "ratio": (1, 1, 1), "approxkl": (0, 0, 0), "score": (0, 0, 1)} | seen
+        run = {name: dict(zip(("first", "lowest", "highest"), x)) | {"last": x[2]} for name, x in numbers.items()}
+        run |= {name: {"last": 0.99, "lowest": 0.9} for name in ("explained variance", "entropy", "length", "ended")}
+        return {
+            "options": {},
+            "30": run | {"end": {"judge": judge, "score": 1.0, "KL": 3.0}},
+            "letters": {"share": 0.99, "TV": 0.1},
+        }
+
+    names = [*atlas.shown_forms()][:6]
+    runs = [ran(KL=(6, 6, 9)), ran(KL=(0, -2, 4)), ran(KL=(0, 0, 40)), ran(judge=0.8), ran(judge=0.95), ran()]
+    runs[4]["letters"] = {"share": 0.98, "TV": 0.1}
+    monkeypatch.setattr(atlas_page, "read_results", lambda name: {"right": ran()} | dict(zip(names, runs)))
+    monkeypatch.setattr(atlas_page, "draw", lambda *given: None)
+    atlas_page.write(atlas.shown_forms(), atlas.NEEDS, tmp_path / "atlas.md")
+    text = (tmp_path / "atlas.md").read_text()
+    found = dict(re.findall(r"^## (.+?)\n[\s\S]*?^\*\*(\d+\w)\*\* breaks", text, re.MULTILINE))
+    headings = [*atlas_page.SYMPTOMS][1:3] + ["KL leaps", atlas_page.SILENT, atlas_page.FREE, atlas_page.INERT]
+    assert found == dict(zip(headings, names))
+    assert re.findall(r"^\| (?:of|show|are|cost|change) .* \| (\d*) ?\|$", text, re.MULTILINE) == ["", *"31110"]
