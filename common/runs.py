@@ -19,7 +19,7 @@ from typing import Any
 import tiktoken
 import torch
 
-from common import about, dist, folders, nets
+from common import about, alarms, dist, folders, nets
 from common.dist import RANK, WORLD
 from common.judges import ROOT
 from data.files import InputError, cannot_write, replacing
@@ -149,6 +149,8 @@ class Run:
             for name, x in metrics.items():
                 self.board.add_scalar(name, x, step)
             self.board.flush()
+        if said := alarms.impossible(metrics, self.cfg, first=step == 0):
+            print(f"step {step + 1}: impossible: {said}", flush=True)
         always = step in (self.step, self.steps - 1) or "time/evaluate" in metrics
         if show and (always or now - self.shown_at >= 2):
             self.shown_at = now

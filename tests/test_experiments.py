@@ -4,8 +4,10 @@ import ast
 import json
 import math
 import os
+import re
 import shutil
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,6 +22,8 @@ from common import cli, measure, nets, runs
 from data import InputError
 from experiments import (
     adaptive,
+    atlas,
+    atlas_page,
     fewer,
     harness,
     helpful,
@@ -34,6 +38,7 @@ from experiments import (
     texts,
 )
 from experiments.forks import __main__ as forks
+from tests import puzzle
 from tests.conftest import ROOT, make_gpt, run, write
 from tools import evaluate
 
@@ -465,3 +470,44 @@ def test_a_seed_of_the_sentences_is_measured_on_all_sides(wide, encoding, tmp_pa
     assert "| before | after |" in harness.before_and_after([found, found])[
         0
     ] and "| 2 | 0.19 |" in harness.beside_table([found])
+
+
+def test_a_puzzle_is_a_copy_with_one_change_that_it_tells_only_when_asked(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    said = []
+    for words in ([], ["--hint"], ["--reveal"]):
+        monkeypatch.setattr("sys.argv", ["puzzle", "17", *words])
+        puzzle.main()
+        said.append(capsys.readouterr().out)
+    copied = {str(path.relative_to("out/puzzle-17")): path.read_text() for path in Path("out/puzzle-17").rglob("*.py")}
+    (changed,) = [name for name, text in copied.items() if text != (ROOT / name).read_text()]
+    ast.parse(copied[changed])
+    assert "python out/puzzle-17/ppo.py --out out/puzzled-17" in said[0]
+    assert changed not in said[0].replace("puzzle-17/ppo.py", "").replace("python ppo.py", "")
+    assert changed in said[1] and f"`{changed}`" in said[2] and "```diff\n- " in said[2]
+    names = [puzzle.form_of(i) for i in range(len(atlas.shown_forms()))]
+    assert sorted(names) == sorted(atlas.shown_forms()) and all(map(puzzle.hint, names))
+
+
+def test_a_form_stands_under_what_is_seen_of_it_or_among_the_silent_or_the_free(tmp_path, monkeypatch):
+    def ran(judge=0.96, **seen):
+        numbers = {"KL": (0, -0.1, 4), "ratio": (1, 1, 1), "approxkl": (0, 0, 0), "score": (0, 0, 1)} | seen
+        run = {name: dict(zip(("first", "lowest", "highest"), x)) | {"last": x[2]} for name, x in numbers.items()}
+        run |= {name: {"last": 0.99, "lowest": 0.9} for name in ("explained variance", "entropy", "length", "ended")}
+        return {
+            "options": {},
+            "30": run | {"end": {"judge": judge, "score": 1.0, "KL": 3.0}},
+            "letters": {"share": 0.99, "TV": 0.1},
+        }
+
+    names = [*atlas.shown_forms()][:6]
+    runs = [ran(KL=(6, 6, 9)), ran(KL=(0, -2, 4)), ran(KL=(0, 0, 40)), ran(judge=0.8), ran(judge=0.95), ran()]
+    runs[4]["letters"] = {"share": 0.98, "TV": 0.1}
+    monkeypatch.setattr(atlas_page, "read_results", lambda name: {"right": ran()} | dict(zip(names, runs)))
+    monkeypatch.setattr(atlas_page, "draw", lambda *given: None)
+    atlas_page.write(atlas.shown_forms(), atlas.NEEDS, tmp_path / "atlas.md")
+    text = (tmp_path / "atlas.md").read_text()
+    found = dict(re.findall(r"^## (.+?)\n[\s\S]*?^\*\*(\d+\w)\*\* breaks", text, re.MULTILINE))
+    headings = [*atlas_page.SYMPTOMS][1:3] + ["KL leaps", atlas_page.SILENT, atlas_page.FREE, atlas_page.INERT]
+    assert found == dict(zip(headings, names))
+    assert re.findall(r"^\| (?:of|show|are|cost|change) .* \| (\d*) ?\|$", text, re.MULTILINE) == ["", *"31110"]

@@ -15,7 +15,7 @@ MAY = {  # who → whom it may import, of ours
     "common": ("model", "fast", "data", "common"),
     **dict.fromkeys(STAGES, ("common", "data", "model")),
     "tools": ("tools", *STAGES, "common", "data", "model", "fast"),
-    "experiments": ("experiments", "tools", *STAGES, "common", "data", "model", "fast"),
+    "experiments": ("experiments", "tests", "tools", *STAGES, "common", "data", "model", "fast"),
     "tests": ("tests", "experiments", "tools", *STAGES, "common", "data", "model", "fast"),
 }
 

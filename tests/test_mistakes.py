@@ -12,6 +12,9 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,10 +25,11 @@ import data
 import ppo
 import reward
 import sft
-from common import cli, compare, measure, runs
+from common import alarms, cli, compare, dist, judges, lora, measure, runs
 from common import nets as rooms
 from data import InputError
 from data.label import preference
+from experiments.forks import patched
 from model import GPT, GPTConfig, ScalarModel
 from tests.conftest import ROOT, flat, make_gpt, ragged, run, write
 
@@ -46,6 +50,26 @@ def mistake(file: str, right: str, wrong: str, **more: str):
         return test
 
     return mark
+
+
+def forms() -> dict[str, tuple[str, str, dict[str, str]]]:
+    """Every form of every mistake as in MISTAKES, by its name: the number above its test, and a letter."""
+    numbered = re.findall(r"^# (\d+)\n[\s\S]*?^def (test_\w+)", Path(__file__).read_text(), re.MULTILINE)
+    found = {}
+    for number, test in numbered:
+        own = [form for form in reversed(MISTAKES) if form[0] == test]  # decorators come from below
+        found |= {f"{number}{letter}": form for letter, form in zip("abcdefgh", own)}
+    return found
+
+
+def plant(target: Path, file: str, changes: dict[str, str]) -> None:
+    """Copy the project to the folder `target`, with a mistake in it."""
+    shutil.copytree(ROOT, target, ignore=shutil.ignore_patterns(".*", "out", "__pycache__"))
+    source = (target / file).read_text()
+    for right, wrong in changes.items():
+        assert source.count(right) == 1, f"{file} no longer holds, once, the line that this mistake changes"
+        source = source.replace(right, wrong)
+    (target / file).write_text(source)
 
 
 @pytest.fixture
@@ -374,7 +398,7 @@ def test_a_value_clipped_on_the_wrong_side_still_gets_a_gradient():
 @mistake(
     "ppo.py",
     "                loss.backward()\n",
-    "                torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)\n                cfg = copy.copy(cfg)\n                cfg.max_grad_norm = 0.0\n                loss.backward()\n",
+    '                torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)\n                cfg = Config(**vars(cfg) | {"max_grad_norm": 0.0})\n                loss.backward()\n',
 )
 @mistake(
     "common/nets.py",
@@ -398,6 +422,13 @@ def test_gradients_are_clipped_after_backward_each_net_by_itself(nets):
     "ref, ref_encoding = policy, encoding",
 )
 @mistake("ppo.py", 'value, _ = nets.load_scalar(cfg.reward, device, "--reward", trunks)\n', "value = reward\n")
+@mistake(
+    "ppo.py",
+    'value, _ = nets.load_scalar(cfg.reward, device, "--reward", trunks)\n',
+    "value = reward\n",
+    right2="frozen = [ref, reward] if isinstance(reward, ScalarModel) else [ref]",
+    wrong2="frozen = [ref]",
+)
 def test_frozen_copy_and_reward_model_end_bit_identical_to_how_they_began(folders, monkeypatch):
     kept, freeze = [], rooms.freeze
     monkeypatch.setattr(rooms, "freeze", lambda m, a: kept.append((freeze(m, a), copy.deepcopy(m.state_dict()))) or m)
@@ -700,6 +731,158 @@ def test_the_policy_stands_still_until_the_value_net_has_learned(folders):
     assert [line["lr"] > 0 for line in lines] == [False] * 2 + [True] * 6
 
 
+# 35
+@mistake("ppo.py", "if cfg.unended_cap is None else cfg.unended_cap", "if not cfg.unended_cap else cfg.unended_cap")
+@mistake("common/judges.py", "    if not abs(number) < 3e38:", "    if not given or not abs(number) < 3e38:")
+@mistake("data/rows.py", 'p = row.get("p_chosen", math.nan)', 'p = row.get("p_chosen") or math.nan')
+def test_a_number_of_0_is_a_number_and_is_not_taken_for_a_missing_one(tmp_path, encoding):
+    batch = {"score": torch.tensor([2.0, -2.0, 2.0]), "ended": torch.tensor([False, False, True])}
+    assert ppo.final_scores(batch, ppo.Config(unended_cap=0.0)).tolist() == [0.0, -2.0, 2.0]
+    (tmp_path / "mine.py").write_text("def score(prompt, response):\n    return float(len(response))\n")
+    rows = [{"prompt": "a", "response": text} for text in ("", "no")]
+    try:
+        found = judges.load_function(f"{tmp_path}/mine.py:score")(rows)
+    except InputError as error:
+        found = str(error)
+    assert found == [0.0, 2.0]
+    row = {"prompt": "a", "chosen": "yes", "rejected": "no", "p_chosen": 0.0}
+    assert data.comparisons(write(tmp_path / "p.jsonl", [row]), encoding, 0)[0].certainty == [1.0]
+
+
+# 36
+@mistake("ppo.py", 'value_loss(values, part["values"]', 'value_loss(values.detach(), part["values"]')
+@mistake(
+    "model.py",
+    "pick(hidden, torch.arange(len(tokens))[:, None], position - 1))",
+    "pick(hidden.detach(), torch.arange(len(tokens))[:, None], position - 1))",
+)
+def test_the_whole_value_net_moves_down_the_gradient_of_its_squared_error(nets):
+    cfg = ppo.Config(response_len=16, minibatch_size=6, epochs=1, max_grad_norm=0.0, cliprange_value=math.inf)
+    batch = rollout(nets, cfg)
+    batch |= ppo.estimate(batch, 0.1, cfg)
+    value = copy.deepcopy(nets[2])
+    errors = []
+    for row, start, end, returns in zip(*(batch[name] for name in ("tokens", "prompt_len", "length", "returns"))):
+        said = value.scalar(value.trunk.hidden(row[None, : end - 1])[0, start - 1 :])  # row by row, without padding
+        errors.append(said - returns[: end - start])
+    (0.5 * torch.cat(errors).square().mean()).backward()
+    before = flat(nets[2])
+    update(nets, batch, cfg, lr=1e-2)
+    expected = torch.cat([p.grad.flatten() for p in value.parameters()])
+    torch.testing.assert_close(
+        (before - flat(nets[2])) / 1e-2, expected, rtol=1e-3, atol=2e-4 * expected.abs().max().item()
+    )
+
+
+# 37
+@mistake(
+    "ppo.py",
+    'dist.total(batch["mask"][rows.to(batch["mask"].device)].sum())',
+    'batch["mask"][rows.to(batch["mask"].device)].sum() * dist.WORLD',
+)
+@mistake(
+    "common/dist.py", "total((x * mask).sum()) / total(mask.sum())", "total((x * mask).sum() / mask.sum()) / WORLD"
+)
+def test_two_processes_with_unlike_many_tokens_take_the_step_of_one(nets, monkeypatch):
+    """The processes are threads here, and what they sum meets at a barrier."""
+    cfg = ppo.Config(response_len=16, minibatch_size=6, epochs=1, max_grad_norm=0.0)
+    batch = rollout(nets, cfg)
+    short = batch["mask"].sum(1).argsort()
+    halves, copies = [ppo.select(batch, rows) for rows in (short[:3], short[3:])], [copy.deepcopy(nets) for _ in "01"]
+    update(nets, batch | ppo.estimate(batch, 0.1, cfg), cfg, lr=0.1)
+    meet, given = threading.Barrier(2), {}
+
+    def total(x):
+        given[threading.get_ident()] = x
+        meet.wait()
+        found = sum(given.values())
+        meet.wait()
+        return found
+
+    def sum_gradients(net):
+        for p in net.parameters():
+            p.grad = total(p.grad)
+
+    def step(half, own):
+        update(own, half | ppo.estimate(half, 0.1, cfg), cfg, lr=0.1)
+
+    for name, x in (("WORLD", 2), ("total", total), ("sum_gradients", sum_gradients)):
+        monkeypatch.setattr(dist, name, x)
+    with ThreadPoolExecutor(2) as pool:
+        assert len(list(pool.map(step, halves, copies))) == 2
+    for i in (0, 2):
+        for own in copies:
+            torch.testing.assert_close(flat(own[i]), flat(nets[i]), rtol=0, atol=1e-5)
+
+
+# 38
+@mistake(
+    "ppo.py",
+    'dist.total(batch["mask"][rows.to(batch["mask"].device)].sum())',
+    '(batch["length"] - batch["prompt_len"])[rows].sum()',
+)
+def test_an_answer_that_is_masked_out_weighs_nothing_in_the_mean_either(nets):
+    cfg = ppo.Config(response_len=16, minibatch_size=6, epochs=1, max_grad_norm=0.0)
+    batch = rollout(nets, cfg)
+    batch |= ppo.estimate(batch, 0.1, cfg)
+    steps = []
+    for out in ("masked", "absent"):
+        own, mine = copy.deepcopy(nets), dict(batch)
+        if out == "masked":
+            mine["mask"] = batch["mask"] & (torch.arange(6) > 0)[:, None]
+        else:
+            mine = ppo.select(batch, torch.arange(1, 6))
+        update(own, mine, cfg, lr=0.1)
+        steps.append(torch.cat([flat(own[i]) - flat(nets[i]) for i in (0, 2)]))
+    assert (steps[0] - steps[1]).norm() < 1e-4 * steps[1].norm()
+
+
+# 39
+@mistake(
+    "experiments/forks/distil.diff",
+    '+    rewards = -kl_coef * (batch["logp"] - batch["ref_logp"]) * mask',
+    '+    rewards = -kl_coef * batch["ref_logp"].exp() * (batch["ref_logp"] - batch["logp"]) * mask',
+)
+def test_distillation_is_rewarded_by_the_students_kl_to_the_teacher_at_the_students_samples(tmp_path):
+    """−r has the mean KL(π ‖ π_teacher) of the next token. A weight of the teacher's makes it the mean of nothing."""
+    (tmp_path / "distil.py").write_text(patched((ROOT / "ppo.py").read_text(), "distil"))
+    fork, student, teacher, n = judges.import_file(tmp_path / "distil.py", 0), make_gpt(seed=5), make_gpt(), 2_000
+    cfg = fork.Config(response_len=1)
+    batch = fork.rollout(student, [[1, 2, 3]] * n, cfg, torch.Generator().manual_seed(0))
+    batch |= fork.read(batch, student, teacher, ScalarModel(teacher), lambda part: torch.zeros(n), cfg)
+    charged = -fork.estimate(batch, cfg.kl_coef, cfg)["rewards"][:, 0]
+    logp, teachers = (net(torch.tensor([[1, 2, 3]]))[0, -1].double().log_softmax(-1) for net in (student, teacher))
+    kl = (logp.exp() * (logp - teachers)).sum().item()
+    assert abs(charged.mean().item() - kl) < 5 * charged.std().item() / n**0.5
+
+
+# 40
+@mistake(
+    "common/lora.py",
+    'place.startswith("h.") and place.endswith(LAYERS)',
+    'place.startswith("h.") and place.endswith(LAYERS) and module.in_features == module.out_features',
+)
+@mistake(
+    "common/lora.py",
+    "return super().forward(x) + F.linear(low, self.B)",
+    "return super().forward(x) + F.linear(low, self.B) * torch.is_grad_enabled()",
+)
+def test_every_layer_of_a_block_is_adapted_and_what_is_scored_is_sampled(folders):
+    net = rooms.load_gpt(folders["sft"], CPU, "", lora.Trunks(4, OFF))[0]
+    C = net.config.n_embd
+    shapes = [(C, 3 * C), (C, C), (C, 4 * C), (4 * C, C)]  # in and out of attention and MLP
+    assert sum(p.numel() for p in net.parameters()) == net.config.n_layer * sum(4 * (a + b) for a, b in shapes)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.normal_(std=0.2)
+    prompts = [[1, 2, 3], [4, 5]]
+    with torch.no_grad():
+        tokens, prompt_len, length = net.generate(prompts, 12, temperature=0)
+    for row, start, end in zip(tokens, prompt_len, length):
+        scored = net(row[None, : end - 1])[0]  # with gradients, as the update scores
+        assert scored[start - 1 :].argmax(-1).tolist() == row[start:end].tolist()
+
+
 # 41
 @mistake(
     "data/batches.py", "each < 2**63 / 10 for each in ordered", "each < ordered[len(ordered) // 10] for each in ordered"
@@ -743,20 +926,35 @@ def test_a_reward_model_reads_the_end_token_that_was_sampled(tmp_path, encoding)
     assert learned.count(n + 1) == ended.count(n + 1) > 9 and learned.count(n) == ended.count(n) > 9
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_right_run_is_never_called_impossible_and_wrong_ones_are(folders, dtype, monkeypatch, capsys):
+    """A ratio of other rows; another reference; sampling and scoring that differ: 4 answers, so −20 / 4 nats by hand."""
+    options = {"iterations": 4, "epochs": 2, "lr": 0.01, "dtype": dtype}
+    train_ppo(folders, **options)
+    assert "impossible" not in capsys.readouterr().out
+    read, wrong = ppo.read, options | {"out": folders["tmp"] / "wrong", "iterations": 1, "lr": 0.0}
+    monkeypatch.setattr(ppo, "read", lambda *given: (found := read(*given)) | {"logp": found["logp"].roll(1, 0)})
+    train_ppo(folders, **wrong)
+    assert "step 1: impossible: the ratio is not 1" in capsys.readouterr().out
+    monkeypatch.setattr(ppo, "read", lambda *given: (found := read(*given)) | {"ref_logp": found["ref_logp"] / 2})
+    train_ppo(folders, **wrong)
+    assert "step 1: impossible: the KL is not 0" in capsys.readouterr().out
+    line = {"objective/kl": -4.99, "response_len": 8, "policy/approxkl": 0.3, "lr": 0.1}
+    cfg = ppo.Config(batch_size=4, dtype=dtype)
+    assert not alarms.impossible(line, cfg, False)
+    assert "the KL is below 0" in alarms.impossible(line | {"objective/kl": -5.2}, cfg, False)
+
+
 def test_what_a_mistake_changes_stands_in_its_file_once():
     for test, file, changes in MISTAKES:
         assert all((ROOT / file).read_text().count(right) == 1 for right in changes), (test, file)
+    assert sorted(map(id, forms().values())) == sorted(map(id, MISTAKES))  # each has a number and a letter
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("test, file, changes", MISTAKES, ids=[f"{m[0]}-{i}" for i, m in enumerate(MISTAKES)])
 def test_the_mistake_is_caught(tmp_path, test, file, changes):
-    shutil.copytree(ROOT, tmp_path / "copy", ignore=shutil.ignore_patterns(".*", "out", "__pycache__"))
-    source = (tmp_path / "copy" / file).read_text()
-    for right, wrong in changes.items():
-        assert source.count(right) == 1, f"{file} no longer holds, once, the line that this mistake changes"
-        source = source.replace(right, wrong)
-    (tmp_path / "copy" / file).write_text(source)
+    plant(tmp_path / "copy", file, changes)
     command = [
         sys.executable,
         "-m",

@@ -13,6 +13,7 @@ from experiments import default, harness, kl
 from tests.conftest import ROOT
 
 PAGES = [ROOT / folder / "README.md" for folder in (".", "data", "tests", "experiments")]
+PAGES.append(ROOT / "experiments" / "exercises.md")
 README = (ROOT / "README.md").read_text()
 PROMPT = "Tell me about a shy owl who lost a red key near the lake."
 
@@ -49,7 +50,7 @@ def test_the_lines_of_python_run(folders, tmp_path, monkeypatch, capsys):
     assert scores.count(",") == 3
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: f"{page.parent.name}/{page.name}")
 def test_every_file_that_a_page_links_to_is_there(page):
     links = re.findall(r"\]\(([^)#:]+)\)", page.read_text())
     assert [link for link in links if not (page.parent / link).exists()] == []

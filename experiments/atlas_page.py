@@ -1,0 +1,168 @@
+"""The page of the atlas: experiments/atlas.md and its figures, made of results/atlas.json and the table of mistakes."""
+
+from collections.abc import Callable
+from pathlib import Path
+from statistics import mean
+
+from experiments.harness import markdown, pyplot, read_results, save
+
+HERE = Path(__file__).parent
+KEPT = {  # of each run → its metric
+    "judge": "objective/judge", "score": "objective/scores", "KL": "objective/kl", "ratio": "policy/ratio",
+    "approxkl": "policy/approxkl", "explained variance": "value/explained_variance", "entropy": "token_entropy",
+    "length": "response_len", "ended": "ended",
+}  # fmt: skip
+DRAWN = ("judge", "score", "KL", "explained variance", "length")
+COST = 0.02  # of the judge, or of the share of the way to J*: less than this is nothing measurable
+Form = tuple[str, str, dict[str, str]]
+SYMPTOMS: dict[str, Callable[[dict], bool]] = {  # what is seen without judge and without a right run; the first counts
+    "The run stops": lambda run: "failed" in run,
+    "KL is not 0, or the ratio not 1, before the policy has moved": lambda run: (
+        max(abs(run["KL"]["first"]), run["approxkl"]["first"], abs(run["ratio"]["first"] - 1)) > 0.01
+    ),
+    "KL is below 0": lambda run: run["KL"]["lowest"] < -0.3,
+    "Answers end too rarely": lambda run: run["ended"]["last"] < 0.9,
+    "The score does not rise": lambda run: run["score"]["last"] < run["score"]["first"] + 0.5,
+    "KL leaps": lambda run: run["KL"]["highest"] > 10,
+    "The ratio leaves 1": lambda run: run["ratio"]["highest"] > 1.02 or run["ratio"]["lowest"] < 0.98,
+    "Explained variance stays low": lambda run: run["explained variance"]["last"] < 0.2,
+}
+SILENT, FREE, INERT = "Silent: it costs, and no curve says so", "Costs nothing measurable", "Changes no number here"
+HEAD = """# An atlas of mistakes
+
+*My curves look like this: what is wrong?* Known mistakes of RLHF code, each made in a copy of this project and run
+beside the right run: the tales, {seeds} seeds, the default options, and the world of letters
+([exact.md](exact.md)). Find what you see, then compare the lines. `python -m experiments.atlas` makes this page.
+
+| of {n} forms | |
+|---|---|
+| show in the log, without a judge and without a right run beside it | {plain} |
+| are silent: each curve could be a healthy run's, and judge or way to the optimum lacks {cost} or more | {silent} |
+| cost nothing measurable | {free} |
+| change no number at these options | {inert} |
+| are called impossible by the log, in a sentence | {alarmed} |
+
+A form has the number of its mistake and a letter. Judge, score and KL are those of 512 held-out prompts at the end.
+Highest is the KL of the worst iteration, and the ratio is that which is furthest from 1. Explained variance,
+entropy (nats per token), length (tokens) and the share of answers that ended are means of the last four iterations.
+Share is the part of the way from J(π₀) to J\\*, and TV the distance to π\\*. In the figures the right run is grey;
+a line is a seed.
+
+{chance}"""
+
+
+def seeds_of(form: dict) -> list[dict]:
+    return [run for world, run in form.items() if world not in ("options", "letters")]
+
+
+def right_of(form: dict, found: dict) -> dict:
+    """The right run with the same options."""
+    rights = (each for key, each in found.items() if key.startswith("right"))
+    return next((each for each in rights if each["options"] == form["options"]), {})
+
+
+def section(form: dict, right: dict) -> str:
+    """The heading under which a form stands."""
+    for symptom, seen in SYMPTOMS.items():
+        if any(seen(run) for run in seeds_of(form)):
+            return symptom
+    if all(form[world] == right.get(world) for world in form):
+        return INERT
+    lost = mean(right[world]["end"]["judge"] - form[world]["end"]["judge"] for world in form if world.isdigit())
+    ways = [each["letters"].get("share", -9.0) for each in (right, form) if "letters" in each]
+    return SILENT if lost > COST or len(ways) == 2 and ways[0] - ways[1] > COST else FREE
+
+
+def row(name: str, form: dict) -> list[str]:
+    runs = [run for run in seeds_of(form) if "end" in run]
+    if not runs:
+        return [name, "stopped", *[""] * 7]
+    at_end = {each: f"{mean(run['end'][each] for run in runs):.2f}" for each in ("judge", "score", "KL")}
+    last = {
+        each: mean(run[each]["last"] for run in runs) for each in ("explained variance", "entropy", "length", "ended")
+    }
+    highest = max(run["KL"]["highest"] for run in runs)
+    ratio = max((run["ratio"][end] for run in runs for end in ("lowest", "highest")), key=lambda x: abs(x - 1))
+    exact = form.get("letters", {})
+    exact = f"{exact['share']:.2f}, {exact['TV']:.2f}" if "share" in exact else ""
+    kl, spread = f"{at_end['KL']}, {highest:.1f}", f"{last['length']:.0f}, {last['ended']:.2f}"
+    columns = f"{ratio:.3g}", f"{last['explained variance']:.2f}", f"{last['entropy']:.2f}", spread, exact
+    return [name, at_end["judge"], at_end["score"], kl, *columns]
+
+
+TITLES = ["", "judge", "score", "KL, highest", "ratio", "explained variance", "entropy", "length, ended", "share, TV"]
+
+
+def table(names: list[str], found: dict) -> str:
+    """A line for each right run that the forms need, and one for each form."""
+    rights = {str(right_of(found[name], found)["options"]): right_of(found[name], found) for name in names}
+    shown = lambda right: " ".join(["right", *(f"`--{o} {x}`" for o, x in right["options"].items())])  # noqa: E731
+    return markdown(TITLES, [row(shown(each), each) for each in rights.values()] + [row(n, found[n]) for n in names])
+
+
+def lines_of(name: str, form: Form) -> str:
+    """What the code says right and wrong, and the test that sees it."""
+    test, file, changes = form
+    code = []
+    for right, wrong in changes.items():
+        code += [
+            f"{sign} {line}" for sign, text in (("-", right), ("+", wrong)) for line in text.strip("\n").split("\n")
+        ]
+    fact = test.removeprefix("test_").replace("_", " ")
+    return f"**{name}** breaks “{fact}” (`{file}`)\n\n```diff\n" + "\n".join(code) + "\n```"
+
+
+def draw(names: list[str], found: dict, target: Path) -> None:
+    """A row of small panels for each form, a line a seed, the right run grey behind."""
+    size = dict(figsize=(9, 0.9 * len(names) + 0.6), layout="constrained", sharex=True, squeeze=False)
+    figure, axes = pyplot().subplots(len(names), len(DRAWN), **size)
+    for name, panels in zip(names, axes):
+        for each, axis in zip(DRAWN, panels):
+            for form, colour in ((right_of(found[name], found), "0.7"), (found[name], "C3")):
+                for run in (run for run in seeds_of(form) if each in run):
+                    axis.plot(run[each]["curve"], color=colour, linewidth=1)
+            axis.tick_params(labelsize=6)
+            axis.set_xticks([])
+            if each == "KL":
+                axis.set_yscale("symlog", linthresh=5)
+        panels[0].set_ylabel(name, rotation=0, ha="right", va="center")
+    for each, axis in zip(DRAWN, axes[0]):
+        axis.set_title(each)
+    save(figure, target)
+
+
+def write(forms: dict[str, Form], needs: dict[int, str], target: Path = HERE / "atlas.md") -> None:
+    """Write the page and a figure a section, beside each other."""
+    found = read_results("atlas")
+    for form in found.values():
+        for world in form.keys() - right_of(form, found).keys():
+            del form[world]  # its right run has not ended yet
+    ran = {name: found[name] for name in forms if seeds_of(found.get(name, {}))}
+    places: dict[str, list[str]] = {heading: [] for heading in (*SYMPTOMS, SILENT, FREE, INERT)}
+    for name, form in ran.items():
+        places[section(form, right_of(form, found))].append(name)
+    counts = {key: len(places[heading]) for key, heading in (("silent", SILENT), ("free", FREE), ("inert", INERT))}
+    counts["alarmed"] = sum(any("alarm" in run for run in form.values()) for form in ran.values())
+    counts |= {"n": len(ran), "plain": len(ran) - sum(counts.values())}
+    for key in ("right", "another-seed"):
+        assert key not in found or section(found[key], found["right"]) in (FREE, INERT), f"{key} looks like a mistake"
+    both = [
+        row(shown, found[key]) for shown, key in (("right", "right"), ("another seed", "another-seed")) if key in found
+    ]
+    parts = [HEAD.format(**counts, cost=COST, seeds=len(seeds_of(found["right"])), chance=markdown(TITLES, both))]
+    for i, (heading, names) in enumerate(places.items()):
+        if names:
+            parts += [f"## {heading}", table(names, found)]
+        if names and heading != INERT:
+            figure = target.with_name(f"{target.stem}-{i + 1}.svg")
+            draw(names, found, figure)
+            parts.append(f"![{heading}: {', '.join(names)}]({figure.name})")
+        for name in names:
+            parts.append(lines_of(name, forms[name]))
+            said = [run["alarm"] for run in found[name].values() if "alarm" in run]
+            parts += [f"The log says “{said[0]}”."] if said else []
+    parts.append("## Not shown\n\n" + "; ".join(f"mistake {n} needs {what}" for n, what in needs.items()) + ".")
+    left = ", ".join(name for name in forms if name not in ran)
+    parts[-1] += f" Not yet run: {left}." * bool(left) + " The others are of stages 1 and 2, of files, or of the data."
+    target.write_text("\n\n".join(parts) + "\n")
+    print(target)
