@@ -102,7 +102,7 @@ def start_answers(
     """
     kept = folder / f"start-{n_prompts}x{n}-{'-'.join(rewards)}.pt"
     if kept.exists():
-        return torch.load(kept)
+        return torch.load(kept, weights_only=True)
     print(f"{folder}: {n} answers of the start to each of {n_prompts} prompts", flush=True)
     words = ["--init", folder / "out" / "sft", "--reward", folder / "out" / rewards[0], "--seed", seed]
     words += ["--eval_prompts", n_prompts, "--judge", JUDGE, "--device", "cpu", *options]
