@@ -11,6 +11,8 @@ import reward
 import sft
 from common import about, cli, dist, runs
 from data import InputError
+from data.rng import generator
+from tests.conftest import make_gpt
 from tools import sample
 
 
@@ -88,7 +90,20 @@ def test_the_sampler_tells_the_score_and_the_kl_of_each_answer(folders, monkeypa
     monkeypatch.setattr(sys, "argv", ["tools.sample", str(folders["sft"]), *words])
     sample.main()
     said = capsys.readouterr().out
-    assert said.count("[score ") == 2 and said.count(", KL 0.00]") == 2  # it is its own frozen copy
+    assert said.count("  score ") == 2 and said.count("  KL 0.00") == 2  # it is its own frozen copy
+
+
+def test_the_kl_of_an_answer_is_the_sum_of_log_ratios_of_its_tokens(encoding):
+    gpt, ref = (make_gpt(seed, encoding.n_vocab, encoding.eot_token) for seed in (0, 1))
+    cfg = sample.Config(response_len=9)
+    ((_, mark),) = sample.answers(gpt, encoding, "ask me", 1, cfg, generator("x"), ref=ref)
+    ids = encoding.encode("ask me")
+    how = {"temperature": cfg.temperature, "top_k": cfg.top_k, "top_p": cfg.top_p}
+    tokens, _, _ = gpt.generate([ids], 9, **how, generator=generator("x"))
+    logp, ref_logp = (net(tokens)[0].log_softmax(-1).double() for net in (gpt, ref))
+    places = [(i - 1, tokens[0, i]) for i in range(len(ids), tokens.shape[1])]
+    by_hand = sum((logp[place] - ref_logp[place]).item() for place in places)
+    assert float(mark.split("KL ")[1]) == pytest.approx(by_hand, abs=6e-3) and abs(by_hand) > 0.1
 
 
 def test_a_model_without_a_chat_template_goes_on_with_each_line(folders, encoding, gpt, monkeypatch, capsys):

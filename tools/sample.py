@@ -60,10 +60,11 @@ def answers(
     behind = ["" if each else " …" for each in ended]
     with torch.no_grad():
         if reward:
-            behind = [f"{mark}  [score {x:+.2f}]" for mark, x in zip(behind, reward.scores(tokens, length).tolist())]
+            scores = reward.scores(tokens, length).tolist()
+            behind = [f"{mark}  score {score:+.2f}" for mark, score in zip(behind, scores)]
         if ref:
-            kl = (net.logprobs(tokens, prompt_len, length).sum(1) for net in (model, ref))
-            behind = [f"{mark[:-1]}, KL {x:.2f}]" for mark, x in zip(behind, (next(kl) - next(kl)).tolist())]
+            log_ratio = model.logprobs(tokens, prompt_len, length) - ref.logprobs(tokens, prompt_len, length)  # (n, R)
+            behind = [f"{mark}  KL {kl:.2f}" for mark, kl in zip(behind, log_ratio.sum(1).tolist())]
     found = zip(tokens.tolist(), prompt_len.tolist(), length.tolist(), ended)
     return [(encoding.decode(row[start : end - e]), mark) for (row, start, end, e), mark in zip(found, behind)]
 
