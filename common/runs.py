@@ -282,7 +282,7 @@ def read_metrics(folder: str | Path) -> list[dict]:
             break
         if not isinstance(row, dict) or not isinstance(row.get("step"), int):
             break
-        if not all(isinstance(x, int | float) for x in row.values()):
+        if not all(isinstance(x, float) or isinstance(x, int) and abs(x) < 2**63 for x in row.values()):
             break
         lines.append(row)
     return lines
