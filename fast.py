@@ -2,7 +2,7 @@
 
 Every docstring opens with the plain line that the function equals; tests/test_fast.py holds the two together. Each
 part names the row of tests/README.md ("How fast") that it earns. No other file knows of oneDNN and its packed matrices,
-chunks of logits and their derivative, a draw in two levels, a decode as a CUDA graph, or memory that glibc keeps.
+chunks of logits and their derivative, a draw in two levels, or memory that glibc keeps.
 """
 
 import contextlib
@@ -17,7 +17,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.utils.weak import WeakIdKeyDictionary, WeakTensorKeyDictionary
 
 CHUNK = 2**23  # logits that exist at a time on a CPU: 32 MiB
 GPU_CHUNK = 2**27  # 512 MiB: a GPU wants products of many rows
@@ -25,8 +24,6 @@ KEPT, GPU_KEPT = 16, 4  # chunks of logits that the backward need not compute ag
 SHORT = 128  # a CPU attends to up to this many keys by plain products
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")  # private operators:
 REORDERS = ONEDNN and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")  # another torch may lack one, or both
-ROUNDED = WeakTensorKeyDictionary()  # weight → its rounded copy, which a CUDA graph reads
-DECODES = WeakIdKeyDictionary()  # model → {key: (the tensors of a decode, and the graph of its step if there is one)}
 
 
 # --- products: training and generation with GPT-2 124M, generation with 50,257 tokens ---------------------------------
@@ -261,9 +258,8 @@ def decoding(generate: Callable) -> Callable:
         eager = torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
         try:
             with torch.inference_mode(), eager:  # a compiled block would be compiled anew for every token
-                arrange = in_place if model.decoder else pack
                 for layer in layers:
-                    layer.packed = arrange(layer.weight), None if layer.bias is None else arrange(layer.bias)
+                    layer.packed = pack(layer.weight), None if layer.bias is None else pack(layer.bias)
                 result = generate(model.eval(), *args, **options)
         finally:
             for layer in layers:
@@ -274,84 +270,14 @@ def decoding(generate: Callable) -> Callable:
     return decorated
 
 
-# --- compiled blocks, on CUDA a decode as a graph: not measured yet ---------------------------------------------------
+# --- compiled blocks: not measured on a GPU yet -----------------------------------------------------------------------
 
 
 def compile_blocks(*models: nn.Module) -> None:
-    """Changes no number. torch.compile fuses the blocks of each GPT; on CUDA a decode step becomes a graph."""
+    """Changes no number but by rounding. torch.compile fuses the blocks of each GPT, for all but generation."""
     for model in models:
-        model.decoder = static_decode if model.wte.weight.is_cuda else None
         for block in model.h:
             block.compile(dynamic=True, recompile_limit=64)  # all blocks of all models share one code
-
-
-def static_decode(model: nn.Module, prompts: list[list[int]], uniform: Tensor, choose: functools.partial) -> tuple:
-    """The loop of `GPT.generate` in shapes that do not change. On CUDA its second step becomes a graph.
-
-    A step reads the whole cache, under a mask that hides what comes later. The width of the prompts is rounded up, and
-    a later call puts its tensors into the memory that a graph of these shapes, options and weights already reads: to
-    capture one costs many steps.
-    """
-    config, device, (N, B) = model.config, uniform.device, uniform.shape
-    longest = max(map(len, prompts))
-    P = max(longest, min(-(-longest // 32) * 32, config.block_size - N))
-    prompt_len = torch.tensor([len(p) for p in prompts])  # (B,)
-    tokens = torch.tensor([p + [config.eos] * (P + N - len(p)) for p in prompts]).to(device)
-    weight = in_place(model.output_weight)
-    shape = (config.n_layer, 2, B, config.n_kv_head, P + N, config.head_dim)
-    place, start = torch.arange(P + N, device=device), prompt_len.to(device)
-    in_gap = ((place >= start[:, None]) & (place < P))[:, None, None]  # (B, 1, 1, P + N)
-    fresh = {
-        "place": place, "start": start, "uniform": uniform, "t": torch.ones(1, dtype=torch.long, device=device),
-        "ends": torch.tensor(config.ends).to(device), "done": torch.zeros(B, dtype=torch.bool, device=device),
-        "new": torch.full((N, B), config.eos, device=device), "n_new": torch.zeros_like(start),
-        "gap": torch.zeros(in_gap.shape, device=device, dtype=weight.dtype).masked_fill(in_gap, -math.inf),
-        "kv": torch.zeros(shape, device=device, dtype=weight.dtype),
-    }  # fmt: skip
-    packed = [x.data_ptr() for layer in model.modules() for x in getattr(layer, "packed", None) or () if x is not None]
-    pointers = [x.data_ptr() for x in model.parameters()] + packed
-    key = str((config, choose.keywords, pointers, weight.data_ptr(), [(x.shape, x.dtype) for x in fresh.values()]))
-    if key not in DECODES.get(model, {}):
-        DECODES[model] = {key: (fresh, [])}  # one per model, for it holds keys and values
-    state, graphs = DECODES[model][key]
-    for name, x in fresh.items():
-        state[name].copy_(x)
-    start, t, done, new, n_new, kv = (state[name] for name in ("start", "t", "done", "new", "n_new", "kv"))
-
-    def add_token(hidden: Tensor, t: Tensor) -> None:
-        token = choose(linear_float32(hidden.to(kv.dtype), weight), state["uniform"][t].view(B))
-        new[t] = torch.where(done, config.eos, token)
-        n_new.add_(~done)
-        done.logical_or_(torch.isin(token, state["ends"]))
-
-    def step() -> None:
-        """Read token t − 1 of every row, then add token t."""
-        mask = state["gap"].masked_fill(place > P + t - 1, -math.inf)
-        hidden = model.hidden(new[t - 1].view(B, 1), model.Cache(kv, P + t - 1, mask, (start + t - 1)[:, None]))
-        add_token(hidden[:, 0], t)
-        t.add_(1)
-
-    hidden = model.hidden(tokens[:, :P], model.Cache(kv[..., :P, :], slice(0, P), None, place[:P]))  # (B, P, C)
-    add_token(hidden[torch.arange(B, device=device), start - 1], torch.zeros_like(t))
-    for i in range(1, N):
-        if i % 16 == 0 and bool(done.all()):  # a look waits for the device
-            break
-        if device.type == "cuda" and i > 1 and not graphs:
-            graphs.append(torch.cuda.CUDAGraph())
-            with torch.cuda.graph(graphs[0]):
-                step()
-        graphs[0].replay() if graphs else step()
-    tokens.scatter_(1, start[:, None] + place[:N], new.T)
-    length = prompt_len + n_new.cpu()
-    return tokens[:, : int(length.max())], prompt_len, length
-
-
-def in_place(weight: Tensor) -> Tensor:
-    """`rounded(weight)`, in the same memory every time, because a graph reads it there."""
-    copy = rounded(weight.detach())
-    if copy.data_ptr() == weight.data_ptr():
-        return copy
-    return ROUNDED.setdefault(weight, copy).copy_(copy)
 
 
 # --- the process ------------------------------------------------------------------------------------------------------

@@ -14,9 +14,7 @@ D channels of a head, S places of a cache, L layers.
 
 import copy
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -210,13 +208,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class GPT(nn.Module):
-    Cache = Cache  # for fast.static_decode
-
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
         self.checkpoint_activations = False  # compute each block again in the backward, to save memory
-        self.decoder: Callable | None = None  # a loop that takes the place of `generate` (see fast.compile_blocks)
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         if not config.rope_theta:
             self.wpe = nn.Embedding(config.block_size, config.n_embd)
@@ -311,9 +306,6 @@ class GPT(nn.Module):
         uniform = torch.rand(B, N, dtype=torch.float64, generator=generator).T  # a row's numbers follow each other
         if device.type != "mps":  # which has no float64
             uniform = uniform.to(device)
-        choose = partial(sample, temperature=temperature, top_k=top_k, top_p=top_p)
-        if self.decoder is not None:
-            return self.decoder(self, prompts, uniform, choose)
         look = 1 if device.type == "cpu" else 16  # asking an accelerator whether all rows have ended makes Python wait
 
         prompt_len = torch.tensor([len(p) for p in prompts])  # (B,)
@@ -335,7 +327,7 @@ class GPT(nn.Module):
         for t in range(N):
             # 2 Draw a token for every row. A row that has ended gets EOS and does not grow.
             logits = linear_float32(hidden.to(kv.dtype), weight)  # (B, V)
-            token = choose(logits, uniform[t])  # (B,)
+            token = sample(logits, uniform[t], temperature, top_k, top_p)  # (B,)
             tokens[row, start + t] = torch.where(done, config.eos, token)
             length += ~done
             done |= torch.isin(token, ends)

@@ -1,7 +1,7 @@
 """Is a device right? What the tests hold the CPU to, seen on the device itself.
 
 python -m tests.checks --device cuda                every check, in a table; exit code 1 if one fails
-python -m tests.checks --device cuda decoding       one of decoding, graph, ratio, resume
+python -m tests.checks --device cuda decoding       one of decoding, ratio, resume
 """
 
 import argparse
@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 
 import data
-import fast
 import ppo
 from common import cli, nets, runs
 from model import GPT, ScalarModel
@@ -63,33 +62,17 @@ def decoding(name: str, device: torch.device) -> list[Finding]:
     """
     model, findings = loud_gpt(name, device), []
     for dtype, (_, autocast) in precisions(device).items():
-        for model.decoder in (None, fast.static_decode):
-            with autocast:
-                tokens, prompt_len, length = model.generate(prompts_of(name, 4), NEW, temperature=0)
-                hidden = model.hidden(tokens)
-            logits = F.linear(hidden.float(), model.output_weight)[:, :-1]  # (B, T − 1, V)
-            short = logits.amax(-1) - logits.gather(2, tokens[:, 1:, None])[..., 0]
-            place = torch.arange(1, tokens.shape[1])
-            drawn = (place >= prompt_len[:, None]) & (place < length[:, None])  # (B, T − 1)
-            worst = (short[drawn.to(device)].max() / logits.std()).item()
-            kind = "shapes that do not change" if model.decoder else "eager"
-            asked = f"greedy decode with a cache ({kind}, {dtype}) = without, {name}"
-            findings.append(
-                (asked, f"logits at most {worst:.1e} σ apart", worst < (1e-3 if dtype == "float32" else 0.1))
-            )
+        with autocast:
+            tokens, prompt_len, length = model.generate(prompts_of(name, 4), NEW, temperature=0)
+            hidden = model.hidden(tokens)
+        logits = F.linear(hidden.float(), model.output_weight)[:, :-1]  # (B, T − 1, V)
+        short = logits.amax(-1) - logits.gather(2, tokens[:, 1:, None])[..., 0]
+        place = torch.arange(1, tokens.shape[1])
+        drawn = (place >= prompt_len[:, None]) & (place < length[:, None])  # (B, T − 1)
+        worst = (short[drawn.to(device)].max() / logits.std()).item()
+        asked = f"greedy decode with a cache ({dtype}) = without, {name}"
+        findings.append((asked, f"logits at most {worst:.1e} σ apart", worst < (1e-3 if dtype == "float32" else 0.1)))
     return findings
-
-
-def graph(name: str, device: torch.device) -> list[Finding]:
-    """Sampled tokens of the decode that becomes a CUDA graph against those of the eager decode, in float32."""
-    model, rows = loud_gpt(name, device), []
-    for model.decoder in (None, fast.static_decode):
-        generator = torch.Generator().manual_seed(0)
-        tokens, _, _ = model.generate(prompts_of(name, 8), NEW, generator=generator)
-        rows.append(tokens)
-    same = sum(torch.equal(*pair) for pair in zip(*rows))
-    kind = "a CUDA graph" if device.type == "cuda" else "shapes that do not change"
-    return [(f"sampling in {kind} = eager, {name}", f"{same} of 8 rows are equal", same == 8)]
 
 
 def ratio(name: str, device: torch.device) -> list[Finding]:
@@ -168,7 +151,7 @@ def resume(name: str, device: torch.device) -> list[Finding]:
     return [("a resumed run of PPO = the run that was not stopped", found, apart <= 10 * noise)]
 
 
-CHECKS = {"decoding": decoding, "graph": graph, "ratio": ratio, "resume": resume}
+CHECKS = {"decoding": decoding, "ratio": ratio, "resume": resume}
 
 
 def run(check: str, names: list[str], device: torch.device) -> list[Finding]:

@@ -4,10 +4,8 @@
         model.to("cuda:0").generate(…)
         device.waits                        what made the CPU wait for the device, and at which line
 
-It raises where devices mix, where MPS is given float64, and where the CPU would wait while a graph is captured. What is
-captured takes no effect; a replay runs the recorded operators on the memory that they were recorded with, and raises if
-that has been freed. The kernels are the CPU's, so that results can be compared with it. Only a forward runs: autograd
-asks for streams, which no build for the CPU has.
+It raises where devices mix, and where MPS is given float64. The kernels are the CPU's, so that results can be compared
+with it. Only a forward runs: autograd asks for streams, which no build for the CPU has.
 """
 
 import contextlib
@@ -18,7 +16,6 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -71,7 +68,7 @@ class There(torch.Tensor):
 
 def each(function, x):
     """x with every tensor in it, also in lists, replaced by what the function makes of it."""
-    if isinstance(x, (torch.Tensor, Address)):
+    if isinstance(x, torch.Tensor):
         return function(x)
     return type(x)(each(function, y) for y in x) if isinstance(x, (list, tuple)) else x
 
@@ -86,52 +83,9 @@ def raw(x: torch.Tensor) -> torch.Tensor:
     return x.raw if isinstance(x, There) else x
 
 
-def storage(x: torch.Tensor) -> int:
-    return raw(x).untyped_storage().data_ptr()
-
-
 @functools.cache
 def is_composite(operator) -> bool:
     return operator._can_decompose()
-
-
-class Address:
-    """What a graph knows of a tensor that is not its own: where it lies. Nothing keeps that memory for the graph."""
-
-    def __init__(self, x: torch.Tensor):
-        self.storage, self.dtype = StorageWeakRef(x.untyped_storage()), x.dtype
-        self.layout = x.storage_offset(), x.size(), x.stride()
-
-    def read(self) -> torch.Tensor:
-        storage = torch.UntypedStorage._new_with_weak_ptr(self.storage.cdata)
-        if storage is None:
-            raise RuntimeError("a graph reads memory that has been freed")
-        return torch.empty(0, dtype=self.dtype).set_(storage, *self.layout)
-
-
-class Graph:
-    """Stands for torch.cuda.CUDAGraph: a tape of operators, each with its arguments and its results."""
-
-    def __init__(self):
-        self.tape = []
-        self.own: set[int] = set()  # the memory that it allocated
-        self.changed: list[tuple] = []  # during the capture: tensors, and what they were before
-
-    def record(self, operator, args: tuple, out) -> None:
-        """An operator, its arguments as the program gave them, its results."""
-        self.own |= {storage(x) for x in tensors([out])} - {storage(x) for x in tensors(args)}
-        self.tape.append((operator, each(self.remember, args), [x for x in tensors([out]) if storage(x) in self.own]))
-
-    def remember(self, x: torch.Tensor) -> "torch.Tensor | Address":
-        is_number = x.device.type == "cpu" and x.dim() == 0
-        return raw(x).clone() if is_number else raw(x) if storage(x) in self.own else Address(raw(x))
-
-    def replay(self) -> None:
-        for operator, args, out in self.tape:
-            again = operator(*each(lambda x: x.read() if isinstance(x, Address) else x, args))
-            for old, new in zip(out, tensors([again])):
-                if old.data_ptr() != new.data_ptr():
-                    old.copy_(new)
 
 
 class Device(TorchDispatchMode):
@@ -139,29 +93,12 @@ class Device(TorchDispatchMode):
         super().__init__()
         self.device = torch.device(name)
         self.waits: list[str] = []
-        self.graphs: list[Graph] = []
-        self.capturing = False
 
     def wait(self, what: str) -> None:
         """The CPU waits for the device."""
         frames = [frame for frame in traceback.extract_stack() if Path(frame.filename).parent == ROOT]
         line = f"{Path(frames[-1].filename).name}: {frames[-1].line}" if frames else ""
-        if self.capturing:
-            raise RuntimeError(f"{what} while a graph is captured, {line}")
         self.waits.append(f"{what}, {line}")
-
-    @contextlib.contextmanager
-    def capture(self, graph: Graph):
-        """Stands for torch.cuda.graph."""
-        self.graphs.append(graph)
-        self.capturing = True
-        try:
-            yield
-        finally:
-            self.capturing = False
-            for changed, before in reversed(graph.changed):
-                changed.copy_(before)
-            graph.changed.clear()
 
     def is_here(self, device) -> bool:
         return device is not None and torch.device(device).type == self.device.type
@@ -181,12 +118,7 @@ class Device(TorchDispatchMode):
         if "device" in options:
             options["device"] = torch.device("cpu")
         call = lambda *args: INSTEAD.get(operator, operator)(*args, **options)  # noqa: E731
-        if self.capturing:
-            written = [x for x, a in zip(args, operator._schema.arguments) if a.alias_info and a.alias_info.is_write]
-            self.graphs[-1].changed += [(x.raw, x.raw.clone()) for x in written]
         out = call(*each(raw, args))
-        if self.capturing:
-            self.graphs[-1].record(call, args, out)
         if to_cpu:
             return out
         known = {id(x.raw): x for x in there}  # an operator in place returns what it was given
@@ -250,8 +182,6 @@ def pretended(name: str):
         "torch.cuda.is_bf16_supported": lambda **how: cuda,
         "torch.cuda.set_device": lambda device: None,
         "torch.cuda.synchronize": lambda: device.wait("synchronize"),
-        "torch.cuda.CUDAGraph": Graph,
-        "torch.cuda.graph": device.capture,
         "torch.backends.mps.is_available": lambda: not cuda,
         "torch.backends.mps.is_macos_or_newer": lambda *version: True,
         "torch.mps.synchronize": lambda: device.wait("synchronize"),
