@@ -37,14 +37,14 @@ class Config(cli.Shared):
     init: str = "out/sft"  # run folder of the policy: it is sampled from, and its trunk becomes the reward model
     out: str = "out/reward"  # run folder to write
     block_size: Whole = 0  # longest prompt and response together, in tokens; 0: the model's context
-    n_prompts: Whole = 0  # use the first so many prompts of --data; 0: all
-    seed: Whole = 0  # of samples, labels, head and data order
+    n_prompts: Whole = 0  # use only the first so many prompts of --data; 0: all
+    seed: Whole = 0  # random seed of samples, labels, head and data order
     # samples: to compare, where --data holds prompts alone, and to normalise the scores
     response_len: Count = 64  # longest sampled response, in tokens
-    temperature: Positive = 1.0  # of the samples
+    temperature: Positive = 1.0  # temperature of the samples
     samples: Count = 8  # responses to each prompt, to compare
     judge: str = ""  # the simulated person that compares, FILE.py:function; the tales have theirs
-    label_temperature: Positive = 0.1  # of its choices: at 0.1, the response judged 0.1 better wins in 73%
+    label_temperature: Positive = 0.1  # its noise: at 0.1, a response judged 0.1 better wins 73% of comparisons
     # training
     batch_size: Count = 4  # prompts per step, each with all its responses, over all processes
     lr: Number = 1e-3  # peak of the learning rate

@@ -32,21 +32,21 @@ class Config(cli.Shared):
     data: str = ""  # .txt, JSONL "text", or JSONL "prompt" and "completion"; empty: both, on the tales
     init: str = ""  # run folder to start from; empty: random weights
     out: str = "out/sft"  # run folder to write
-    block_size: Whole = 0  # longest row, in tokens; 0: the context of --init. Without --init the context; 0: 128
-    seed: Whole = 0  # of weights, data order and samples
+    block_size: Whole = 0  # longest row, in tokens; 0: the context of --init, or 128 without --init
+    seed: Whole = 0  # random seed of weights, data order and samples
     # training
     epochs: Number = 1.0  # passes over the data
     batch_size: Count = 16  # rows per step, over all processes; a row of plain text is block_size tokens
     lr: Number = 2e-3  # peak of the learning rate
-    weight_decay: Number = 0.1  # on matrices
-    evals: Count = 5  # times that held-out loss and a sample are shown and the run is saved
+    weight_decay: Number = 0.1  # strength of AdamW's weight decay, on matrices alone
+    evals: Count = 5  # how often held-out loss and a sample are shown, and the run is saved
     # model, without --init
     vocab_size: Whole = 1024  # of the byte-level BPE learned from --data; 0: GPT-2's vocabulary
     arch: str = "gpt2"  # gpt2, or llama: rotary positions, RMSNorm, SwiGLU, no biases
     n_layer: Count = 2  # blocks
     n_head: Count = 4  # attention heads
     n_embd: Count = 192  # channels
-    dropout: Annotated[float, (0.0, 0.99)] = 0.0  # in training
+    dropout: Annotated[float, (0.0, 0.99)] = 0.0  # share of activations that training sets to 0
 
 
 # --- the loop ---------------------------------------------------------------------------------------------------------

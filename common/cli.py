@@ -41,8 +41,8 @@ class Shared:
     lora: Whole = 0  # rank of adapters (LoRA, α = 32) to train beside frozen weights, at 3 to 10 times --lr; 0: off
     shard: bool = False  # divide the nets over the processes of torchrun (FSDP), where one GPU cannot hold them
     micro_batch_size: Whole = 0  # rows (stage 2: prompts) in one forward of training; 0: all of a step
-    max_grad_norm: Number = 1.0  # gradients are clipped to this, each net's by itself; 0: not clipped
-    save_every: Whole = 0  # steps between checkpoints; 0: the stage's own choice. Once a minute in any case
+    max_grad_norm: Number = 1.0  # highest norm of each net's gradient; 0: not clipped
+    save_every: Whole = 0  # steps between checkpoints; 0: the stage chooses. A run saves once a minute in any case
     resume: bool = False  # continue the run in --out, with the same options
     tensorboard: bool = False  # write the metrics for TensorBoard too, into --out
 
