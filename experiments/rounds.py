@@ -49,7 +49,7 @@ def learn(folder: Path, name: str, chosen: list[dict], begin: str, seed: int, it
     """How PPO ended, from `begin`, on a reward model of the `chosen` labels."""
     write_jsonl(folder / f"{name}.jsonl", chosen)
     mine, model = ["--seed", seed], f"out/{name}-reward"
-    stage(folder, f"{name}-reward", "reward.py", "--data", f"{name}.jsonl", "--batch_size", 1, *mine, "--out", model)
+    stage(folder, f"{name}-reward", "reward.py", "--data", f"{name}.jsonl", *mine, "--out", model)
     options = ["--init", begin, "--ref", START, "--reward", model, "--iterations", iterations, *mine]
     stage(folder, name, "ppo.py", *options, "--out", f"out/{name}")
     return ending(json.loads((folder / "out" / name / "report.json").read_text()))
