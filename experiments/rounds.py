@@ -1,6 +1,6 @@
 """Rounds: the policy answers, a person compares, a reward model learns, PPO follows it; and again, in four ways.
 
-    OMP_NUM_THREADS=1 python -m experiments.rounds --rounds 4    seeds 30 to 32, some 40 minutes each
+    OMP_NUM_THREADS=1 python -m experiments.rounds --rounds 4    seeds 30 to 32; each 17 times PPO's 64 iterations
 
 WAYS lists them; each differs from the one above it in one thing. Equal in every way and round: 200 new labels, the
 prompts that are asked, 64 iterations of PPO, all other options. A label is a choice of the simulated person between two
