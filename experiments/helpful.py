@@ -72,7 +72,6 @@ def write_files(model: Path) -> None:
     for name in ("ppo", "eval"):
         rows = data.read_jsonl(hh.FOLDER / f"{name}.jsonl", {"prompt": list})
         files[name] = [row for row in rows if len(data.encode_prompt(encoding, row["prompt"])) <= LONGEST_PROMPT]
-    HERE.mkdir(parents=True, exist_ok=True)
     for name, rows in files.items():
         data.write_jsonl(HERE / f"{name}.jsonl", rows)
 

@@ -50,7 +50,6 @@ def write_files(model: Path) -> None:
         asked = [[SYSTEM, *row["prompt"]] for row in rows if len(row["prompt"]) == 1]
         files[name] = [{"prompt": each} for each in asked if len(data.encode_prompt(encoding, each)) <= LONGEST]
     files["compare"], files["ppo"] = files["ppo"][:N_COMPARE], files["ppo"][N_COMPARE:]
-    HERE.mkdir(parents=True, exist_ok=True)
     for name, rows in files.items():
         data.write_jsonl(HERE / f"{name}.jsonl", rows)
 

@@ -34,6 +34,7 @@ from experiments import (
     recipe,
     reviewer,
     reviews,
+    rounds,
     sentence,
     texts,
 )
@@ -470,6 +471,121 @@ def test_a_seed_of_the_sentences_is_measured_on_all_sides(wide, encoding, tmp_pa
     assert "| before | after |" in harness.before_and_after([found, found])[
         0
     ] and "| 2 | 0.19 |" in harness.beside_table([found])
+
+
+START, FIRST = "out/sft", "out/rounds-1"
+ROUNDS = {  # name → who answered each round's prompts that the reward model reads, where PPO begins, its iterations
+    "1": ([START], START, 64),
+    "the-start-answers-2": ([START] * 2, START, 64),
+    "the-start-answers-3": ([START] * 3, START, 64),
+    "long-3": ([START] * 3, START, 192),
+    "the-policy-answers-2": ([START, FIRST], START, 64),
+    "the-policy-answers-3": ([START, FIRST, "out/rounds-the-policy-answers-2"], START, 64),
+    "from-the-last-policy-2": ([START, FIRST], FIRST, 64),
+    "from-the-last-policy-3": ([START, FIRST, (last := "out/rounds-from-the-last-policy-2")], last, 64),
+    "last-labels-alone-2": ([FIRST], FIRST, 64),
+    "last-labels-alone-3": ([(last := "out/rounds-last-labels-alone-2")], last, 64),
+}
+
+
+@pytest.fixture
+def in_rounds(monkeypatch, tmp_path):
+    """The rounds with two labels each, of the prompts 0, 1, 2; then 3, 4, 5; and so on. Results go to tmp_path."""
+    asked = [{"prompt": rounds.tales.PROMPT.format(**dict.fromkeys(rounds.tales.SLOTS, i))} for i in range(12)]
+    monkeypatch.setattr(rounds.tales, "rows", lambda: {"compare": asked})
+    for name, value in (("PROMPTS", 3), ("LABELS", 2), ("FOLDER", tmp_path), ("__file__", f"{tmp_path}/rounds.py")):
+        monkeypatch.setattr(rounds, name, value)
+    monkeypatch.setattr(harness, "__file__", str(tmp_path / "harness.py"))
+    return asked
+
+
+def test_each_way_of_going_on_has_as_many_labels_a_round_and_the_first_reference(in_rounds, monkeypatch, tmp_path):
+    ran = {}
+
+    def stage(folder, name, *words):
+        words, out = list(map(str, words)), folder / option(words, "--out")
+        assert ran.setdefault(name, words) == words
+        out.mkdir(parents=True, exist_ok=True)
+        if name.endswith("-asked"):
+            prompts = data.read_jsonl(folder / option(words, "--data"), {})
+            write(out / "comparisons.jsonl", [row | {"by": option(words, "--init")} for row in prompts])
+        table = {name: {"before": [0.5, 0], "after": [0.25, 0]} for name in (harness.JUDGE, measure.KL, "score")}
+        answers = [{side: {harness.JUDGE: table[harness.JUDGE][side][0]} for side in ("before", "after")}] * 10
+        (out / "report.json").write_text(json.dumps({"table": table, "answers": answers}))
+
+    monkeypatch.setattr(rounds, "stage", stage)
+    found = rounds.run(1, 3)
+    assert {way: len(ends) for way, ends in found.items()} == dict.fromkeys(rounds.WAYS, 3) | {rounds.LONG: 1}
+    ppo_runs = {name: words for name, words in ran.items() if words[0] == "ppo.py"}
+    assert ppo_runs.keys() == {f"rounds-{name}" for name in ROUNDS}
+    for name, (policies, begin, iterations) in ROUNDS.items():
+        words, reward_model = ppo_runs[f"rounds-{name}"], ran[f"rounds-{name}-reward"]
+        first = int(name[-1]) - 1 if name.startswith("last") else 0  # the first round whose labels count
+        wanted = [in_rounds[3 * (first + i) + j] | {"by": policy} for i, policy in enumerate(policies) for j in (0, 1)]
+        assert data.read_jsonl(tmp_path / "kl/seed-1" / option(reward_model, "--data"), {}) == wanted
+        assert option(words, "--reward") == option(reward_model, "--out") and "--init" not in reward_model
+        given = [option(words, each) for each in ("--init", "--ref", "--iterations")]
+        assert given == [begin, START, str(iterations)]
+    monkeypatch.setattr(rounds, "LABELS", 4)
+    with pytest.raises(SystemExit, match="3 labels, not 4"):
+        rounds.run(1, 3)
+
+
+def test_the_judge_by_round_is_a_mean_over_seeds_and_ways_are_compared_by_pairs_of_a_seed(monkeypatch):
+    judge = {"the start answers": 0.6, "the policy answers": 0.7, "from the last policy": 0.9, "last labels alone": 0.4}
+    end = lambda after: {"before": 0.5, "after": after, "score": 1.0, "kl": 2.0}  # noqa: E731
+    runs = [{way: [end(0.55), end(x + noise)] for way, x in judge.items()} for noise in (0.0, 0.03, 0.06)]
+    for each, after in zip(runs, (0.8, 0.9, 1.0)):
+        each[rounds.LONG] = [end(after)]
+    by_way, apart = (table.splitlines()[2:] for table in rounds.tables(runs))
+    half = 4.303 * 0.03 / 3**0.5
+    assert by_way[2].startswith(
+        f"| from the last policy | 0.55 [0.55, 0.55] | 0.93 [{0.93 - half:.2f}, {0.93 + half:.2f}] |"
+    )
+    assert by_way[4].startswith(f"| {rounds.LONG} |  | 0.90 [")
+    assert apart[:2] == [
+        "| the policy answers | the start answers | 0.10 [0.10, 0.10] |",
+        "| from the last policy | the policy answers | 0.20 [0.20, 0.20] |",
+    ]
+    assert apart[2] == "| last labels alone | from the last policy | -0.50 [-0.50, -0.50] |"
+    half = 4.303 * 0.07 / 3**0.5  # the differences are 0.1, 0.03, −0.04
+    assert apart[3] == f"| from the last policy | {rounds.LONG} | 0.03 [{0.03 - half:.2f}, {0.03 + half:.2f}] |"
+
+
+@pytest.mark.slow
+def test_two_rounds_run_as_commands_and_every_run_is_measured_against_the_first_start(
+    in_rounds, wide, encoding, tmp_path, monkeypatch
+):
+    pytest.importorskip("matplotlib")
+    folder = tmp_path / "kl" / "seed-3"
+    nets.save_model(wide, encoding, folder / "out" / "sft" / "model.pt")
+    prompts = write(tmp_path / "prompts.jsonl", [{"prompt": f"ask {i}."} for i in range(40)])
+    few = "--response_len 6 --batch_size 4 --minibatch_size 4 --eval_prompts 12 --lr 0.01".split()
+    few += ["--data", prompts, "--eval_data", prompts, "--judge", harness.JUDGE]
+    small = {"reward.py": few[:2], "ppo.py": few}
+
+    def stage(folder, name, *words):
+        if words[0] == "sft.py" or (folder / words[-1] / "report.json").exists():
+            return
+        done = run(*words, *small[words[0]], "--device", "cpu", cwd=folder)
+        assert not done.returncode, done.stderr
+
+    monkeypatch.setattr(rounds, "stage", stage)
+    two = {way: rounds.WAYS[way] for way in ("the start answers", "from the last policy")}
+    for name, value in (("ITERATIONS", 2), ("WAYS", two), ("PAIRS", [[*two]])):
+        monkeypatch.setattr(rounds, name, value)
+    monkeypatch.setattr("sys.argv", ["rounds", "--seeds", "3", "--rounds", "2"])
+    rounds.main()
+    written = json.loads((tmp_path / "results" / "rounds.json").read_text())
+    reports = {path.parent.name: json.loads(path.read_text()) for path in folder.glob("out/*/report.json")}
+    reports = {name: report for name, report in reports.items() if "answers" in report}
+    assert len(reports) == 1 + 2 + 1 and (tmp_path / "rounds.svg").exists()
+    before = [[answer["before"]["text"] for answer in report["answers"]] for report in reports.values()]
+    assert all(texts == before[0] for texts in before)  # the first start's, wherever PPO began
+    for way in rounds.WAYS:
+        report = reports[f"rounds-{way.replace(' ', '-')}-2"]
+        kl = np.mean([answer["after"][measure.KL] for answer in report["answers"]])
+        assert written["found"]["3"][way][1]["kl"] == pytest.approx(kl)
 
 
 def test_a_puzzle_is_a_copy_with_one_change_that_it_tells_only_when_asked(tmp_path, monkeypatch, capsys):

@@ -87,6 +87,12 @@ def rollout(nets, cfg, prompts=PROMPTS):
     return batch | ppo.read(batch, policy, ref, value, ppo.scorer(scorer, None, 60, cfg), cfg)
 
 
+def estimated(nets, cfg):
+    """A rollout, with rewards, advantages and returns at β = 0.1."""
+    batch = rollout(nets, cfg)
+    return batch | ppo.estimate(batch, 0.1, cfg)
+
+
 def update(nets, batch, cfg, lr=0.0):
     """ppo.py's own update by plain gradient descent, so that a step is the gradient."""
     policy, _, value, _ = nets
@@ -361,8 +367,7 @@ def test_a_responses_kl_is_the_sum_over_its_tokens_and_all_of_it_is_charged(nets
 )
 def test_how_a_batch_is_split_does_not_change_its_step(nets, folders):
     cfg = ppo.Config(response_len=16, minibatch_size=3, epochs=1, max_grad_norm=0.0)
-    batch = rollout(nets, cfg)
-    batch |= ppo.estimate(batch, 0.1, cfg)
+    batch = estimated(nets, cfg)
     steps = []
     for cfg.micro_batch_size in (0, 1, 2):
         copied = copy.deepcopy(nets)
@@ -407,8 +412,7 @@ def test_a_value_clipped_on_the_wrong_side_still_gets_a_gradient():
 )
 def test_gradients_are_clipped_after_backward_each_net_by_itself(nets):
     cfg = ppo.Config(response_len=16, minibatch_size=6, epochs=1, max_grad_norm=0.01)
-    batch = rollout(nets, cfg)
-    batch |= ppo.estimate(batch, 0.1, cfg)
+    batch = estimated(nets, cfg)
     before = [flat(nets[i]) for i in (0, 2)]
     update(nets, batch, cfg, lr=1.0)
     for net, start in zip((nets[0], nets[2]), before):
@@ -758,8 +762,7 @@ def test_a_number_of_0_is_a_number_and_is_not_taken_for_a_missing_one(tmp_path, 
 )
 def test_the_whole_value_net_moves_down_the_gradient_of_its_squared_error(nets):
     cfg = ppo.Config(response_len=16, minibatch_size=6, epochs=1, max_grad_norm=0.0, cliprange_value=math.inf)
-    batch = rollout(nets, cfg)
-    batch |= ppo.estimate(batch, 0.1, cfg)
+    batch = estimated(nets, cfg)
     value = copy.deepcopy(nets[2])
     errors = []
     for row, start, end, returns in zip(*(batch[name] for name in ("tokens", "prompt_len", "length", "returns"))):
@@ -823,8 +826,7 @@ def test_two_processes_with_unlike_many_tokens_take_the_step_of_one(nets, monkey
 )
 def test_an_answer_that_is_masked_out_weighs_nothing_in_the_mean_either(nets):
     cfg = ppo.Config(response_len=16, minibatch_size=6, epochs=1, max_grad_norm=0.0)
-    batch = rollout(nets, cfg)
-    batch |= ppo.estimate(batch, 0.1, cfg)
+    batch = estimated(nets, cfg)
     steps = []
     for out in ("masked", "absent"):
         own, mine = copy.deepcopy(nets), dict(batch)

@@ -2,6 +2,9 @@
 
 import json
 import os
+import re
+import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -9,8 +12,9 @@ import threading
 
 import pytest
 
+from common.runs import read_metrics
 from data import InputError
-from tests.conftest import CHROMIUM, ROOT, needs_chromium
+from tests.conftest import CHROMIUM, ROOT, needs_chromium, run
 from tools import label
 
 playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright drives the browser")
@@ -638,6 +642,48 @@ def test_a_server_that_is_killed_and_started_again_loses_nothing(folders, page):
         page.locator("#back").click()
         page.locator("#list button").nth(1).click()
         wait(page, "Your answer 1 of 2 was: 1 is better.")
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_two_rounds_with_people_go_by_the_commands_of_the_page(folders, page):
+    """The five lines of tools/README.md as they stand, with options that keep the answers short and few."""
+    folder, n, printed = folders["tmp"], 12, []
+    shutil.copytree(folders["sft"], folder / "out" / "sft")
+    section = (ROOT / "tools" / "README.md").read_text().partition("### A round with people")[2]
+    second = section.split("```")[1].strip().splitlines()
+    first = [line.replace("out/ppo-1", "out/sft").replace("2", "1") for line in second]
+    few = {"tools.label": f"--response_len 8 --n_prompts {n} --port 0", "reward.py": "--response_len 8 --batch_size 2"}
+    few["ppo.py"] = "--response_len 8 --batch_size 8 --minibatch_size 4 --iterations 2"
+    scripts = {"tools.label": "tools/label/__main__.py", "tools.evaluate": "tools/evaluate.py"}
+    for line in first + second:
+        name, *words = [word for word in shlex.split(line) if word not in ("python", "-m")]
+        words += [*few.get(name, "").split(), "--device", "cpu"]
+        if "--prompts" in words:
+            choose_the_first(page, [sys.executable, ROOT / scripts[name], *words], folder, n)
+        else:
+            done = run(scripts.get(name, name), *words, cwd=folder)
+            assert not done.returncode, (line, done.stderr)
+            printed.append(done.stdout)
+    for number, policy in enumerate(("out/sft", "out/ppo-1"), 1):
+        answers = label.read_answers(folder / "labels" / f"{number}.jsonl")
+        assert [row["checkpoint"] for row in answers] == [[policy] * 2] * n
+        start = read_metrics(folder / "out" / f"ppo-{number}")[0]
+        assert (abs(start["objective/kl"]) < 1e-5) == (number == 1)  # to the first start
+    found = re.findall(r"labels/\*\.jsonl: preferences, (\d+) rows", "".join(printed))
+    assert found == [str(n), str(2 * n)] and len(printed) == 8
+    assert all("KL to the reference (nats)" in text for text in printed[3::4])
+
+
+def choose_the_first(page, command, folder, n):
+    """Answer the n questions of a labelling command that runs in `folder`, and stop it."""
+    process = subprocess.Popen([*map(str, command)], cwd=folder, stdout=subprocess.PIPE, text=True)
+    try:
+        begin(page, process.stdout.readline().split()[-1])
+        for i in range(n):
+            press(page, "1", f"{i + 1} done")
+        page.wait_for_selector("#end:visible")
     finally:
         process.kill()
         process.wait()
