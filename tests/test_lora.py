@@ -130,7 +130,8 @@ def test_an_adapted_net_writes_what_its_merged_net_writes(folders, encoding, fam
         assert torch.equal(mine, theirs) and not torch.equal(mine, before)
 
 
-@pytest.mark.parametrize("low", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["float32", "bfloat16"])
+@pytest.mark.slow
+@pytest.mark.parametrize("low", [False, True], ids=["float32", "bfloat16"])
 def test_on_a_device_nets_share_one_trunk_and_generation_sees_adapters_as_they_change(folders, encoding, low):
     adapted(folders["sft"], encoding)
     with pretended("cuda:0"):

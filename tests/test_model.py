@@ -1,6 +1,7 @@
 """model.py: the architecture against an independent one, the window, the cache, the sampler."""
 
 import copy
+import itertools
 import math
 import shutil
 
@@ -78,9 +79,13 @@ def test_generation_that_does_not_fit_the_context_is_refused():
     assert model.training
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("longest", [4, 200])  # attention by plain products, and by the fused kernel
+QUICK = [("gpt2", torch.bfloat16, 4), ("llama", torch.float16, 4), ("llama", torch.bfloat16, 200)]
+ALL = itertools.product(FAMILIES, (torch.bfloat16, torch.float16), (4, 200))  # 200: attention by the fused kernel
+
+
+@pytest.mark.parametrize(
+    "family, dtype, longest", QUICK + [pytest.param(*case, marks=pytest.mark.slow) for case in ALL if case not in QUICK]
+)
 def test_a_ragged_batch_of_a_model_held_in_half_precision_is_sampled_scored_and_valued(family, dtype, longest):
     model = make_gpt(block_size=256, **FAMILIES[family])
     half, judge = copy.deepcopy(model).to(dtype), ScalarModel(copy.deepcopy(model)).to(dtype)
