@@ -2,14 +2,12 @@
 
 import copy
 import http.client
-import importlib
 import json
 import os
 import re
 import subprocess
 import sys
 import threading
-import types
 
 import numpy as np
 import pytest
@@ -141,31 +139,6 @@ def test_the_report_is_kept_as_it_is_printed_and_with_all_its_numbers(folders, m
             assert cell(row[side], 12) in printed
     won = [(a["after"]["judge.py:judge"] - a["before"]["judge.py:judge"]) for a in found["answers"]]
     assert found["win_rate"][0] == pytest.approx(np.mean(np.sign(won) / 2 + 0.5))
-
-
-def test_tensorboard_gets_what_metrics_jsonl_gets_and_is_asked_for_where_it_is_missing(folders, monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match="--tensorboard: needs the package of that name; pip install tensorboard"):
-        run_ppo(folders, monkeypatch, "out/x", tensorboard=True)
-    assert not (folders["tmp"] / "out/x").exists()
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "tensorboard" or None)
-    written = {}
-
-    class SummaryWriter:
-        def __init__(self, folder, purge_step):
-            written["opened"] = str(folder), purge_step
-
-        def add_scalar(self, name, x, step):
-            written[name, step] = x
-
-        def flush(self):
-            pass
-
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=SummaryWriter))
-    run_ppo(folders, monkeypatch, "out/x", tensorboard=True)
-    assert written.pop("opened") == ("out/x", 0)
-    rows = runs.read_metrics(folders["tmp"] / "out/x")
-    assert written == {(name, row["step"]): x for row in rows for name, x in row.items() if name != "step"}
 
 
 # --- the page as a file -----------------------------------------------------------------------------------------------
