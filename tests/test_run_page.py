@@ -490,6 +490,11 @@ def test_a_ratio_of_rounding_is_no_picture_and_an_error_gives_the_digits(folders
     assert wide() and browser_page.locator("#curves h3 button").first.evaluate("b => b === document.activeElement")
     browser_page.locator("#curves svg").first.click()
     assert not wide()
+    for chosen in (browser_page.locator("#tools button").nth(1), browser_page.locator(".bars tbody tr").first):
+        chosen.focus()
+        browser_page.keyboard.press("Enter")  # draws the section anew
+        assert chosen.evaluate("element => element === document.activeElement")
+    assert browser_page.locator(".bars tr[aria-current]").count() == 1
     browser_page.locator(".tokens").first.focus()
     browser_page.keyboard.press("ArrowRight")
     assert "token 1 of" in browser_page.locator("#readout").text_content() and not browser_page.problems

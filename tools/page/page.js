@@ -225,7 +225,10 @@ function fold(key, summary, open, ...content) { // stays as it was left when the
 const SECTIONS = { head, curves, tokens, report, samples, options };
 const LINKS = { curves: "Curves", tokens: "Tokens", report: "Report", samples: "Samples", options: "Options" };
 function draw(name) {
-  document.getElementById(name).replaceChildren(...SECTIONS[name]().flat(9).filter(Boolean));
+  const section = document.getElementById(name), all = () => [...section.querySelectorAll("button, summary, [tabindex]")];
+  const at = all().indexOf(document.activeElement);
+  section.replaceChildren(...SECTIONS[name]().flat(9).filter(Boolean));
+  all()[at]?.focus({ preventScroll: true }); // who goes by keyboard goes on from there
   if (name === "tokens" && view.at) select(document.getElementById(view.at[0])?.querySelectorAll("span")[view.at[1]]);
 }
 

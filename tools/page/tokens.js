@@ -209,7 +209,8 @@ function where(answers) {
     const cells = [name_of(each.token), each.all.length, tell(view.colour, measure(each)), bar(each)];
     const turn = () => change({ alike: view.alike === each.key ? null : each.key });
     const at_key = event => event.key === "Enter" && turn();
-    return h("tr", { onclick: turn, onkeydown: at_key, tabindex: 0 }, cells.map(cell => h("td", {}, cell)));
+    const current = view.alike === each.key ? "true" : null;
+    return h("tr", { onclick: turn, onkeydown: at_key, tabindex: 0, "aria-current": current }, cells.map(cell => h("td", {}, cell)));
   });
   const width = innerWidth < 700 ? 340 : 560;
   return div("grid wide",
