@@ -176,7 +176,8 @@ def held_out_loss(model: GPT, rows: list[data.Row], size: int, device: torch.dev
     parts = list(data.micro_batches(rows, size))
     numbers, losses = list(range(len(parts))), {}
     mine = dist.mine(numbers)
-    for i in dist.pad_to_equal(mine, numbers) if dist.is_sharded(model) else mine:
+    mine = dist.pad_to_equal(mine, numbers) if dist.is_sharded(model) else mine
+    for i in dist.counted(mine, "held-out rows"):
         with autocast:
             losses[i] = next_token_loss(model, parts[i], device).item()
     everybody = {i: loss for each in dist.gather_objects(losses) for i, loss in each.items()}

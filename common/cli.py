@@ -44,7 +44,6 @@ class Shared:
     max_grad_norm: Number = 1.0  # highest norm of each net's gradient; 0: not clipped
     save_every: Whole = 0  # steps between checkpoints; 0: the stage chooses. A run saves once a minute in any case
     resume: bool = False  # continue the run in --out, with the same options
-    tensorboard: bool = False  # write the metrics for TensorBoard too, into --out
 
 
 THEIRS = {  # our option → what other projects call it

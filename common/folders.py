@@ -14,8 +14,8 @@ from data.files import InputError, sources
 from data.tokenizer import encoding_from_state
 
 INPUTS = ("data", "eval_data", "init", "ref", "reward", "judge")  # options that name what a run reads
-MAY_DIFFER = ("resume", "device", "out", "tensorboard", "save_every", "kl_stop", *INPUTS)  # in a resumed run
-VERSION = 2  # of state.pt
+MAY_DIFFER = ("resume", "device", "out", "save_every", "kl_stop", *INPUTS)  # in a resumed run
+VERSION = 3  # of state.pt
 STATE = {"step": int, "processes": int, "goodness": int | float, "kl_coef": int | float}  # the types in it
 STATE |= {"options": dict, "inputs": dict, "tokenizer": dict}
 ANEW = "start anew without --resume"

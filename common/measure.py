@@ -13,7 +13,7 @@ from torch import Tensor
 
 from common import dist
 from common.judges import Judge
-from data import Group, Prompt
+from data import Group, Prompt, token_text
 from data.rng import generator
 from model import GPT
 
@@ -82,22 +82,12 @@ def by_token(batch: Batch, rows: list[dict], encoding: Encoding, iteration: int,
     for i, (start, end) in enumerate(zip(columns["prompt_len"], columns["length"])):
         answer = {name: rows[i][name] for name in ("prompt", "response")} | ({"judge": judged[i]} if judged else {})
         answer |= {name: columns[name][i] for name in ("ended", "score", "final_score")}
+        answer["ids"] = columns["tokens"][i][:end]  # the prompt's too
         answer["tokens"] = [token_text(token, encoding) for token in columns["tokens"][i][start:end]]
         for name in (name for name in BY_TOKEN if name in columns):
             answer[name] = [float(f"{x:.5g}") for x in columns[name][i][: end - start]]
         answers.append(answer)
     return {"iteration": iteration, "kl_coef": kl_coef, "answers": answers}
-
-
-def token_text(token: int, encoding: Encoding) -> str | list[int] | dict[str, str]:
-    """A token for JSON: its text, its bytes if they are only a part of a character, or {"special": its name}."""
-    raw = encoding.decode_single_token_bytes(token)
-    if token in encoding._special_tokens.values():
-        return {"special": raw.decode("utf-8", "replace")}
-    try:
-        return raw.decode()
-    except UnicodeDecodeError:
-        return list(raw)
 
 
 def correlation(x: Tensor, y: Tensor) -> Tensor:

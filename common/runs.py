@@ -1,7 +1,6 @@
 """Run folders: the files that a run writes, and how it stops."""
 
 import dataclasses
-import importlib.util
 import json
 import math
 import os
@@ -45,10 +44,7 @@ class Run:
         self.result: dict = {}  # what `finish` returns
         self.save_took = 0.0
         self.signal, self.handlers = 0, {}  # the signal that has asked the run to stop; what else would hear it
-        self.board: Any = None  # TensorBoard's writer
         dist.check_shard(cfg)
-        if getattr(cfg, "tensorboard", False) and importlib.util.find_spec("tensorboard") is None:
-            raise InputError("--tensorboard: needs the package of that name; pip install tensorboard")
         folders.check_out(cfg)
         self.lock = folders.lock(self.folder) if RANK == 0 else None
         self.inputs = {name: folders.fingerprint(getattr(cfg, name, "")) for name in folders.INPUTS}
@@ -89,10 +85,6 @@ class Run:
             self.origin = about.origin(self.cfg, device, self.folder if self.state else None)
             self.origin |= {"steps": steps, "first_step": self.step, "started": time.time()}
             self.describe()
-            if self.cfg.tensorboard:
-                from torch.utils.tensorboard import SummaryWriter
-
-                self.board = SummaryWriter(self.folder, purge_step=self.step)
         self.started = self.saved_at = self.logged_at = time.time()
         if self.step < steps:
             self.hear()
@@ -145,10 +137,6 @@ class Run:
         if RANK > 0:
             return
         self.append("metrics.jsonl", json.dumps({"step": step} | metrics))
-        if self.board:
-            for name, x in metrics.items():
-                self.board.add_scalar(name, x, step)
-            self.board.flush()
         if said := alarms.impossible(metrics, self.cfg, first=step == 0):
             print(f"step {step + 1}: impossible: {said}", flush=True)
         always = step in (self.step, self.steps - 1) or "time/evaluate" in metrics

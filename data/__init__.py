@@ -15,4 +15,5 @@ from data.rows import (
 )  # fmt: skip
 from data.tokenizer import (
     EOS_TEXT, SPLIT, encode_prompt, encode_text, encoding_from_state, encoding_state, gpt2_encoding, learn_bpe,
+    token_text,
 )  # fmt: skip

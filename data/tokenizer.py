@@ -216,3 +216,14 @@ def _ordinary(encoding: tiktoken.Encoding, text: str) -> list[int]:
         ids += encoding.encode_ordinary(text[start:end])
         start = end
     return ids + encoding.encode_ordinary(text[start:])
+
+
+def token_text(token: int, encoding: tiktoken.Encoding) -> str | list[int] | dict[str, str]:
+    """Return a token for JSON: its text, its bytes if they are only a part of a character, or {"special": its name}."""
+    raw = encoding.decode_single_token_bytes(token)
+    if token in encoding._special_tokens.values():
+        return {"special": raw.decode("utf-8", "replace")}
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return list(raw)

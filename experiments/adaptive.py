@@ -56,9 +56,11 @@ def rows(found: dict[float, dict[int, dict]]) -> list[list]:
 
 
 def draw(metrics: dict[float, list[list[dict]]], target: Path) -> None:
-    figure, axes = pyplot().subplots(1, 3, figsize=(10, 3.2), layout="constrained")
-    axes[1].set_yscale("log")
+    figure, axes = pyplot().subplots(1, 3, figsize=(9, 3.2), layout="constrained")
     axes[0].axhline(TARGET, color="black", linewidth=0.8, linestyle=":")
+    axes[0].annotate("target", (0, TARGET), xytext=(0, 3), textcoords="offset points")
+    axes[1].set(yscale="log")
+    axes[1].set_yticks([0.01, 0.03, 0.1, 0.3], ["0.01", "0.03", "0.1", "0.3"])
     for axis, (name, ylabel) in zip(axes, PANELS.items()):
         labels = {}
         for i, (kl_coef, runs) in enumerate(metrics.items()):
@@ -68,7 +70,8 @@ def draw(metrics: dict[float, list[list[dict]]], target: Path) -> None:
                 labels[f"from β = {kl_coef:g}"] = *points[-1], f"C{i}"
         axis.set(xlabel="iteration", ylabel=ylabel)
         axis.grid(alpha=0.25)
-        label_ends(axis, labels)
+        if name == "kl_coef":
+            label_ends(axis, labels)
     save(figure, target)
 
 

@@ -121,13 +121,17 @@ def draw(names: list[str], found: dict, target: Path) -> None:
             for form, colour in ((right_of(found[name], found), "0.7"), (found[name], "C3")):
                 for run in (run for run in seeds_of(form) if each in run):
                     axis.plot(run[each]["curve"], color=colour, linewidth=1)
-            axis.tick_params(labelsize=6)
             axis.set_xticks([])
             if each == "KL":
                 axis.set_yscale("symlog", linthresh=5)
+                axis.yaxis.set_major_locator(pyplot().FixedLocator([0, 10, 100, 1000]))
+                axis.yaxis.set_major_formatter("{x:g}")
+            else:
+                axis.locator_params(axis="y", nbins=2)
         panels[0].set_ylabel(name, rotation=0, ha="right", va="center")
     for each, axis in zip(DRAWN, axes[0]):
         axis.set_title(each)
+    figure.supxlabel("iteration", fontsize="medium")
     save(figure, target)
 
 

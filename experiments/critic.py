@@ -90,6 +90,7 @@ def draw(found: dict[str, dict[int, dict]], target: Path) -> None:
         for name, by_step in found.items():
             axis.plot(list(by_step), [each["error"][t] for each in by_step.values()], ".-", linewidth=1, label=name)
         axis.set(title=f"after {t} letters", xlabel="iteration", xscale="symlog", ylim=(0, None))
+        axis.set_xticks([0, 1, 10, 100], ["0", "1", "10", "100"])
         axis.grid(alpha=0.25)
     axes[0].set_ylabel("error of the value net\n(root mean square, units of score)")
     figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, loc="outside upper center", ncols=4)

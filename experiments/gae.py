@@ -88,7 +88,7 @@ def table(steps: np.ndarray, start: np.ndarray, net: np.ndarray, products: np.nd
 
 
 def draw(found: dict[str, dict[str, tuple]], target: Path) -> None:
-    figure, axes = pyplot().subplots(1, len(found), figsize=(10, 3), layout="constrained", sharey=True)
+    figure, axes = pyplot().subplots(1, len(found), figsize=(9, 3.4), layout="constrained", sharey=True)
     for axis, (when, by_name) in zip(axes, found.items()):
         for who in ("value net", "exact V"):
             points = [by_name[f"GAE, λ = {lam:g}, {who}"] for lam in LAMBDAS]
@@ -98,7 +98,7 @@ def draw(found: dict[str, dict[str, tuple]], target: Path) -> None:
         axis.set(title=when, xlabel="bias (lengths of ∇J)", ylim=(0, None))
         axis.grid(alpha=0.25)
     axes[0].set_ylabel("noise (lengths of ∇J)")
-    figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, loc="outside upper center", ncols=5)
+    figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, loc="outside upper center", ncols=3)
     save(figure, target)
 
 

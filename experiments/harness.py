@@ -293,7 +293,8 @@ def pyplot():
     except ImportError:
         sys.exit("figures need matplotlib: pip install matplotlib")
     matplotlib.use("svg")
-    matplotlib.rcParams |= {"svg.hashsalt": "plainrlhf", "svg.fonttype": "none", "font.size": 9}
+    matplotlib.rcParams |= {"svg.hashsalt": "plainrlhf", "svg.fonttype": "none"}
+    matplotlib.rcParams |= {"font.size": 10, "axes.titlesize": 10}  # of a figure 9 inches wide
     matplotlib.rcParams |= {"axes.spines.top": False, "axes.spines.right": False, "font.family": "sans-serif"}
     from matplotlib import pyplot
 
@@ -309,7 +310,7 @@ def label_ends(axis, ends: dict[str, tuple[float, float, str]]) -> None:
         place = max(height, free)
         offset = dict(xytext=(4, place - height), textcoords="offset points", annotation_clip=False)
         axis.annotate(label, (x, y), color=colour, va="center", **offset)
-        free = place + 11
+        free = place + 12
 
 
 def save(figure, target: Path) -> None:

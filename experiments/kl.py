@@ -123,7 +123,9 @@ def draw(found: dict[int, dict[str, dict]], target: Path) -> None:
             axis.grid(alpha=0.25)
             if metric == "objective/kl":
                 axis.set_yscale("symlog", linthresh=1)
-    axes[0][0].legend(frameon=False)
+                axis.yaxis.set_major_locator(pyplot().FixedLocator([0, 1, 3, 10, 30, 100, 300]))
+                axis.yaxis.set_major_formatter("{x:g}")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), frameon=False, loc="outside upper center", ncols=2)
     save(figure, target)
 
 

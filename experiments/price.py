@@ -108,7 +108,7 @@ def draw(found: dict[int, dict[str, dict]], target: Path) -> None:
                 axis.plot(*zip(*points), style, color=colour, alpha=0.7, markersize=4, linewidth=1, label=label)
         axis.set(xlabel="KL to the start (nats; of best of n: at most)", ylabel=title.split(" (")[0], title=title)
         axis.grid(alpha=0.25)
-    axes[1].legend(frameon=False, loc="lower right")
+    figure.legend(*axes[1].get_legend_handles_labels(), frameon=False, loc="outside upper center", ncols=4)
     save(figure, target)
 
 

@@ -85,16 +85,16 @@ def summary(table: dict, lines: list[dict], whole: float) -> dict[str, float | N
 
 def draw(runs: dict[str, list[list[dict]]], target: Path) -> None:
     figure, axes = pyplot().subplots(1, 3, figsize=(9, 2.9), layout="constrained")
-    panels = [("step", "objective/judge", "judge"), ("seconds", "objective/judge", "judge")]
-    panels += [("step", "objective/kl", "KL to the start (nats a response)")]
-    for axis, (x, y, title) in zip(axes, panels):
+    panels = [("step", "objective/judge", "judge (0 to 1)"), ("seconds", "objective/judge", "judge (0 to 1)")]
+    panels += [("step", "objective/kl", "KL to the start (nats)")]
+    for axis, (x, y, ylabel) in zip(axes, panels):
         for i, (who, seeds) in enumerate(runs.items()):
             for j, lines in enumerate(seeds):
                 points = [(line[x] + (x == "step"), line[y]) for line in lines]
                 axis.plot(*zip(*points), color=f"C{i}", alpha=0.7, linewidth=1.2, label="" if j else who)
-        axis.set(xlabel="iteration" if x == "step" else x, title=title)
+        axis.set(xlabel="iteration" if x == "step" else x, ylabel=ylabel)
         axis.grid(alpha=0.25)
-    axes[0].legend(frameon=False, loc="lower right")
+    figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, loc="outside upper center", ncols=4)
     save(figure, target)
 
 

@@ -112,7 +112,7 @@ def write_changed(script: str, changes: dict[str, str], folder: Path) -> Path:
 
 def draw(found: dict[str, dict[int, dict]], target: Path) -> None:
     """A row for each variant: the change in judge and in KL of every seed, and their mean."""
-    figure, axes = pyplot().subplots(1, 2, figsize=(9, 4), layout="constrained", sharey=True)
+    figure, axes = pyplot().subplots(1, 2, figsize=(9, 4.4), layout="constrained", sharey=True)
     names = [what for what in found if what != "default"]
     for axis, column, title in ((axes[0], 0, "change in judge"), (axes[1], 1, "change in KL (nats)")):
         for place, what in enumerate(names):
@@ -121,11 +121,15 @@ def draw(found: dict[str, dict[int, dict]], target: Path) -> None:
             axis.plot(apart, [-place] * len(apart), "o", color=colour, alpha=0.5, markersize=4)
             axis.plot(sum(apart) / len(apart), -place, "|", color="black", markersize=14)
         axis.axvline(0, color="black", linewidth=0.8)
-        axis.set(title=title, xlabel="variant less default; a point per seed, a bar for the mean")
+        axis.set(xlabel=title)
         axis.set_yticks([-place for place in range(len(names))], names)
         axis.grid(alpha=0.25)
     axes[1].set_xscale("symlog", linthresh=1)
     axes[0].set_xscale("symlog", linthresh=0.02)
+    for axis, ticks in zip(axes, ([-0.5, -0.1, -0.01, 0, 0.01, 0.1], [-1, 0, 1, 10, 100])):
+        axis.xaxis.set_major_locator(pyplot().FixedLocator(ticks))
+        axis.xaxis.set_major_formatter("{x:g}")
+    figure.suptitle("variant less default: a point for each seed, a bar for their mean", fontsize="medium")
     save(figure, target)
 
 

@@ -77,17 +77,17 @@ def draw(found: dict[int, dict], target: Path) -> None:
         for axis, name in zip(axes, ("objective/judge", "objective/kl")):
             axis.plot(steps, [line[name] for line in lines], color=colour, label=f"seed {seed}")
         kls = [row["KL"] for row in end["best of n"]]
-        axes[2].plot(
-            kls, [row["best of n"] for row in end["best of n"]], "--", color=colour, label=f"best of n, {seed}"
-        )
+        best, after = [row["best of n"] for row in end["best of n"]], end["sides"]["after"][CRITIC]
+        axes[2].plot(kls, best, "--", color=colour)
         axes[2].plot(kls, [row["PPO"] for row in end["best of n"]], color=colour, linewidth=0.6)
-        axes[2].plot(end["KL"], end["sides"]["after"][CRITIC], "o", color=colour, label=f"PPO, {seed}")
-    axes[0].set(xlabel="iteration", title="judge of an iteration's answers")
-    axes[1].set(xlabel="iteration", title="KL to the start (nats per response)")
-    axes[2].set(xlabel="KL to the start (nats; of best of n: at most)", title="judge against KL")
+        axes[2].plot(end["KL"], after, "o", color=colour)
+    harness.label_ends(axes[2], {"best of n": (kls[-1], best[-1], "0.3"), "PPO": (end["KL"], after, "0.3")})
+    axes[0].set(xlabel="iteration", ylabel="judge (0 to 1)")
+    axes[1].set(xlabel="iteration", ylabel="KL to the start (nats)")
+    axes[2].set(xlabel="KL (nats; of best of n: at most)", ylabel="judge (0 to 1)")
     for axis in axes:
         axis.grid(alpha=0.25)
-        axis.legend(frameon=False, loc="lower right", fontsize=7)
+    figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, loc="outside upper center", ncols=5)
     harness.save(figure, target)
 
 

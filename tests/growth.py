@@ -16,12 +16,12 @@ AXES = {
     "parameters": [128, 256, 384, 512],  # by width
 }
 NAMES = {
-    "train": "stage 1: a step (s)",
-    "reward": "stage 2: a step (s)",
-    "rollout": "stage 3: rollout (s)",
-    "score": "stage 3: score (s)",
-    "update": "stage 3: update (s)",
-    "own_GiB": "stage 3: memory (GiB)",
+    "train": "stage 1: step",
+    "reward": "stage 2: step",
+    "rollout": "stage 3: rollout",
+    "score": "score",
+    "update": "update",
+    "own_GiB": "memory",
 }
 
 
@@ -57,25 +57,22 @@ def growth(device: torch.device, target: str) -> None:
 
 
 def draw(curves: list[dict], target: str) -> None:
-    import matplotlib
+    from experiments.harness import label_ends, pyplot, save
 
-    matplotlib.use("svg")
-    matplotlib.rcParams |= {"svg.hashsalt": "plainrlhf", "svg.fonttype": "none"}
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, len(curves), figsize=(13, 3.6), sharey=True)
-    for axis, line in zip(axes, curves):
+    figure, axes = pyplot().subplots(2, 2, figsize=(9, 7), layout="constrained", sharey=True)
+    for axis, line in zip(axes.flat, curves):
+        ends = {}
         for i, (key, name) in enumerate(NAMES.items()):
             style = dict(color=f"C{i}", marker="o", linestyle="--" if key == "own_GiB" else "-")
-            axis.loglog(line["at"], line[key], label=f"{name}: {line[f'{key}_exponent']:.2f}", **style)
-        axis.set_xlabel(line["with"])
+            axis.loglog(line["at"], line[key], **style)
+            ends[f"{name} {line[f'{key}_exponent']:.2f}"] = line["at"][-1], line[key][-1], f"C{i}"
+        axis.set(xlabel=line["with"], ylabel="seconds; GiB (dashed)")
         axis.set_xticks(line["at"], [f"{x / 1e6:.1f}M" if x >= 1e5 else f"{x:,}" for x in line["at"]])
+        axis.yaxis.set_major_formatter("{x:g}")
         axis.minorticks_off()
-        axis.legend(frameon=False, fontsize=8)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylim(top=20 * axes[0].get_ylim()[1])  # room for the legends
-    figure.tight_layout()
-    figure.savefig(target, metadata={"Date": None})
+        label_ends(axis, ends)
+    figure.suptitle("behind each line the exponent of its power law", fontsize="medium")
+    save(figure, target)
 
 
 def profile(name: str, device: torch.device) -> None:

@@ -19,7 +19,7 @@ from tools import sample
 def test_steps_are_printed_two_seconds_apart_beside_the_first_the_last_and_those_evaluated(monkeypatch, capsys):
     now = SimpleNamespace(time=lambda: now.clock, clock=0.0)
     monkeypatch.setattr(runs, "time", now)
-    logs = SimpleNamespace(step=0, steps=40, times={}, logged_at=0.0, shown_at=0.0, started=0.0, board=None)
+    logs = SimpleNamespace(step=0, steps=40, times={}, logged_at=0.0, shown_at=0.0, started=0.0)
     logs.cfg = SimpleNamespace(dtype="auto")
     logs.append = lambda name, line: None
     for step in range(40):

@@ -1,4 +1,4 @@
-"""tools/label: a sitting with one person and with several, the server under attack, the terminal, names."""
+"""tools/label: a sitting with one person and with several, the server under attack, names."""
 
 import calendar
 import concurrent.futures
@@ -469,38 +469,19 @@ def call(*options):
 
 def given(folders, *more):
     tmp = folders["tmp"]
-    shape = "--response_len", 8, "--n_prompts", 9
+    shape = "--response_len", 8, "--n_prompts", 9, "--port", 0
     return "--init", folders["sft"], "--prompts", tmp / "prompts.jsonl", "--out", tmp / "a.jsonl", *shape, *more
 
 
-def test_the_terminal_does_the_same(folders, monkeypatch, capsys):
-    said = iter(["1", "t", "nonsense", "u", "2", "s", "q"])
-    monkeypatch.setattr("builtins.input", lambda _: next(said))
-    call(*given(folders, "--terminal", "--annotator", "ann"))
-    made = rows(folders["tmp"] / "a.jsonl")
-    assert [row.get("verdict") for row in made] == [None, None, "skip"] and made[0]["position"] == 0
-    assert made[1]["position"] == 1 and made[0]["checkpoint"] == [str(folders["sft"])] * 2
-    monkeypatch.setattr("builtins.input", lambda _: "t")
-    call(*given(folders, "--terminal", "--annotator", "ann"))
-    assert len({row["prompt"] for row in rows(folders["tmp"] / "a.jsonl")}) == 9
-    assert "That was the last one" in capsys.readouterr().out
-    call("--out", folders["tmp"] / "a.jsonl", "--report")
-    assert "ann                             2      6        0      1" in capsys.readouterr().out
+def people_say(monkeypatch, who, verdicts):
+    """Let `who` answer with these verdicts in place of the page, as long as there are both; then Ctrl-C."""
 
+    def serve(server):
+        while verdicts and server.sitting.next(who):
+            server.sitting.answer(who, server.sitting.next(who).number, verdicts.pop(0))
+        raise KeyboardInterrupt
 
-def test_the_terminal_changes_any_answer_and_takes_comments_and_instructions(folders, monkeypatch, capsys):
-    tmp = folders["tmp"]
-    (tmp / "how.txt").write_text("Prefer the truth.\x1b[2J")
-    said = iter(["1!", "b # none # of both", "2", "u1", "2? # changed my mind", "u 9", "h", "q"])
-    monkeypatch.setattr("builtins.input", lambda _: next(said))
-    call(*given(folders, "--terminal", "--annotator", "ann", "--instructions", tmp / "how.txt"))
-    first, second, third = rows(tmp / "a.jsonl")
-    assert (first["position"], first["sure"], first["comment"]) == (1, 1, "changed my mind") and first["revised"]
-    assert (second["verdict"], second["comment"], "sure" in second) == ("bad", "none # of both", False)
-    assert third["position"] == 1
-    out = capsys.readouterr().out
-    assert out.count("Prefer the truth.") == 2 and "\x1b" not in out and "there is no such earlier answer" in out
-    assert "your answer 1 was: 1 > 2" in out
+    monkeypatch.setattr(label.Server, "serve_forever", serve)
 
 
 def test_samples_depend_on_seed_and_prompt_alone_and_two_models_answer_in_turn(folders):
@@ -527,15 +508,12 @@ def test_answers_that_exist_are_asked_as_they_are_without_a_model(tmp_path, monk
     said = [[{"role": "assistant", "content": text}] for text in "ab"]
     logs += [{"chosen": TALK[:1] + said[0], "rejected": TALK[:1] + said[1], "models": ["m1", "m2"]}]
     logs += [{"chosen": f"{HH} good", "rejected": f"{HH} bad"}, {"prompt": "q", "chosen": "a", "rejected": "a"}]
-    options = ["--prompts", write(tmp_path / "logs.jsonl", logs), "--out", tmp_path / "a.jsonl"]
+    options = ["--prompts", write(tmp_path / "logs.jsonl", logs), "--out", tmp_path / "a.jsonl", "--port", 0]
     monkeypatch.setattr(label.nets, "load_gpt", lambda *_: pytest.fail("a model was loaded"))
-    monkeypatch.setattr("builtins.input", lambda _: "1")
-    with monkeypatch.context() as once:
-        words = iter(["1", "t", "q"])
-        once.setattr("builtins.input", lambda _: next(words))
-        call(*options, "--terminal")
-    monkeypatch.setattr("builtins.input", lambda question: "123" if "order" in question else "2")
-    call(*options, "--terminal")
+    people_say(monkeypatch, "ann", [[0, 1], "tie"])
+    call(*options)
+    people_say(monkeypatch, "ann", [[0, 1, 2], *[[1, 0]] * 9])
+    call(*options)
     made = rows(tmp_path / "a.jsonl")
     assert [row["prompt"] for row in made] == ["p", "p", TALK, TALK, TALK[:1], HH]
     assert sorted(made[0]["checkpoint"]) == ["big", "small"] and made[1]["verdict"] == "tie"
@@ -547,9 +525,10 @@ def test_answers_that_exist_are_asked_as_they_are_without_a_model(tmp_path, monk
         " bad",
     }
     assert len(data.comparisons(tmp_path / "a.jsonl", encoding, encoding.eot_token)) == 5
-    again = ["--prompts", tmp_path / "a.jsonl", "--out", tmp_path / "second.jsonl", "--annotator", "bob"]
-    call(*again, "--terminal")  # a second opinion on what people said, ties too
-    second = rows(tmp_path / "second.jsonl")
+    people_say(monkeypatch, "bob", [[1, 0], [1, 0], [0, 1, 2], *[[1, 0]] * 9])
+    second_opinion = tmp_path / "second.jsonl"  # on what people said, ties too
+    call("--prompts", tmp_path / "a.jsonl", "--out", second_opinion, "--port", 0)
+    second = rows(second_opinion)
     assert [label.question_of(row).number for row in second] == [label.question_of(row).number for row in made]
     report = label.report(made + second)
     assert "of 6 pairs of answers" in report and "big against small" in report
@@ -601,7 +580,7 @@ def test_what_a_conversation_holds_is_shown_and_its_tools_and_calls_too():
 @pytest.mark.parametrize("options, named", [
     (["--samples", 1], "--samples 1"), (["--prompts", ""], "--prompts"), (["--init", "nowhere"], "--init nowhere"),
     (["--response_len", 48], "longer than 48 tokens"), (["--out", "nothing.jsonl", "--report"], "nothing.jsonl"),
-    (["--init", "sft,sft"], "name each model once"), (["--host", "no.invalid"], "no.invalid, --port 8000"),
+    (["--init", "sft,sft"], "name each model once"), (["--host", "no.invalid"], "no.invalid, --port 0"),
 ])  # fmt: skip
 def test_bad_options_are_named(folders, options, named):
     with pytest.raises(InputError, match=named):
@@ -616,20 +595,19 @@ def test_instructions_that_are_missing_are_named(folders):
 def test_two_servers_do_not_write_to_one_file_and_a_broken_file_is_left_alone(folders):
     out = folders["tmp"] / "a.jsonl"
     with locked(out), pytest.raises(InputError, match="--out .*a.jsonl: another run writes to it"):
-        call(*given(folders, "--terminal"))
+        call(*given(folders))
     write(out, [{"prompt": "a", "chosen": "b", "rejected": "c"}])
     before = out.read_bytes()
     with pytest.raises(InputError, match='a.jsonl:1: no column "annotator"'):
-        call(*given(folders, "--terminal"))
+        call(*given(folders))
     assert out.read_bytes() == before
 
 
 def test_a_file_of_pairs_does_not_become_one_of_rankings(folders, monkeypatch):
-    said = iter(["1", "q"])
-    monkeypatch.setattr("builtins.input", lambda _: next(said))
-    call(*given(folders, "--terminal"))
+    people_say(monkeypatch, "ann", [[0, 1]])
+    call(*given(folders))
     with pytest.raises(InputError, match="--samples 3: .* another number"):
-        call(*given(folders, "--terminal", "--samples", 3))
+        call(*given(folders, "--samples", 3))
 
 
 @pytest.mark.slow

@@ -82,7 +82,8 @@ def draw(target: str) -> None:
         axis.plot(*zip(*curve), color="0.6", label="exact optimum, every β")
         for beta in BETAS:
             best, most = optimum(start, beta)
-            axis.plot(*place(best), "o", color="0.85", markersize=11)
+            label = "the optimum at this β" if beta == BETAS[0] else None
+            axis.plot(*place(best), "o", color="0.85", markersize=11, label=label)
             for seed in range(3):
                 reached, _ = settle(Path(folder), beta, seed)
                 axis.plot(

@@ -2,14 +2,12 @@
 
 import copy
 import http.client
-import importlib
 import json
 import os
 import re
 import subprocess
 import sys
 import threading
-import types
 
 import numpy as np
 import pytest
@@ -18,9 +16,9 @@ import torch
 import ppo
 import reward
 import sft
-from common import about, cli, runs
+from common import about, cli, nets, runs
 from common.measure import ENDED, by_token, cell, report, share
-from data import InputError
+from data import InputError, token_text
 from model import ScalarModel
 from tests.conftest import CHROMIUM, ROOT, make_gpt, needs_chromium, write
 from tools import page
@@ -89,6 +87,25 @@ def test_what_is_kept_of_a_rollout_is_bounded(encoding):
     assert len(by_token(short, rows, encoding, 1, 0.1, [])["answers"]) == 256
 
 
+def test_the_likeliest_tokens_of_the_first_answers_are_those_of_both_softmaxes(folders, monkeypatch):
+    run_ppo(folders, monkeypatch, "out/ppo", lr=0.01, temperature=0.7)
+    kept = json.loads((folders["tmp"] / "out/ppo/rollout.json").read_text())["answers"]
+    lengths = [len(answer["tokens"]) for answer in kept]
+    monkeypatch.setattr("tools.page.likeliest.MOST_TOKENS", sum(lengths[:3]) + lengths[3] - 1)
+    answers = page.read_run("out/ppo")["rollout"]["answers"]
+    assert ["likeliest" in answer for answer in answers] == [True] * 3 + [False] * 13 and "ids" not in answers[0]
+    for name, j in (("out/ppo", 0), ("sft", 1)):
+        net, encoding = nets.load_gpt(name)
+        ids = kept[2]["ids"]
+        logits = net(torch.tensor([ids]))[0].detach().numpy().astype(np.float64)[-lengths[2] - 1 : -1] / 0.7
+        probs = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+        for found, p in zip(answers[2]["likeliest"][j], probs, strict=True):
+            best = np.argsort(-p)[:5]
+            assert [each for each, _ in found] == [token_text(i, encoding) for i in best]
+            assert [x for _, x in found] == pytest.approx(p[best], rel=0.05)
+    assert "likeliest" not in page.read_run("out/ppo", watched=True)["rollout"]["answers"][0]
+
+
 def run_ppo(folders, monkeypatch, out, **more):
     monkeypatch.chdir(folders["tmp"])
     (folders["tmp"] / "judge.py").write_text("def judge(prompt, response):\n    return float(len(response) % 7)\n")
@@ -141,31 +158,6 @@ def test_the_report_is_kept_as_it_is_printed_and_with_all_its_numbers(folders, m
             assert cell(row[side], 12) in printed
     won = [(a["after"]["judge.py:judge"] - a["before"]["judge.py:judge"]) for a in found["answers"]]
     assert found["win_rate"][0] == pytest.approx(np.mean(np.sign(won) / 2 + 0.5))
-
-
-def test_tensorboard_gets_what_metrics_jsonl_gets_and_is_asked_for_where_it_is_missing(folders, monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match="--tensorboard: needs the package of that name; pip install tensorboard"):
-        run_ppo(folders, monkeypatch, "out/x", tensorboard=True)
-    assert not (folders["tmp"] / "out/x").exists()
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "tensorboard" or None)
-    written = {}
-
-    class SummaryWriter:
-        def __init__(self, folder, purge_step):
-            written["opened"] = str(folder), purge_step
-
-        def add_scalar(self, name, x, step):
-            written[name, step] = x
-
-        def flush(self):
-            pass
-
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=SummaryWriter))
-    run_ppo(folders, monkeypatch, "out/x", tensorboard=True)
-    assert written.pop("opened") == ("out/x", 0)
-    rows = runs.read_metrics(folders["tmp"] / "out/x")
-    assert written == {(name, row["step"]): x for row in rows for name, x in row.items() if name != "step"}
 
 
 # --- the page as a file -----------------------------------------------------------------------------------------------
@@ -354,6 +346,8 @@ def test_a_token_tells_its_numbers_and_a_table_their_sums(folders, monkeypatch, 
     shown = dict(zip(readout.locator("dt").all_text_contents(), readout.locator("dd").all_text_contents()))
     for label, name in (("log π", "logp"), ("log π₀", "ref_logp"), ("value", "values"), ("ratio", "ratio")):
         assert float(shown[label].replace("−", "-")) == pytest.approx(answers[0][name][2], abs=0.006)
+    assert {"likeliest under π, updated", "likeliest under π₀"} <= shown.keys()
+    assert len(re.findall(r"[01]\.\d{3}", shown["likeliest under π₀"])) == 5
     card.get_by_role("button", name="table").click()
     names = browser_page.locator(".answer").first.locator("thead th").all_text_contents()[1:]
     assert {"log π", "log π₀", "KL", "reward", "value", "advantage", "return", "ratio"} <= set(names)
@@ -433,6 +427,29 @@ def test_two_runs_stand_side_by_side_and_what_differs_is_marked(folders, monkeyp
 
 @pytest.mark.slow
 @needs_chromium
+def test_runs_that_differ_in_their_seed_alone_are_a_band_and_their_mean(tmp_path, browser_page):
+    losses = {"a": (0, 1, [4, 3, 1]), "b": (1, 1, [2, 3, 3]), "c": (2, 1, [3, 3, 2]), "other": (0, 2, [5, 5, 4])}
+    for name, (seed, lr, loss) in losses.items():
+        (tmp_path / name).mkdir()
+        write(tmp_path / name / "metrics.jsonl", [{"step": i, "loss/train": x} for i, x in enumerate(loss)])
+        options = {"seed": seed, "out": f"out/{name}", "lr": lr}
+        (tmp_path / name / "config.json").write_text(json.dumps({"stage": "sft", "options": options}))
+    show(browser_page, *(tmp_path / name for name in losses))
+    svg, legend = browser_page.locator("#curves svg").first, browser_page.locator("#curves .legend").first
+    assert svg.locator(".band").count() == 1 and "3 seeds" in browser_page.locator("#legend .run").first.text_content()
+    strokes = svg.locator("path:not(.band)").evaluate_all("all => all.map(path => path.getAttribute('stroke'))")
+    assert strokes.count("var(--c0)") == 1 and "var(--c2)" not in strokes
+    corners = re.findall(r"[ML]([\d.]+) ([\d.]+)", svg.locator(".band").get_attribute("d"))
+    heights = [float(y) for _, y in corners]  # the lowest of each step, then back the highest
+    scale = (heights[0] - heights[5]) / 2  # of 2 and 4 at the first step
+    assert [(heights[0] - y) / scale + 2 for y in heights] == pytest.approx([2, 3, 1, 3, 3, 4], abs=0.01)
+    svg.hover(position={"x": 60, "y": 60})
+    assert legend.locator("> span").all_text_contents() == ["step 1", "3", "5"]  # the mean of the three
+    assert not browser_page.problems
+
+
+@pytest.mark.slow
+@needs_chromium
 def test_runs_of_the_other_stages_have_a_page_too(folders, monkeypatch, browser_page):
     monkeypatch.chdir(folders["tmp"])
     sft.train(sft.Config(data="pairs.jsonl", init="sft", out="out/sft"))
@@ -473,6 +490,11 @@ def test_a_ratio_of_rounding_is_no_picture_and_an_error_gives_the_digits(folders
     assert wide() and browser_page.locator("#curves h3 button").first.evaluate("b => b === document.activeElement")
     browser_page.locator("#curves svg").first.click()
     assert not wide()
+    for chosen in (browser_page.locator("#tools button").nth(1), browser_page.locator(".bars tbody tr").first):
+        chosen.focus()
+        browser_page.keyboard.press("Enter")  # draws the section anew
+        assert chosen.evaluate("element => element === document.activeElement")
+    assert browser_page.locator(".bars tr[aria-current]").count() == 1
     browser_page.locator(".tokens").first.focus()
     browser_page.keyboard.press("ArrowRight")
     assert "token 1 of" in browser_page.locator("#readout").text_content() and not browser_page.problems

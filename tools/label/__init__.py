@@ -4,14 +4,12 @@ python -m tools.label --init out/sft --prompts PROMPTS.jsonl --out mine.jsonl   
 python -m tools.label … --init out/sft,out/ppo        two models answer; the page does not name them
 python -m tools.label --prompts LOGS.jsonl --out mine.jsonl     ask about responses that the rows hold already
 python -m tools.label … --samples 4                   rank four responses instead of choosing between two
-python -m tools.label … --terminal                    ask the same questions in the terminal
 python -m tools.label --out mine.jsonl --report       summarise a file: counts, position bias, agreement
 """
 
 import html
 import itertools
 import json
-import os
 import re
 import secrets
 from collections.abc import Callable
@@ -33,9 +31,6 @@ from tools import web
 from tools.label.report import alpha, report, summarise
 from tools.label.sitting import Question, Sitting, key_of, question_of, turns_of
 
-HELP = """t tie, b all are bad, s skip, u change the last answer, u 3 change your third answer, q quit.
-Behind a choice: ! if you are very sure, ? if you are not, # and a comment. For example: 1 ! # the other is rude"""
-WORDS = {"t": "tie", "b": "bad", "s": "skip"}
 PAGE = Path(__file__).with_name("page.html")
 
 
@@ -57,8 +52,6 @@ class Config:
     port: int = 8000  # 0: any free port
     instructions: str = ""  # text file that is shown to the annotators
     # without a page
-    terminal: bool = False  # ask in the terminal instead of on a page
-    annotator: str = os.environ.get("USER", "me")  # name for --terminal
     report: bool = False  # print a summary of --out
     json: str = ""  # file for the numbers of --report
 
@@ -126,14 +119,11 @@ def label(cfg: Config) -> None:
             raise InputError(f"--samples {cfg.samples}: {path} compares another number of responses; use another file")
         sitting = Sitting(*(given_questions if given else prepare)(cfg), path, cfg.people, cfg.seed)
         try:
-            if cfg.terminal:
-                ask_in_terminal(sitting, cfg.annotator, instructions)
-            else:
-                with Server(sitting, cfg.host, cfg.port, instructions) as server:
-                    note = "; elsewhere with this machine's name for localhost" if cfg.host in web.EVERYWHERE else ""
-                    print(f"Open {server.address}{note}\nAnswers go to {path}. Ctrl-C stops.", flush=True)
-                    server.serve_forever()
-        except (EOFError, KeyboardInterrupt):
+            with Server(sitting, cfg.host, cfg.port, instructions) as server:
+                note = "; elsewhere with this machine's name for localhost" if cfg.host in web.EVERYWHERE else ""
+                print(f"Open {server.address}{note}\nAnswers go to {path}. Ctrl-C stops.", flush=True)
+                server.serve_forever()
+        except KeyboardInterrupt:
             print(f"\n{path} holds {len(sitting.rows):,} answers; the same command continues")
         finally:
             sitting.stop()
@@ -180,52 +170,3 @@ def lasting_token(out: Path) -> str:
         path.touch(mode=0o600, exist_ok=False)
         path.write_text(secrets.token_urlsafe(16))
     return path.read_text()
-
-
-def ask_in_terminal(sitting: Sitting, annotator: str, instructions: str) -> None:
-    """Read answers with input(): the positions, best first, or a word of HELP."""
-    guide = visible(f"{instructions}\n\n{HELP}".strip())
-    print(guide)
-    index = None  # of the earlier answer that is being changed
-    while (shown := sitting.shown(annotator, index))["prompt"] is not None:
-        n = len(shown["responses"])
-        title = f"{shown['done']} done, {shown['left']} to go"
-        if index is not None:
-            said = shown["said"]
-            words = said if isinstance(said, str) else " > ".join(str(place + 1) for place in said)
-            title = f"your answer {index + 1} was: {words}"
-        print(f"\n{'─' * 72}\n{title}")
-        for turn in shown["prompt"]:
-            print(f"\n{visible(': '.join(filter(None, turn.values())))}")
-        for place, (text, cut) in enumerate(zip(shown["responses"], shown["cut"]), 1):
-            print(f"\n[{place}] {visible(text)}{' …' if cut else ''}")
-        choice = "1 or 2" if n == 2 else "the order (for example 312)"
-        typed, _, comment = input(f"\nBest: {choice}; t, b, s, u, q, or h for help > ").partition("#")
-        word = typed.lower().strip(" ?!")
-        number = "".join(re.findall(r"\d", word))
-        places = [int(digit) - 1 for digit in number]
-        if len(places) == n - 1:  # the last place is what is left
-            places += set(range(n)) - set(places)
-        given = WORDS.get(word) or places, comment.strip(), 3 if "!" in typed else 1 if "?" in typed else 0
-        try:
-            if word == "q":
-                return
-            if word == "h":
-                print(guide)
-            elif word.startswith("u"):
-                wanted = int(number or shown["done"]) - 1
-                sitting.earlier_row(annotator, wanted)  # raises ValueError if there is none
-                index = wanted
-            elif index is None:
-                sitting.answer(annotator, shown["number"], *given)
-            else:
-                sitting.revise(annotator, index, *given)
-                index = None
-        except ValueError as error:
-            print(error)
-    print("\nThat was the last one. Thank you.")
-
-
-def visible(text: str) -> str:
-    """Replace the control characters that could move a terminal's cursor."""
-    return re.sub(r"[^\n\t\x20-\x7e\xa0-\ud7ff\ue000-\U0010ffff]", "�", text)

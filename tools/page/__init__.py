@@ -17,6 +17,7 @@ from typing import Any
 from common import cli, runs
 from data.files import InputError, replacing
 from tools import web
+from tools.page.likeliest import add_likeliest
 
 FILES = [Path(__file__).with_name(name) for name in ("page.html", "page.js", "curves.js", "tokens.js")]
 MOST_POINTS, MOST_SAMPLES, MOST_ANSWERS = 600, 40, 40  # of a curve, of samples.txt, of report.json
@@ -108,6 +109,8 @@ def read_run(folder: str, watched: bool = False) -> dict[str, Any]:
     unit = "iteration" if "objective/kl" in last else "step"
     found = {"name": folder, "unit": unit, "steps": last["step"] + 1, "last": last, "panels": panels(lines)}
     found |= {name: read_object(path / f"{name}.json") for name in ("config", "report", "rollout")}
+    if found["rollout"]:
+        add_likeliest(path, found["rollout"], {} if watched else found["config"] or {})  # the nets take seconds
     if lines and watched:
         found["since_start"] = (path / "metrics.jsonl").stat().st_mtime - (found["config"] or {}).get("started", 0)
     if found["report"]:

@@ -1,4 +1,4 @@
-// Line charts as SVG. A series is {label, kind: line, dots or path, points, smooth, colour, dash}.
+// Line charts as SVG. A series is {label, kind: line, dots or path, points, smooth, band, colour, dash}.
 
 function ticks(low, high, n) { // round numbers between the two, each with its text
   const rough = (high - low) / n || 1, power = 10 ** Math.floor(Math.log10(rough));
@@ -19,7 +19,7 @@ function chart(panel, width = 340) {
   if (large) width = innerWidth < 700 ? 340 : 1100;
   const series = panel.series.map(each => ({ ...each, points: each.points.filter(point => point.every(finite)) }))
     .filter(each => each.points.length);
-  const all = series.flatMap(each => each.points);
+  const all = series.flatMap(each => [...each.points, ...(each.band ?? []).flatMap(([x, a, b]) => [[x, a], [x, b]])]);
   if (!all.length) return null;
   const bound = (i, choose) => all.reduce((found, point) => choose(found, point[i]), all[0][i]);
   const x0 = bound(0, Math.min), x1 = Math.max(bound(0, Math.max), x0 + (panel.still ? 0.01 : 1));
@@ -80,33 +80,54 @@ function chart(panel, width = 340) {
   return card;
 }
 
-function drawn({ kind, points, smooth, colour: stroke, dash }, X, Y) {
+function drawn({ kind, points, smooth, band, colour: stroke, dash }, X, Y) {
   const place = ([x, y], i) => `${i ? "L" : "M"}${X(x).toFixed(1)} ${Y(y).toFixed(1)}`;
   const line = (some, more) => s("path", { d: some.map(place).join(""), fill: "none", stroke, ...more });
   if (kind === "line") {
+    const around = band?.map(([x, low]) => [x, low]).concat(band.map(([x, , high]) => [x, high]).reverse());
+    const area = band && line(around, { class: "band", fill: stroke, stroke: null, opacity: 0.22 });
     const raw = smooth && line(points, { "stroke-width": 1, opacity: 0.28 });
-    return [raw, line(smooth ?? points, { "stroke-width": 1.9, "stroke-dasharray": dash })];
+    return [area, raw, line(smooth ?? points, { "stroke-width": 1.9, "stroke-dasharray": dash })];
   }
   const path = kind === "path"; // early points are pale
   const dots = points.map(([x, y], i) => s("circle", {
     cx: X(x).toFixed(1), cy: Y(y).toFixed(1), r: path ? 2.6 : 3.2, fill: stroke,
     opacity: path ? (0.2 + 0.8 * i / points.length).toFixed(2) : 1,
   }));
-  return [path && line(points, { "stroke-width": 0.8, opacity: 0.45 }), dots];
+  const bars = (band ?? []).map(([x, low, high]) => line([[x, low], [x, high]], { class: "band", opacity: 0.6 }));
+  return [bars, path && line(points, { "stroke-width": 0.8, opacity: 0.45 }), dots];
 }
 
-function curves() { // the panels of all runs: one run tells its series by colour, several tell the runs by colour
-  const several = runs.length > 1;
+// The series of several seeds as one: their mean, and a band from the lowest to the highest, at the steps of all.
+function merged(list) {
+  if (list.length < 2 || list[0].kind === "path") return list;
+  const seeds = list.map(each => new Map(each.smooth ?? each.points));
+  const steps = [...seeds[0].keys()].filter(x => seeds.every(each => each.has(x)));
+  const all = steps.map(x => [x, seeds.map(each => each.get(x))]);
+  const band = all.map(([x, ys]) => [x, Math.min(...ys), Math.max(...ys)]);
+  return [{ ...list[0], smooth: null, points: all.map(([x, ys]) => [x, mean(ys)]), band }];
+}
+
+function curves() { // the panels of all runs: one group tells its series by colour, several tell the groups by colour
+  const all = groups(), several = all.length > 1;
   const panels = [...new Set(runs.flatMap(run => run.panels.map(panel => panel.title)))].map(title => {
-    const found = runs.map(run => run.panels.find(panel => panel.title === title));
-    const shade = (each, i, j) => ({ ...each, colour: colour(several ? i : j), dash: several && j ? "4 3" : null });
-    const series = found.flatMap((panel, i) => panel.series.map((each, j) => shade(each, i, j)));
-    const most = found.map(panel => panel.series).reduce((a, b) => b.length > a.length ? b : a);
-    const x = [...new Set(runs.filter((run, i) => found[i].series.length).map(run => run.unit))].join(" or ");
-    const grey = most.map((each, j) => ({ ...shade(each, 0, j), colour: "var(--soft)" }));
-    const legend = !several ? null : most.length > 1 ? grey : [];
-    return chart({ x, ...found[0], series, legend });
+    const found = all.map(group => group.map(run => run.panels.find(panel => panel.title === title)));
+    const labels = [...new Set(found.flat().flatMap(panel => panel.series.map(each => each.label)))];
+    const of = (group, label) => group.flatMap(panel => panel.series.filter(each => each.label === label));
+    const shade = (each, i, j) => ({
+      ...each, colour: colour(several ? i : j), dash: several && j ? "4 3" : null,
+      band: several && j && each.kind === "line" ? null : each.band, // one band a group
+    });
+    const series = found.flatMap((group, i) => labels.flatMap((label, j) =>
+      merged(of(group, label)).map(each => shade(each, i, j))));
+    const with_some = all.flat().filter((run, i) => found.flat()[i].series.length);
+    const x = [...new Set(with_some.map(run => run.unit))].join(" or ");
+    const grey = labels.map((label, j) => ({ ...shade(of(found.flat(), label)[0], 0, j), colour: "var(--soft)" }));
+    const legend = !several ? null : labels.length > 1 ? grey : [];
+    return chart({ x, ...found[0][0], series, legend });
   });
-  const runs_by_colour = several && h("p", { id: "legend" }, runs.map(run => h("span", { class: "run" }, titled(run))));
-  return [h("h2", {}, "Curves"), runs_by_colour, div("grid", panels)];
+  const seeds = group => group.length > 1 && ` ${group.length} seeds: mean, lowest and highest`;
+  const name = group => h("span", { class: "run" }, titled(group[0]),
+    group.slice(1).map(run => [", ", visible(run.name)]), soft(seeds(group)));
+  return [h("h2", {}, "Curves"), runs.length > 1 && h("p", { id: "legend" }, all.map(name)), div("grid", panels)];
 }

@@ -72,7 +72,17 @@ const short = name => visible(name).replace(/^.*:/, ""); // a judge without its 
 const colour = i => `var(--c${i % 10})`;
 const sample = (shade, kind, dash) =>
   h("i", { class: kind === "line" ? `line${dash ? " dashed" : ""}` : "dot", css: { color: shade } });
-const titled = run => [runs.length > 1 && sample(colour(runs.indexOf(run))), visible(run.name)];
+const colour_of = run => colour(groups().findIndex(group => group.includes(run)));
+const titled = run => [groups().length > 1 && sample(colour_of(run)), visible(run.name)];
+
+function groups() { // runs that differ in seed and folder alone: they share a colour, and the curves show a band
+  const found = new Map();
+  for (const run of runs) {
+    const key = run.config ? JSON.stringify([run.config.stage, { ...run.config.options, seed: 0, out: 0 }]) : run.name;
+    found.set(key, [...found.get(key) ?? [], run]);
+  }
+  return [...found.values()];
+}
 
 // What a run was, with its options as they are written; not what the time left is counted from.
 function facts_of({ config: { options, steps, started, first_step, ...about } }) {
@@ -171,7 +181,7 @@ function side_by_side(able) { // the answers of all runs to the same held-out pr
 function reliability(run) {
   const points = run.report.calibration.map(([, , , predicted, observed]) => [predicted, observed]);
   const diagonal = { kind: "line", dash: "3 3", points: [[0, 0], [1, 1]], colour: "var(--soft)" };
-  const series = [diagonal, { kind: "dots", points, colour: colour(runs.indexOf(run)) }];
+  const series = [diagonal, { kind: "dots", points, colour: colour_of(run) }];
   const whose = runs.length > 1 ? `, ${visible(run.name)}` : "";
   const title = `predicted and observed win rate${whose}`;
   return chart({ title, unit: "observed, held out", x: "predicted", still: true, series });
@@ -215,7 +225,10 @@ function fold(key, summary, open, ...content) { // stays as it was left when the
 const SECTIONS = { head, curves, tokens, report, samples, options };
 const LINKS = { curves: "Curves", tokens: "Tokens", report: "Report", samples: "Samples", options: "Options" };
 function draw(name) {
-  document.getElementById(name).replaceChildren(...SECTIONS[name]().flat(9).filter(Boolean));
+  const section = document.getElementById(name), all = () => [...section.querySelectorAll("button, summary, [tabindex]")];
+  const at = all().indexOf(document.activeElement);
+  section.replaceChildren(...SECTIONS[name]().flat(9).filter(Boolean));
+  all()[at]?.focus({ preventScroll: true }); // who goes by keyboard goes on from there
   if (name === "tokens" && view.at) select(document.getElementById(view.at[0])?.querySelectorAll("span")[view.at[1]]);
 }
 

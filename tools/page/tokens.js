@@ -110,10 +110,12 @@ function read_out(answer, i) {
   const fact = (name, value) => h("div", {}, h("dt", {}, name), h("dd", {}, value));
   const facts = Object.keys(scales).map(key => fact(QUANTITIES[key].name, tell(key, answer[key][i])));
   const chances = [answer.logp[i], answer.ref_logp[i]].map(x => number(Math.exp(x))).join(", ");
+  const likeliest = (answer.likeliest ?? []).map((by_place, j) => fact(`likeliest under ${["π, updated", "π₀"][j]}`,
+    by_place[i].map(([each, p]) => [h("code", { class: "text" }, name_of(each)), soft(` ${fixed(p, 3)} `)])));
   document.getElementById("readout").replaceChildren(
     h("code", { class: "text" }, `“${spelled(token)}”`),
     soft(`${bytes} token ${i + 1} of ${answer.tokens.length}`),
-    h("dl", {}, facts, fact("probability under π, π₀", chances)));
+    h("dl", {}, facts, fact("probability under π, π₀", chances)), h("dl", {}, likeliest));
 }
 
 function select(span) {
@@ -207,7 +209,8 @@ function where(answers) {
     const cells = [name_of(each.token), each.all.length, tell(view.colour, measure(each)), bar(each)];
     const turn = () => change({ alike: view.alike === each.key ? null : each.key });
     const at_key = event => event.key === "Enter" && turn();
-    return h("tr", { onclick: turn, onkeydown: at_key, tabindex: 0 }, cells.map(cell => h("td", {}, cell)));
+    const current = view.alike === each.key ? "true" : null;
+    return h("tr", { onclick: turn, onkeydown: at_key, tabindex: 0, "aria-current": current }, cells.map(cell => h("td", {}, cell)));
   });
   const width = innerWidth < 700 ? 340 : 560;
   return div("grid wide",
