@@ -10,19 +10,20 @@ from data import token_text
 from model import GPT
 
 MOST_TOKENS, MOST = 4096, 5  # of all answers together; at each place
+MOST_BYTES = 2**31  # of model.pt: larger nets would take minutes, and memory beside a training run
 
 
 def add_likeliest(folder: Path, rollout: dict, config: dict) -> None:
     """Give the first answers "likeliest": by π and by π₀, what `likeliest` returns. All answers lose their "ids".
 
     The nets are read from their files, one at a time. So π is the policy as it was saved, after the iteration's update.
+    Large nets, and those with adapters, are not read.
     """
     try:
         rows = [(answer, answer.pop("ids"), len(answer["tokens"])) for answer in rollout["answers"]]
-        if not config:
-            return
-        options = config["options"]
-        for name in (folder, options["ref"] or options["init"]):
+        options = config.get("options", {"lora": 1})
+        large = options["lora"] or (folder / "model.pt").stat().st_size > MOST_BYTES  # a base beside adapters may be
+        for name in () if large else (folder, options["ref"] or options["init"]):
             net, encoding = nets.load_gpt(name)
             left = MOST_TOKENS
             for answer, ids, n in rows:
