@@ -42,6 +42,8 @@ def rollout_metrics(batch: Batch, judged: list[float], kl_coef: float) -> dict[s
         "ended": batch["ended"],  # by EOS
         "response_len": mask.sum(1),
     }
+    if "disagreement" in batch:
+        rows["objective/disagreement"] = batch["disagreement"]
     if judged:
         rows["objective/judge"] = torch.tensor(judged, device=kl.device)
     columns = {name: dist.gather(x.float()) for name, x in rows.items()}  # of all processes
@@ -137,6 +139,7 @@ def held_out(
         found[start] = {name: judge(rows) for name, judge in judges.items()} | {
             "score": batch["score"].tolist(),
             "final score": batch["final_score"].tolist(),
+            **{name: batch[name].tolist() for name in ("disagreement",) if name in batch},  # of several reward models
             KL: ((batch["logp"] - batch["ref_logp"]) * batch["mask"]).sum(1).tolist(),
             "length (tokens)": batch["mask"].sum(1).tolist(),
             ENDED: batch["ended"].float().tolist(),

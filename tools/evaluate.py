@@ -70,7 +70,7 @@ def evaluate_policy(cfg: Config, folder: str) -> None:
     dist.print0(measure.report(measure.paired(before, after, judged_by)))
     if sizes:
         found = measured(ref, [prompt for prompt in held_out for _ in range(max(sizes))], "best of", cfg.seed)
-        names = [*judged_by, "score", "final score"]
+        names = [name for name in (*judged_by, "score", "final score", "disagreement") if name in found]
         columns = {name: torch.tensor(found[name]).view(len(held_out), -1) for name in names}
         dist.print0(best_of_table(columns, sizes))
 
