@@ -3,11 +3,10 @@
     OMP_NUM_THREADS=1 python -m experiments.ensembles      policy seeds 30 to 32, after kl; some two hours each
 
 Five reward models of the policy's own pretraining, with seeds of their own, against five whose trunks come from five
-pretrainings. All learn from the same comparisons of 80 prompts: as they are, and with a quarter turned round. One of
-them, the mean of five or their min chooses the best of n answers, and trains PPO at β = 0.01. Coste et al. find that
-mean and min of seeds hold where one is fooled, most of all at 25% noise; Eisenstein et al. that pretrainings hold better
-than seeds, and that none holds for good. It prints what the judge says of each, and that less what it says of one model,
-over the policy seeds, writes experiments/results/ensembles.json and draws experiments/ensembles.svg.
+pretrainings. All learn from the same comparisons of 80 prompts: as they are, and with a quarter turned round. One, the
+mean of five or their min chooses the best of n answers, and trains PPO at β = 0.01. Coste et al. find that mean and min
+of seeds hold where one is fooled, most of all at 25% noise; Eisenstein et al. that pretrainings hold better than seeds,
+and none for good. It writes experiments/results/ensembles.json and draws experiments/ensembles.svg.
 """
 
 import argparse
@@ -41,8 +40,7 @@ def comparisons(folder: Path, share: float) -> str:
             row[a], row[b] = row[b], row[a]
         row["p_chosen"] = round(1 - row["p_chosen"], 4)
     path = folder / "out" / f"labels-{share:g}.jsonl"
-    if not path.exists():
-        data.write_jsonl(path, rows)
+    data.write_jsonl(path, rows)
     return f"out/{path.name}"
 
 

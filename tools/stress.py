@@ -32,7 +32,6 @@ from tools.evaluate import best_of_kl, expected_at_best
 
 @dataclass
 class Config(cli.Shared):
-    # of this command
     second: str = ""  # run folder of a second reward model; empty: one is trained, into DIR-second
     prompts: str = ""  # JSONL "prompt"; empty: the held-out prompts of the comparisons (the tales have their own)
     judge: str = ""  # FILE.py:function, the truth where it is known
