@@ -13,7 +13,7 @@ of contents: one function per step, and a fork changes one of them.
     Batch: what each step adds                       shape                made by
       tokens, prompt_len, length, ended              (B, T) (B,) …        1 rollout
       columns, of the prompts' rows in the file      B dicts              1 train
-      logp, ref_logp, values, entropy, mask, score   (B, R) … (B,)        2 read
+      logp, ref_logp, values, entropy, mask, score   (B, R) … (B,)        2 read (disagreement: of several rewards)
       rewards, advantages, returns, final_score      (B, R) … (B,)        3 estimate
       ratio, of the last epoch                       (B, R)               4 update
 
@@ -54,7 +54,8 @@ class Config(cli.Shared):
     eval_data: str = ""  # held-out JSONL "prompt"; empty: a part of --data (the tales have their own)
     init: str = "out/sft"  # run folder of the starting policy
     ref: str = ""  # run folder of the frozen copy (the table's "before"), where --init is a run of PPO; empty: --init
-    reward: str = "out/reward"  # run folder of the reward model, or FILE.py:function to train on
+    reward: str = "out/reward"  # run folder of the reward model, or FILE.py:function; several (commas) are combined
+    combine: str = "mean"  # score by several: mean, min, or lcb, the mean less one standard deviation over them
     judge: str = ""  # FILE.py:function, never trained on; of several (commas) the first is measured in training too
     out: str = "out/ppo"  # run folder to write
     block_size: Whole = 0  # longest prompt and answer together, in tokens; 0: the model's context
@@ -140,8 +141,7 @@ def train(cfg: Config) -> dict:
             run.save(step + 1, policy, encoding, {"kl_coef": next_kl_coef}, **saved)
         kl_coef = next_kl_coef
 
-    before = measured(ref, held_out, "before", cfg.seed)
-    after = measured(policy, held_out, "after", cfg.seed)
+    before, after = measured(ref, held_out, "before", cfg.seed), measured(policy, held_out, "after", cfg.seed)
     found = measure.paired(before, after, judged_by)
     run.report(measure.report(found), found)
     return run.finish(device)
@@ -199,23 +199,30 @@ def read(batch: Batch, policy: GPT, ref: GPT, value: ScalarModel, score: Callabl
     return found
 
 
-def scorer(reward: ScalarModel | judges.Judge, encoding: tiktoken.Encoding, eos: int, cfg: Config) -> Callable:
-    """A function batch → scores (B,), from a reward model or from a function rows → list of numbers.
+def scorer(reward: ScalarModel | judges.Judge | list, encoding: tiktoken.Encoding, eos: int, cfg: Config) -> Callable:
+    """A function batch → scores (B,), from a reward model, a function rows → list of numbers, or a list of these.
 
-    A reward model reads the very tokens that were sampled; only a function gets text.
+    A reward model reads the very tokens that were sampled; only a function gets text. The scores of several are
+    combined (Coste et al. 2023, arXiv 2310.02743), and the batch gets their standard deviation as "disagreement".
     """
+    rewards = reward if isinstance(reward, list) else [reward]
 
     @torch.no_grad()
     def score(batch: Batch) -> Tensor:
         device = batch["tokens"].device
-        if not isinstance(reward, ScalarModel):
-            with torch.autocast(device.type, enabled=False):  # a user's function computes in its own precision
-                return torch.tensor(reward(measure.as_rows(batch, encoding, eos)), dtype=torch.float32, device=device)
-        scores = torch.zeros(len(batch["tokens"]), device=device)
-        for index in split(batch, cfg):
-            part = select(batch, index)
-            scores[index.to(device)] = reward.scores(part["tokens"], part["length"])
-        return scores
+        scores = torch.zeros(len(rewards), len(batch["tokens"]), device=device)
+        for row, reward in zip(scores, rewards):
+            if not isinstance(reward, ScalarModel):
+                with torch.autocast(device.type, enabled=False):  # a user's function computes in its own precision
+                    row.copy_(torch.tensor(reward(measure.as_rows(batch, encoding, eos)), dtype=torch.float32))
+                continue
+            for index in split(batch, cfg):
+                part = select(batch, index)
+                row[index.to(device)] = reward.scores(part["tokens"], part["length"])
+        if len(rewards) == 1:
+            return scores[0]
+        mean, batch["disagreement"] = scores.mean(0), scores.std(0, correction=0)
+        return {"mean": mean, "min": scores.amin(0), "lcb": mean - batch["disagreement"]}[cfg.combine]
 
     return score
 
@@ -360,27 +367,28 @@ def build(
     cfg: Config, device: torch.device, autocast: torch.autocast
 ) -> tuple[GPT, GPT, ScalarModel, Callable[[Batch], Tensor], tiktoken.Encoding]:
     """Policy, frozen reference, value net, function that scores, tokenizer. Raises InputError if they do not fit."""
+    if cfg.combine not in ("mean", "min", "lcb"):
+        raise InputError(f"--combine {cfg.combine}: give mean, min or lcb")
     trunks = lora.Trunks(cfg.lora, autocast)  # what the nets share with --lora
     policy, encoding = nets.load_gpt(cfg.init, device, "--init", trunks)
     ref, ref_encoding = nets.load_gpt(cfg.ref or cfg.init, device, "--ref", trunks)
     nets.check_vocabulary(f"--ref {cfg.ref}", ref_encoding, encoding, cfg.init)
-    if judges.is_function(cfg.reward):
-        reward = judges.load_function(cfg.reward)
+    names, load = cfg.reward.split(","), partial(nets.load_reward, device, encoding, cfg.init, trunks)
+    rewards = [judges.load_function(name) if judges.is_function(name) else load(name) for name in names]
+    frozen = [ref, *(each for each in rewards if isinstance(each, ScalarModel))]
+    if judges.is_function(names[0]):
         value = ScalarModel(nets.load_gpt(cfg.init, device, "--init", trunks)[0]).to(device)
         torch.nn.init.zeros_(value.head.weight)
     else:
-        reward, reward_encoding = nets.load_scalar(cfg.reward, device, "--reward", trunks)
-        nets.check_vocabulary(f"--reward {cfg.reward}", reward_encoding, encoding, cfg.init)
-        value, _ = nets.load_scalar(cfg.reward, device, "--reward", trunks)
-    if min(ref.config.block_size, value.config.block_size - len(value.config.suffix)) < nets.context(cfg, policy):
+        value, _ = nets.load_scalar(names[0], device, "--reward", trunks)
+    if min(net.config.block_size - len(net.config.suffix) for net in (value, *frozen)) < nets.context(cfg, policy):
         raise InputError("--ref or --reward has a shorter context than --init; give a --block_size that fits all")
-    frozen = [ref, reward] if isinstance(reward, ScalarModel) else [ref]
     for net in (policy, value):
         net.eval().requires_grad_(True)  # eval: no dropout, or the ratio would not be 1
     for net in frozen:
         nets.freeze(net, autocast)
     cli.prepare(cfg, policy, value, *frozen)
-    return policy, ref, value, scorer(reward, encoding, policy.config.eos, cfg), encoding
+    return policy, ref, value, scorer(rewards, encoding, policy.config.eos, cfg), encoding
 
 
 def load_prompts(cfg: Config, policy: GPT, encoding: tiktoken.Encoding) -> tuple[list[Prompt], list[Prompt]]:

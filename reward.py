@@ -97,7 +97,9 @@ def train(cfg: Config) -> dict:
         tokens = sum(len(row.tokens) for group in batch for row in group.rows)
         run.log(step, metrics, ("loss/train", "accuracy", "tokens_per_s"), tokens)
         if last:
-            run.report(measure.agreement_report(found, table), {"metrics": found, "calibration": table})
+            with autocast:
+                pairs = measure.scored_pairs(model, held_out, encoding, device)
+            run.report(measure.agreement_report(found, table), {"metrics": found, "calibration": table, "pairs": pairs})
             how = f"(gain {model.gain:.3f}, bias {model.bias:.3f})"
             dist.print0(f"\nscores of {cfg.init}'s samples now have mean 0, variance 1 {how}")
         if run.due(step, cfg.save_every or 200):

@@ -24,8 +24,8 @@ ANEW = "start anew without --resume"
 def check_out(cfg: Any) -> None:
     """Raises InputError if --out cannot become a run folder: it is an input, or it holds other files."""
     out, ours = Path(cfg.out), ("metrics.jsonl", "model.pt")
-    for name in ("init", "ref", "reward"):
-        source = Path(getattr(cfg, name, "") or "/")
+    given = {name: getattr(cfg, name, "") for name in ("init", "ref", "reward")}
+    for name, source in ((name, Path(each or "/")) for name, names in given.items() for each in names.split(",")):
         if out.resolve() in (source.resolve(), source.parent.resolve() if source.suffix == ".pt" else None):
             raise InputError(f"--out {out}: is --{name} too; name another folder, so that it is not overwritten")
     try:
@@ -102,9 +102,9 @@ def damaged(path: Path, error: Exception) -> InputError:
 
 
 def fingerprint(names: str) -> str:
-    """The sha256 of files of data, of a run folder's model.pt, or of the files of functions; "" where there is none."""
+    """The sha256 of files of data, of run folders' model.pt, or of the files of functions; "" where there is none."""
     digests = []
-    for name in filter(None, names.split(",") if ".py:" in names else [names]):
+    for name in filter(None, [names] if Path(names).exists() else names.split(",")):
         file = name.rpartition(":")[0] if ".py:" in name else name
         paths = [path for path in (Path(file) / "model.pt", Path(file), ROOT / file) if path.is_file()][:1]
         with suppress(InputError):  # of a folder without data

@@ -8,14 +8,15 @@ import math
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from tiktoken import Encoding
 from torch import Tensor
 
 from common import dist
 from common.judges import Judge
-from data import Group, Prompt, token_text
+from data import Group, Prompt, pad, token_text
 from data.rng import generator
-from model import GPT
+from model import GPT, ScalarModel
 
 Batch = dict[str, Tensor]
 KL, ENDED = "KL to the reference (nats)", "ended by EOS"  # rows of the table
@@ -42,6 +43,8 @@ def rollout_metrics(batch: Batch, judged: list[float], kl_coef: float) -> dict[s
         "ended": batch["ended"],  # by EOS
         "response_len": mask.sum(1),
     }
+    if "disagreement" in batch:
+        rows["objective/disagreement"] = batch["disagreement"]
     if judged:
         rows["objective/judge"] = torch.tensor(judged, device=kl.device)
     columns = {name: dist.gather(x.float()) for name, x in rows.items()}  # of all processes
@@ -127,6 +130,7 @@ def held_out(
         found[start] = {name: judge(rows) for name, judge in judges.items()} | {
             "score": batch["score"].tolist(),
             "final score": batch["final_score"].tolist(),
+            **{name: batch[name].tolist() for name in ("disagreement",) if name in batch},  # of several reward models
             KL: ((batch["logp"] - batch["ref_logp"]) * batch["mask"]).sum(1).tolist(),
             "length (tokens)": batch["mask"].sum(1).tolist(),
             ENDED: batch["ended"].float().tolist(),
@@ -237,23 +241,17 @@ def margins(groups: list[Group], scores: Tensor) -> Tensor:
 
 
 def agreement(groups: list[Group], margin: Tensor) -> tuple[dict[str, float], list[tuple]]:
-    """Metrics of the groups' margins (P,), and the rows (from, to, pairs, mean predicted, observed) of a calibration
-    table: how often the better-scored response should win by its margin, in five tenths, and how often it does.
-
-    The ends of the accuracy's interval of 95% are there from FEWEST prompts on. It is Wilson's, with as many values as
-    give an independent share the variance of this one (Korn and Graubard 1998; Dean and Pagano 2015).
+    """Metrics of the groups' margins (P,), and the rows (from, to, pairs, mean predicted, observed, low, high) of a
+    calibration table: how often the better-scored response should win by its margin, in five tenths, and how often it
+    does. The ends of intervals of 95% are there from FEWEST prompts on.
     """
     certain = [p for group in groups for p in group.certainty]
     right = (margin > 0).double() + 0.5 * (margin == 0).double()
     prompts = [tuple(group.rows[0].tokens[: group.rows[0].prompt_len]) for group in groups]
     number = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
     cluster = torch.tensor([number[prompt] for prompt, group in zip(prompts, groups) for _ in group.pairs])
-    accuracy, n_prompts = right.mean().item(), len(number)
-    metrics = {"eval/accuracy": accuracy, "eval/prompts": n_prompts}
-    if n_prompts >= FEWEST:
-        error = clustered_error(right, cluster)
-        n = min(accuracy * (1 - accuracy) / error**2, len(right)) if error else n_prompts
-        _, metrics["eval/accuracy_low"], metrics["eval/accuracy_high"] = share(accuracy, n)
+    metrics = dict(zip(("eval/accuracy", "eval/accuracy_low", "eval/accuracy_high"), clustered_share(right, cluster)))
+    metrics["eval/prompts"] = len(number)
     if not any(map(math.isnan, certain)):
         metrics["eval/accuracy_ceiling"] = sum(certain) / len(certain)
 
@@ -262,9 +260,24 @@ def agreement(groups: list[Group], margin: Tensor) -> tuple[dict[str, float], li
     for i in range(5, 10):
         inside = tenth == i
         if n := int(inside.sum()):
-            table.append((i / 10, (i + 1) / 10, n, predicted[inside].mean().item(), right[inside].mean().item()))
-    metrics["eval/calibration_error"] = sum(n * abs(p - seen) for _, _, n, p, seen in table) / len(margin)
+            observed = clustered_share(right[inside], cluster[inside])
+            table.append((i / 10, (i + 1) / 10, n, predicted[inside].mean().item(), *observed))
+    metrics["eval/calibration_error"] = sum(n * abs(p - seen) for _, _, n, p, seen, *_ in table) / len(margin)
     return metrics, table
+
+
+def clustered_share(x: Tensor, cluster: Tensor) -> tuple[float, ...]:
+    """The mean of x (P,), a share, and from FEWEST clusters on the ends of its interval of 95%.
+
+    It is Wilson's, with as many values as give an independent share the variance of this one (Korn and Graubard 1998;
+    Dean and Pagano 2015).
+    """
+    cluster = cluster.unique(return_inverse=True)[1]
+    p, clusters = x.mean().item(), int(cluster.max()) + 1
+    if clusters < FEWEST:
+        return (p,)
+    error = clustered_error(x, cluster)
+    return share(p, min(p * (1 - p) / error**2, len(x)) if error else clusters)
 
 
 def clustered_error(x: Tensor, cluster: Tensor) -> float:
@@ -290,6 +303,27 @@ def agreement_report(metrics: dict[str, float], table: list[tuple]) -> str:
     if "eval/accuracy_ceiling" in metrics:
         first += f" (the noise in these labels allows {metrics['eval/accuracy_ceiling']:.3f})"
     lines = [first, "\nwin rate        pairs   predicted   observed"]
-    for low, high, n, predicted, observed in table:
-        lines.append(f"{low:.1f} – {high:.1f}   {n:>8,}       {predicted:.3f}      {observed:.3f}")
+    for low, high, n, predicted, *observed in table:
+        ends = " [{:.3f}, {:.3f}]".format(*observed[1:]) if observed[1:] else ""
+        lines.append(f"{low:.1f} – {high:.1f}   {n:>8,}       {predicted:.3f}      {observed[0]:.3f}{ends}")
     return "\n".join(lines)
+
+
+@torch.no_grad()
+def scored_pairs(model: ScalarModel, groups: list[Group], encoding: Encoding, device: torch.device) -> list[dict]:
+    """The first pair of each of the first ten groups, for report.json: of both sides the score, the n tokens, and
+    n + 1 scores of prefixes: of the prompt alone, and of the text up to each token, as if it ended there.
+    """
+    found = []
+    for group in groups[:10]:
+        rows = [group.rows[i] for i in group.pairs[0]]
+        tokens, prompt_len, length = pad(rows, device)
+        scores = model.scores(tokens, length).tolist()
+        prefixes = model.values(F.pad(tokens, (0, 1)), prompt_len, length + 1).tolist()  # what follows is not read
+        pair = {"prompt": encoding.decode(rows[0].tokens[: rows[0].prompt_len])}
+        for side, row, score, prefix in zip(("chosen", "rejected"), rows, scores, prefixes):
+            texts = [token_text(token, encoding) for token in row.tokens[row.prompt_len :]]
+            prefix = [float(f"{x:.5g}") for x in prefix[: len(texts) + 1]]
+            pair[side] = {"score": score, "tokens": texts, "prefix": prefix}
+        found.append(pair)
+    return found

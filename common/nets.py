@@ -119,6 +119,15 @@ def load_scalar(
     return load(folder, device, option, ScalarModel, trunks)
 
 
+def load_reward(
+    device: torch.device, encoding: tiktoken.Encoding, init: str, trunks: lora.Trunks | None, folder: str
+) -> ScalarModel:
+    """The reward model of a folder of --reward. Raises InputError if it does not fit the policy of --init."""
+    model, its_encoding = load_scalar(folder, device, "--reward", trunks)
+    check_vocabulary(f"--reward {folder}", its_encoding, encoding, init)
+    return model
+
+
 def check_vocabulary(what: str, encoding: tiktoken.Encoding, wanted: tiktoken.Encoding, init: str) -> None:
     """Raises InputError if an id is another token in `what` than in the policy of --init.
 

@@ -22,6 +22,7 @@ from data import Prompt
 from data.files import replacing
 from model import GPT
 from tools import evaluate
+from tools.evaluate import best_of_kl
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = Path("out/experiments")
@@ -131,11 +132,6 @@ def start_answers(
 def best_of(score: Tensor, judge: Tensor, n: int) -> tuple[float, float, float]:
     """KL (at most), judge and score of the best of n answers by the score, from (P, N) of each."""
     return best_of_kl(n), *(evaluate.expected_at_best(score, x, n).mean().item() for x in (judge, score))
-
-
-def best_of_kl(n: int) -> float:
-    """KL of the best of n to the start, at most, in nats (Beirami et al. 2024, arXiv 2401.01879)."""
-    return math.log(n) - (n - 1) / n
 
 
 def on_its_way(lines: list[dict], kl: float) -> float:

@@ -30,7 +30,7 @@ from experiments.harness import (
     write_results,
 )
 
-LOADED = 'value, _ = nets.load_scalar(cfg.reward, device, "--reward", trunks)'
+LOADED = 'value, _ = nets.load_scalar(names[0], device, "--reward", trunks)'
 FRESH = "value = ScalarModel(GPT(policy.config)).to(device)"
 VARIANTS = {  # what changes → its run folder, its options, and what is changed in ppo.py
     "default": ("ppo", [], {}),

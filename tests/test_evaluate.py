@@ -194,10 +194,14 @@ def test_rows_of_a_prompt_are_one_cluster_and_nothing_depends_on_their_order():
     assert got["eval/prompts"] == 30
     assert (got["eval/accuracy_low"], got["eval/accuracy_high"]) == pytest.approx(share(p, n)[1:])
     right = margin > 0
-    for low, high, n, predicted, observed in calibration:
+    for low, high, n, predicted, observed, *ends in calibration:
         inside = (margin.abs().sigmoid() >= low) & (margin.abs().sigmoid() < high)
         assert n == inside.sum() and observed == pytest.approx(right[inside].double().mean().item())
         assert low <= predicted < high
+        prompts = n / 5  # each with five equal pairs
+        free = prompts - 1 if 0 < observed < 1 else prompts
+        assert ends == (pytest.approx(share(observed, free)[1:]) if prompts >= 10 else [])
+    assert any(len(row) == 7 for row in calibration) and any(len(row) == 5 for row in calibration)
 
 
 def test_an_accuracy_of_few_prompts_has_their_number_and_one_of_1_has_a_width():

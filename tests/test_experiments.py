@@ -24,6 +24,7 @@ from experiments import (
     adaptive,
     atlas,
     atlas_page,
+    ensembles,
     fewer,
     harness,
     helpful,
@@ -37,6 +38,7 @@ from experiments import (
     rounds,
     sentence,
     texts,
+    trust,
 )
 from experiments.forks import __main__ as forks
 from tests import puzzle
@@ -627,3 +629,33 @@ def test_a_form_stands_under_what_is_seen_of_it_or_among_the_silent_or_the_free(
     headings = [*atlas_page.SYMPTOMS][1:3] + ["KL leaps", atlas_page.SILENT, atlas_page.FREE, atlas_page.INERT]
     assert found == dict(zip(headings, names))
     assert re.findall(r"^\| (?:of|show|are|cost|change) .* \| (\d*) ?\|$", text, re.MULTILINE) == ["", *"31110"]
+
+
+@pytest.mark.parametrize(
+    "sentence, n, what",
+    [
+        ("trust this model to about 2.5 nats: `--kl_target` at most that", 32, "right"),
+        ("trust this model to about 0.6 nats: `--kl_target` at most that", 4, "too early"),
+        ("no turn up to 4.5 nats: `--kl_target` at most that", 256, "too late"),
+        ("do not trust this model: the second sees no rise", 1, "too early"),
+    ],
+)
+def test_a_predicted_turn_is_right_within_one_doubling_of_n(sentence, n, what):
+    """The judge turns at n = 16: log 16 − 15 / 16 = 1.835 nats."""
+    found = trust.turns(f"$ python x\nthe judge turns at 1.8 nats\n\n{sentence}\ntook 5 s\n")
+    assert found == {"predicted": n, "true": 16} and trust.verdict(found) == what
+
+
+def test_a_quarter_of_the_comparisons_is_turned_round_whole(tmp_path):
+    rows = [{"prompt": f"p{i // 4}", "chosen": f"a{i}", "rejected": f"b{i}", "p_chosen": 0.9} for i in range(400)]
+    rows = [row | {"chosen_ids": [i], "rejected_ids": [-i]} for i, row in enumerate(rows)]
+    (tmp_path / "out" / "reward").mkdir(parents=True)
+    write(tmp_path / "out" / "reward" / "comparisons.jsonl", rows)
+    found = data.read_jsonl(tmp_path / ensembles.comparisons(tmp_path, 0.25), {})
+    assert len(found) == 4 * ensembles.PROMPTS
+    turned = [row for row, was in zip(found, rows) if row != was]
+    assert len(turned) == len(found) / 4
+    for row in turned:
+        i = int(row["chosen"][1:])
+        same = {"prompt": f"p{i // 4}", "chosen": f"b{i}", "rejected": f"a{i}", "p_chosen": 0.1}
+        assert row == same | {"chosen_ids": [-i], "rejected_ids": [i]}

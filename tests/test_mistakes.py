@@ -425,12 +425,12 @@ def test_gradients_are_clipped_after_backward_each_net_by_itself(nets):
     'ref, ref_encoding = nets.load_gpt(cfg.ref or cfg.init, device, "--ref", trunks)',
     "ref, ref_encoding = policy, encoding",
 )
-@mistake("ppo.py", 'value, _ = nets.load_scalar(cfg.reward, device, "--reward", trunks)\n', "value = reward\n")
+@mistake("ppo.py", 'value, _ = nets.load_scalar(names[0], device, "--reward", trunks)\n', "value = rewards[0]\n")
 @mistake(
     "ppo.py",
-    'value, _ = nets.load_scalar(cfg.reward, device, "--reward", trunks)\n',
-    "value = reward\n",
-    right2="frozen = [ref, reward] if isinstance(reward, ScalarModel) else [ref]",
+    'value, _ = nets.load_scalar(names[0], device, "--reward", trunks)\n',
+    "value = rewards[0]\n",
+    right2="frozen = [ref, *(each for each in rewards if isinstance(each, ScalarModel))]",
     wrong2="frozen = [ref]",
 )
 def test_frozen_copy_and_reward_model_end_bit_identical_to_how_they_began(folders, monkeypatch):

@@ -464,6 +464,67 @@ def test_runs_of_the_other_stages_have_a_page_too(folders, monkeypatch, browser_
     assert "held-out accuracy" in browser_page.locator("#head").text_content() and not browser_page.problems
 
 
+def run_reward(folders, monkeypatch):
+    monkeypatch.chdir(folders["tmp"])
+    reward.train(reward.Config(data="comparisons.jsonl", init="sft", out="out/reward", response_len=8, lr=1e-4, seed=1))
+    return folders["tmp"] / "out/reward"
+
+
+def test_a_reward_model_keeps_held_out_pairs_with_the_score_of_every_prefix(folders, monkeypatch):
+    folder = run_reward(folders, monkeypatch)
+    pairs = json.loads((folder / "report.json").read_text())["pairs"]
+    model, encoding = nets.load_scalar(folder)
+    score = lambda ids: model.scores(torch.tensor([ids]), torch.tensor([len(ids)])).item()  # noqa: E731
+    assert len(pairs) == len({pair["prompt"] for pair in pairs}) == 8
+    for pair in pairs:
+        for side, text in (("chosen", " yes."), ("rejected", " no.")):
+            prompt, answer = encoding.encode_ordinary(pair["prompt"]), encoding.encode_ordinary(text)
+            ids = prompt + answer + [encoding.eot_token]
+            expected = [score(ids[:n]) for n in range(len(prompt), len(ids) + 1)]  # each prefix by itself
+            assert pair[side]["prefix"] == pytest.approx(expected, abs=1e-4)
+            assert pair[side]["score"] == pytest.approx(expected[-1], abs=1e-4)
+            assert "".join(pair[side]["tokens"][:-1]) == text and pair[side]["tokens"][-1] == {
+                "special": "<|endoftext|>"
+            }
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_the_page_of_a_reward_model_shows_calibration_and_where_its_score_rises(folders, monkeypatch, browser_page):
+    folder = run_reward(folders, monkeypatch)
+    found = json.loads((folder / "report.json").read_text())
+    found["calibration"] = [[0.5, 0.6, 40, 0.55, 0.5, 0.4, 0.6], [0.9, 1.0, 9, 0.95, 1.0]]  # one of few prompts
+    found["pairs"][0] |= {"prompt": HOSTILE}
+    (folder / "report.json").write_text(json.dumps(found))
+    show(browser_page, folder)
+    chart = browser_page.locator("#report .card").filter(has_text="predicted and observed win rate")
+    assert chart.locator("circle").count() == 2 and chart.locator("path").count() == 2  # diagonal, an interval
+    sides = [pair[side] for pair in found["pairs"] for side in ("chosen", "rejected")]
+    scores = [side["score"] for side in sides]
+    assert heads(browser_page, "score") == pytest.approx(scores, abs=0.06)
+    cards = browser_page.locator(".answer")
+    for card, side in zip(cards.all(), sides, strict=True):
+        painted = card.locator(".tokens span").evaluate_all("all => all.map(span => span.style.background)")
+        rises = np.diff(side["prefix"])
+        assert len(painted) == len(rises)
+        for x, each in zip(rises, painted):
+            assert "--hot" not in each or x < 0
+            assert "--cold" not in each or x > 0
+    assert cards.locator(".tokens span[style*='--hot'], .tokens span[style*='--cold']").count() > 10
+    cards.first.locator(".tokens span").nth(1).click()
+    readout = browser_page.locator("#readout")
+    shown = dict(zip(readout.locator("dt").all_text_contents(), readout.locator("dd").all_text_contents()))
+    assert list(shown) == ["rise", "score so far"]
+    assert float(shown["score so far"].replace("−", "-")) == pytest.approx(sides[0]["prefix"][2], abs=0.006)
+    cards.first.get_by_role("button", name="table").click()
+    last = cards.first.locator("tfoot td").all_text_contents()
+    rise = sides[0]["prefix"][-1] - sides[0]["prefix"][0]
+    assert float(last[1].replace("−", "-")) == pytest.approx(rise, abs=0.006)
+    assert HOSTILE[:20] in browser_page.locator("#tokens").text_content()
+    assert browser_page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    assert browser_page.title().endswith("out/reward") and not browser_page.problems
+
+
 @pytest.mark.slow
 @needs_chromium
 def test_a_ratio_of_rounding_is_no_picture_and_an_error_gives_the_digits(folders, monkeypatch, browser_page):

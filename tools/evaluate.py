@@ -70,7 +70,7 @@ def evaluate_policy(cfg: Config, folder: str) -> None:
     dist.print0(measure.report(measure.paired(before, after, judged_by)))
     if sizes:
         found = measured(ref, [prompt for prompt in held_out for _ in range(max(sizes))], "best of", cfg.seed)
-        names = [*judged_by, "score", "final score"]
+        names = [name for name in (*judged_by, "score", "final score", "disagreement") if name in found]
         columns = {name: torch.tensor(found[name]).view(len(held_out), -1) for name in names}
         dist.print0(best_of_table(columns, sizes))
 
@@ -78,16 +78,20 @@ def evaluate_policy(cfg: Config, folder: str) -> None:
 def best_of_table(columns: dict[str, Tensor], sizes: list[int]) -> str:
     """Return what the best of n answers of the reference is like, for each n of `sizes`. columns: (P, N) each.
 
-    The best has the highest final score. Its KL to the reference is at most log n − (n − 1) / n (Stiennon et al. 2020,
-    appendix G.3; Beirami et al. 2024).
+    The best has the highest final score.
     """
     rows = [["best of n by the final score", "KL (nats)", *columns]]
     for n in sizes:
         found = [expected_at_best(columns["final score"], x, n).tolist() for x in columns.values()]
         cells = [measure.cell(measure.mean_and_error(column), len(column)) for column in found]
-        rows.append([n, f"{math.log(n) - (n - 1) / n:.2f}", *cells])
+        rows.append([n, f"{best_of_kl(n):.2f}", *cells])
     lines = [f"{n:<30}{kl:>10}" + "".join(f"  {x:>24}" for x in cells) for n, kl, *cells in rows]
     return "\n".join(["", *lines])
+
+
+def best_of_kl(n: int) -> float:
+    """Return the KL of the best of n answers to the reference, at most, in nats (Beirami et al. 2024, 2401.01879)."""
+    return math.log(n) - (n - 1) / n
 
 
 def expected_at_best(scores: Tensor, values: Tensor, n: int) -> Tensor:

@@ -73,8 +73,7 @@ def readers(cfg: Config, folder: str, encoding: tiktoken.Encoding, device: torch
     """Return what reads the answers, with --reward: its model, and the frozen copy of the run in `folder`."""
     if not cfg.reward:
         return {}
-    reward, its_encoding = nets.load_scalar(cfg.reward, device, "--reward")
-    nets.check_vocabulary(f"--reward {cfg.reward}", its_encoding, encoding, folder)
+    reward = nets.load_reward(device, encoding, folder, None, cfg.reward)
     about = {"options": {}} | (read_object(Path(folder) / "config.json") or {})
     if "kl_coef" not in about["options"]:
         return {"reward": reward}

@@ -35,6 +35,7 @@ PANELS = [
     ("loss", "nats", {"loss/train": "training", "loss/held_out": "held out", "eval/loss": "held out"}),
     ("accuracy", "share", {"accuracy": "training", "eval/accuracy": "held out", "eval/accuracy_ceiling": "ceiling"}),
     ("score", "score", {"objective/scores": "mean", "objective/rlhf_reward": "minus β KL", "eval/score": "held out"}),
+    ("disagreement of the reward models", "score", {"objective/disagreement": ""}),
     ("judge, never trained on", "judge", {"objective/judge": "rollouts", "eval/judge": "held out"}),
     ("KL to the frozen copy", "nats per response", {"objective/kl": "mean", "eval/kl": "held out"}),
     ("largest KL of a response", "nats", {"objective/kl_max": ""}),

@@ -179,9 +179,12 @@ function side_by_side(able) { // the answers of all runs to the same held-out pr
 }
 
 function reliability(run) {
-  const points = run.report.calibration.map(([, , , predicted, observed]) => [predicted, observed]);
+  const shade = colour_of(run), bins = run.report.calibration;
+  const points = bins.map(([, , , predicted, observed]) => [predicted, observed]);
+  const intervals = bins.map(([, , , predicted, , ...ends]) => ( // of 95%, where the prompts are enough
+    { kind: "line", points: ends.map(end => [predicted, end]), colour: shade }));
   const diagonal = { kind: "line", dash: "3 3", points: [[0, 0], [1, 1]], colour: "var(--soft)" };
-  const series = [diagonal, { kind: "dots", points, colour: colour_of(run) }];
+  const series = [diagonal, ...intervals, { kind: "dots", points, colour: shade }];
   const whose = runs.length > 1 ? `, ${visible(run.name)}` : "";
   const title = `predicted and observed win rate${whose}`;
   return chart({ title, unit: "observed, held out", x: "predicted", still: true, series });
@@ -233,7 +236,7 @@ function draw(name) {
 }
 
 // What a section is drawn from: as long as it is the same, the section stays as it is.
-const SOURCES = { head: run => run, curves: run => run.panels, tokens: run => run.rollout };
+const SOURCES = { head: run => run, curves: run => run.panels, tokens: run => [run.rollout, run.report?.pairs] };
 const drawn_from = {};
 
 function draw_all() {

@@ -1,4 +1,4 @@
-// The last rollout, token by token: where the KL was spent, and where blame fell.
+// Token by token: the last rollout, where the KL was spent and where blame fell; or pairs that a reward model scored.
 
 const QUANTITIES = {
   kl: {
@@ -37,8 +37,17 @@ const QUANTITIES = {
     name: "entropy", warm: 1, adds_up: false, pale: 0,
     meaning: "of the distribution that the token was drawn from, in nats. Warm: undecided.",
   },
+  rise: {
+    name: "rise", warm: -1, adds_up: true, pale: 0,
+    meaning: "of the score by this token. Warm: it falls. Cool: it rises.",
+  },
+  prefix: {
+    name: "score so far", warm: -1, adds_up: false, pale: null,
+    meaning: "of the text up to this token, as if it ended there. Warm: less than on average. Cool: more.",
+  },
 };
 const IN_TABLE = ["logp", "ref_logp", "kl", "rewards", "values", "advantages", "returns", "ratio", "entropy"];
+IN_TABLE.push("rise", "prefix");
 const SORTS = {
   score: answer => answer.score,
   KL: answer => sum(answer.kl),
@@ -59,7 +68,7 @@ const change = changes => { Object.assign(view, changes); draw("tokens"); };
 
 function scales_of({ answers }) {
   const found = {};
-  for (const answer of answers) answer.kl = answer.logp.map((x, i) => x - answer.ref_logp[i]);
+  for (const answer of answers) answer.kl = answer.logp?.map((x, i) => x - answer.ref_logp[i]);
   for (const [key, { pale, least = 0 }] of Object.entries(QUANTITIES)) {
     const all = answers.flatMap(answer => answer[key] || []).filter(finite);
     const centre = pale ?? mean(all);
@@ -80,7 +89,7 @@ const tint = (name, percent) => `color-mix(in oklab, var(${name}) ${percent.toFi
 
 function tell(key, x) {
   if (key === "ratio" && finite(x)) return x.toFixed(3);
-  return number(x, ["kl", "advantages", "rewards"].includes(key));
+  return number(x, ["kl", "advantages", "rewards", "rise", "prefix"].includes(key));
 }
 
 // A token is a text, the bytes of a part of a character, or {special: its name}.
@@ -109,13 +118,13 @@ function read_out(answer, i) {
   const bytes = Array.isArray(token) ? ` bytes in “${whole_character(answer.tokens, i)}”,` : "";
   const fact = (name, value) => h("div", {}, h("dt", {}, name), h("dd", {}, value));
   const facts = Object.keys(scales).map(key => fact(QUANTITIES[key].name, tell(key, answer[key][i])));
-  const chances = [answer.logp[i], answer.ref_logp[i]].map(x => number(Math.exp(x))).join(", ");
+  const chances = [answer.logp, answer.ref_logp].map(each => number(Math.exp(each?.[i]))).join(", ");
   const likeliest = (answer.likeliest ?? []).map((by_place, j) => fact(`likeliest under ${["π, updated", "π₀"][j]}`,
     by_place[i].map(([each, p]) => [h("code", { class: "text" }, name_of(each)), soft(` ${fixed(p, 3)} `)])));
   document.getElementById("readout").replaceChildren(
     h("code", { class: "text" }, `“${spelled(token)}”`),
     soft(`${bytes} token ${i + 1} of ${answer.tokens.length}`),
-    h("dl", {}, facts, fact("probability under π, π₀", chances)), h("dl", {}, likeliest));
+    h("dl", {}, facts, answer.logp && fact("probability under π, π₀", chances)), h("dl", {}, likeliest));
 }
 
 function select(span) {
@@ -166,19 +175,24 @@ function token_table(answer) {
     h("tfoot", {}, row(["sum", ...keys.map(total)])));
 }
 
-function answer_card(answer, number_of, kl_coef) {
+const fact = (name, value) => h("span", {}, soft(`${name} `), h("b", {}, value));
+function facts_of_answer(answer, kl_coef) {
   const kl = sum(answer.kl);
-  const fact = (name, value) => h("span", {}, soft(`${name} `), h("b", {}, value));
+  return [
+    fact("score", number(answer.score, true)), finite(answer.judge) && fact("judge", number(answer.judge)),
+    fact("KL", number(kl)), fact("tokens", answer.tokens.length),
+    fact("score − β KL", number(answer.final_score - kl_coef * kl, true)),
+    !answer.ended && h("span", { class: "name" }, "did not end"),
+  ];
+}
+
+function answer_card(answer, number_of, facts) {
   const open = view.open.has(number_of);
   const turn = () => { view.open[open ? "delete" : "add"](number_of); draw("tokens"); };
   return h("article", { class: "card answer" },
-    h("header", {},
-      fact("score", number(answer.score, true)), finite(answer.judge) && fact("judge", number(answer.judge)),
-      fact("KL", number(kl)), fact("tokens", answer.tokens.length),
-      fact("score − β KL", number(answer.final_score - kl_coef * kl, true)),
-      !answer.ended && h("span", { class: "name" }, "did not end"),
+    h("header", {}, facts,
       h("button", { type: "button", "aria-expanded": String(open), onclick: turn }, open ? "hide the table" : "table")),
-    div("soft", text(answer.prompt, "(empty prompt)")),
+    "prompt" in answer && div("soft", text(answer.prompt, "(empty prompt)")),
     h("div", { class: "tokens", id: `answer-${number_of}`, tabindex: 0 }, token_spans(answer)),
     open && token_table(answer));
 }
@@ -220,7 +234,7 @@ function where(answers) {
       table(["token", "times", adds_up ? "sum" : "mean", ""], rows)));
 }
 
-function tools(judged) {
+function tools(keys) { // `keys` of SORTS
   const { warm } = QUANTITIES[view.colour], { centre, reach } = scales[view.colour];
   const [left, right] = warm > 0 ? ["--cold", "--hot"] : ["--hot", "--cold"];
   const bar = `linear-gradient(90deg, ${tint(left, 74)}, transparent, ${tint(right, 74)})`;
@@ -228,7 +242,7 @@ function tools(judged) {
   const scale = h("span", { class: "scale" }, ends[0], h("i", { css: { background: bar } }), ends[1]);
   const colours = Object.keys(scales).map(key =>
     button(QUANTITIES[key].name, key === view.colour, () => change({ colour: key })));
-  const sorts = Object.keys(SORTS).filter(key => key !== "judge" || judged).map(key => {
+  const sorts = keys.map(key => {
     const chosen = key === view.sort, arrow = view.down ? " ↓" : " ↑";
     const turn = () => change(chosen ? { down: !view.down } : { sort: key, down: true });
     return button(key + (chosen ? arrow : ""), chosen, turn);
@@ -236,30 +250,56 @@ function tools(judged) {
   const numbers = button("numbers", view.numbers, () => change({ numbers: !view.numbers }));
   return h("div", { id: "tools" },
     div("row", div("choice", soft("colour"), colours), scale),
-    div("row", div("choice", soft("sort"), sorts), numbers));
+    div("row", keys.length > 0 && div("choice", soft("sort"), sorts), numbers));
+}
+
+function rollout_view({ answers, iteration, kl_coef }) {
+  const weights = answers.map(SORTS[view.sort]), sign = view.down ? -1 : 1;
+  const order = answers.map((answer, i) => i).sort((i, j) => sign * (weights[i] - weights[j]) || i - j);
+  const left = order.length - view.shown, judged = answers.some(answer => finite(answer.judge));
+  const about = `The ${answers.length} answers of iteration ${iteration}, β = ${number(kl_coef)}`;
+  const card = i => answer_card(answers[i], i, facts_of_answer(answers[i], kl_coef));
+  return {
+    about: `${about}: where the KL was spent, and where blame fell.`,
+    sorts: Object.keys(SORTS).filter(key => key !== "judge" || judged),
+    shown: [where(answers), div(view.numbers ? "numbers" : null, order.slice(0, view.shown).map(card)),
+      left > 0 && div("row", button(`show more (${left} left)`, null, () => change({ shown: view.shown + 24 })))],
+  };
+}
+
+const sides_of = pair => ["chosen", "rejected"].map(side => { // the scores of prefixes begin with that of the prompt
+  const { score, tokens, prefix: [start, ...prefix] } = pair[side];
+  return { side, score, tokens, prefix, rise: prefix.map((x, i) => x - (i ? prefix[i - 1] : start)) };
+});
+
+function pairs_view({ pairs }, answers) {
+  const facts = ({ side, score }) => [h("b", {}, side), fact("score", number(score, true))];
+  return {
+    about: `${pairs.length} held-out pairs, not picked: where the reward model's score rises.`,
+    sorts: [],
+    shown: div(view.numbers ? "numbers" : null, pairs.map((pair, i) => [
+      h("h3", { class: "asked" }, text(pair.prompt, "(empty prompt)")),
+      div("grid wide", [2 * i, 2 * i + 1].map(j => answer_card(answers[j], j, facts(answers[j]))))])),
+  };
 }
 
 function tokens() {
-  const able = runs.filter(run => run.rollout && run.rollout.answers.length);
+  const able = runs.filter(run => run.rollout?.answers.length || run.report?.pairs?.length);
   if (!able.length) return [];
-  const run = able.includes(runs[view.run]) ? runs[view.run] : able[0];
-  scales = run.scales ??= scales_of(run.rollout);
-  if (!scales[view.colour]) view.colour = "kl";
-  const { answers, iteration, kl_coef } = run.rollout, { name, meaning } = QUANTITIES[view.colour];
-  const weights = answers.map(SORTS[view.sort]), sign = view.down ? -1 : 1;
-  const order = answers.map((answer, i) => i).sort((i, j) => sign * (weights[i] - weights[j]) || i - j);
-  const left = order.length - view.shown;
-  const about = `The ${answers.length} answers of iteration ${iteration}, β = ${number(kl_coef)}`;
+  const run = able.includes(runs[view.run]) ? runs[view.run] : able[0], rolled = run.rollout?.answers.length;
+  const answers = rolled ? run.rollout.answers : run.sides ??= run.report.pairs.flatMap(sides_of);
+  scales = run.scales ??= scales_of({ answers });
+  if (!scales[view.colour]) view.colour = Object.keys(scales)[0];
+  const { name, meaning } = QUANTITIES[view.colour];
+  const { about, sorts, shown } = rolled ? rollout_view(run.rollout) : pairs_view(run.report, answers);
   return [
     h("h2", {}, "Token by token"),
-    h("p", {}, soft(`${about}: where the KL was spent, and where blame fell.`)),
+    h("p", {}, soft(about)),
     able.length > 1 && div("row", div("choice", soft("run"), able.map(each =>
       button(each.name, each === run, () => change({ run: runs.indexOf(each), shown: 12, at: null }))))),
-    tools(answers.some(answer => finite(answer.judge))),
+    tools(sorts),
     h("p", {}, soft(h("b", {}, name), `: ${meaning}`)),
-    where(answers),
-    div(view.numbers ? "numbers" : null, order.slice(0, view.shown).map(i => answer_card(answers[i], i, kl_coef))),
-    left > 0 && div("row", button(`show more (${left} left)`, null, () => change({ shown: view.shown + 24 }))),
+    shown,
     h("div", { id: "readout" }, soft("Point at a token, or tap it; ← and → go on from there.")),
   ];
 }
