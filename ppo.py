@@ -141,7 +141,8 @@ def train(cfg: Config) -> dict:
             run.save(step + 1, policy, encoding, {"kl_coef": next_kl_coef}, **saved)
         kl_coef = next_kl_coef
 
-    before, after = measured(ref, held_out, "before", cfg.seed), measured(policy, held_out, "after", cfg.seed)
+    before = measured(ref, held_out, "before", cfg.seed)
+    after = measured(policy, held_out, "after", cfg.seed)
     found = measure.paired(before, after, judged_by)
     run.report(measure.report(found), found)
     return run.finish(device)

@@ -31,8 +31,7 @@ SILENT, FREE, INERT = "Silent: it costs, and no curve says so", "Costs nothing m
 HEAD = """# An atlas of mistakes
 
 *My curves look like this: what is wrong?* Known mistakes of RLHF code, each made in a copy of this project and run
-beside the right run: the tales, {seeds} seeds, the default options, and the world of letters
-([exact.md](exact.md)). Find what you see, then compare the lines. `python -m experiments.atlas` makes this page.
+beside the right run: the tales, seeds {seeds}, 64 iterations, the default options{letters}. Find what you see, then compare the lines. `python -m experiments.atlas` makes this page.
 
 | of {n} forms | |
 |---|---|
@@ -153,7 +152,16 @@ def write(forms: dict[str, Form], needs: dict[int, str], target: Path = HERE / "
     both = [
         row(shown, found[key]) for shown, key in (("right", "right"), ("another seed", "another-seed")) if key in found
     ]
-    parts = [HEAD.format(**counts, cost=COST, seeds=len(seeds_of(found["right"])), chance=markdown(TITLES, both))]
+    letters = ", and the world of letters ([exact.md](exact.md))" if "letters" in found["right"] else ""
+    parts = [
+        HEAD.format(
+            **counts,
+            cost=COST,
+            seeds=", ".join(world for world in found["right"] if world.isdigit()),
+            letters=letters,
+            chance=markdown(TITLES, both),
+        )
+    ]
     for i, (heading, names) in enumerate(places.items()):
         if names:
             parts += [f"## {heading}", table(names, found)]
