@@ -31,7 +31,8 @@ SILENT, FREE, INERT = "Silent: it costs, and no curve says so", "Costs nothing m
 HEAD = """# An atlas of mistakes
 
 *My curves look like this: what is wrong?* Known mistakes of RLHF code, each made in a copy of this project and run
-beside the right run: the tales, seeds {seeds}, 64 iterations, the default options{letters}. Find what you see, then compare the lines. `python -m experiments.atlas` makes this page.
+beside the right run: the tales, seed {seeds}, 64 iterations, the default options{letters}.
+Find what you see, then compare the lines. `python -m experiments.atlas` makes this page.
 
 | of {n} forms | |
 |---|---|
@@ -157,7 +158,7 @@ def write(forms: dict[str, Form], needs: dict[int, str], target: Path = HERE / "
         HEAD.format(
             **counts,
             cost=COST,
-            seeds=", ".join(world for world in found["right"] if world.isdigit()),
+            seeds=" and ".join(world for world in found["right"] if world.isdigit()),
             letters=letters,
             chance=markdown(TITLES, both),
         )
