@@ -40,7 +40,7 @@ Find what you see, then compare the lines. `python -m experiments.atlas` makes t
 | are silent: each curve could be a healthy run's, and judge or way to the optimum lacks {cost} or more | {silent} |
 | cost nothing measurable | {free} |
 | change no number at these options | {inert} |
-| are called impossible by the log, in a sentence | {alarmed} |
+| of all, the log calls impossible in a sentence | {alarmed} |
 
 A form has the number of its mistake and a letter. Judge, score and KL are those of 512 held-out prompts at the end.
 Highest is the KL of the worst iteration, and the ratio is that which is furthest from 1. Explained variance,
@@ -146,8 +146,8 @@ def write(forms: dict[str, Form], needs: dict[int, str], target: Path = HERE / "
     for name, form in ran.items():
         places[section(form, right_of(form, found))].append(name)
     counts = {key: len(places[heading]) for key, heading in (("silent", SILENT), ("free", FREE), ("inert", INERT))}
-    counts["alarmed"] = sum(any("alarm" in run for run in form.values()) for form in ran.values())
     counts |= {"n": len(ran), "plain": len(ran) - sum(counts.values())}
+    counts["alarmed"] = sum(any("alarm" in run for run in form.values()) for form in ran.values())
     for key in ("right", "another-seed"):
         assert key not in found or section(found[key], found["right"]) in (FREE, INERT), f"{key} looks like a mistake"
     both = [
