@@ -123,9 +123,9 @@ def test_the_report_checks_and_measures_a_device_and_writes_a_page(forked, tmp_p
     page = tmp_path / "cpu.md"
     assert report.write(str(page), CPU, works, ["llama-small"], rivals=[], seconds=0.01)
     text = page.read_text()
-    assert len(re.findall(r"^\| greedy decode .* \| yes \|", text, re.MULTILINE)) == 4
+    assert len(re.findall(r"^\| greedy decode .* \| yes \|", text, re.MULTILINE)) == 2
     assert "a resumed run of PPO = the run that was not stopped | bit for bit | yes" in text
-    assert "8 of 8 rows are equal" in text and "**no**" not in text
+    assert "**no**" not in text
     assert re.search(r"at \d+\.\d+ TFLOP/s \(float32\) and copies \d+ GB/s", text)
     assert re.search(r"training, small, 2 × 16 \| plainrlhf \| [\d,]+ tokens/s \| \d+% of the products", text)
     assert re.search(r"generation, llama-small, 3 × 4 × 4 \| plainrlhf \| [\d,]+ tokens/s \| \d+% of the bandw", text)
