@@ -120,7 +120,7 @@ class Cache(NamedTuple):
     """Keys and values of earlier tokens, and the place of the new tokens among them. Only generation has one."""
 
     kv: Tensor  # (L, 2, B, K, S, D); within a block (2, B, K, S, D)
-    place: slice | Tensor  # the places that the new tokens take
+    place: slice  # the places that the new tokens take
     mask: Tensor | None  # (B, 1, 1, S): 0, or −inf where a row must not look; None: causal
     position: Tensor  # (T,) or (B, T) of the new tokens in their rows
 

@@ -104,6 +104,8 @@ def test_the_likeliest_tokens_of_the_first_answers_are_those_of_both_softmaxes(f
             assert [each for each, _ in found] == [token_text(i, encoding) for i in best]
             assert [x for _, x in found] == pytest.approx(p[best], rel=0.05)
     assert "likeliest" not in page.read_run("out/ppo", watched=True)["rollout"]["answers"][0]
+    monkeypatch.setattr("tools.page.likeliest.MOST_BYTES", 0)
+    assert not {"likeliest", "ids"} & page.read_run("out/ppo")["rollout"]["answers"][0].keys()  # nor of large nets
 
 
 def run_ppo(folders, monkeypatch, out, **more):
