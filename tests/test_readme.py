@@ -13,7 +13,7 @@ from experiments import default, harness, kl
 from tests.conftest import ROOT
 
 PAGES = [ROOT / folder / "README.md" for folder in (".", "data", "tests", "experiments")]
-PAGES.append(ROOT / "experiments" / "exercises.md")
+PAGES += [ROOT / "experiments" / name for name in ("exercises.md", "exact.md", "atlas.md")]
 README = (ROOT / "README.md").read_text()
 PROMPT = "Tell me about a shy owl who lost a red key near the lake."
 
@@ -54,6 +54,24 @@ def test_the_lines_of_python_run(folders, tmp_path, monkeypatch, capsys):
 def test_every_file_that_a_page_links_to_is_there(page):
     links = re.findall(r"\]\(([^)#:]+)\)", page.read_text())
     assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def test_every_figure_stands_on_a_page():
+    text = "".join(page.read_text() for page in PAGES)
+    figures = [path for folder in ("experiments", "tests") for path in (ROOT / folder).glob("*.svg")]
+    assert (
+        len(figures) > 10
+        and [path.name for path in figures if f"({path.name})" not in text.replace("experiments/", "")] == []
+    )
+
+
+def test_readme_counts_what_the_atlas_counts():
+    counted = re.findall(r"^\| \D.* \| (\d+) \|$", (ROOT / "experiments" / "atlas.md").read_text(), re.MULTILINE)[:5]
+    said = README.partition("[The atlas]")[2].partition("\n\n")[0]
+    for word, number in {"Three": "3", "six": "6"}.items():
+        said = re.sub(rf"\b{word}\b", number, said)
+    plain, alarmed, silent, free, inert = re.findall(r"\b\d+\b", said)[1:]
+    assert [plain, silent, free, inert, alarmed] == counted
 
 
 @pytest.mark.parametrize("experiment", [default, kl], ids=["default", "kl"])
