@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import data
-from common import cli, compare, dist, lora, measure, nets, runs
+from common import agreement, cli, compare, dist, lora, nets, runs
 from common.cli import Count, Number, Positive, Whole
 from data import InputError, tales
 from data.rng import generator
@@ -77,7 +77,7 @@ def train(cfg: Config) -> dict:
         for start in range(0, len(mine), size):
             part = mine[start : start + size]
             with autocast:
-                margin = measure.margins(part, score_groups(model, part, device))
+                margin = agreement.margins(part, score_groups(model, part, device))
             part_loss = pairwise_loss(margin, part) / len(batch)
             part_loss.backward()
             loss, correct = loss + part_loss.detach(), correct + (margin > 0).sum()
@@ -90,16 +90,16 @@ def train(cfg: Config) -> dict:
         last = step + 1 == steps
         if last:
             with run.timed("evaluate"):
-                margin = measure.margins(held_out, read_scores(model, held_out, size, device, autocast))
-                found, table = measure.agreement(held_out, margin)
+                margin = agreement.margins(held_out, read_scores(model, held_out, size, device, autocast))
+                found, table = agreement.summary(held_out, margin)
                 metrics |= {"eval/loss": pairwise_loss(margin, held_out).item() / len(held_out)} | found
                 normalize(model, samples, cfg.micro_batch_size or 64, device, autocast)
         tokens = sum(len(row.tokens) for group in batch for row in group.rows)
         run.log(step, metrics, ("loss/train", "accuracy", "tokens_per_s"), tokens)
         if last:
             with autocast:
-                pairs = measure.scored_pairs(model, held_out, encoding, device)
-            run.report(measure.agreement_report(found, table), {"metrics": found, "calibration": table, "pairs": pairs})
+                pairs = agreement.scored_pairs(model, held_out, encoding, device)
+            run.report(agreement.report(found, table), {"metrics": found, "calibration": table, "pairs": pairs})
             how = f"(gain {model.gain:.3f}, bias {model.bias:.3f})"
             dist.print0(f"\nscores of {cfg.init}'s samples now have mean 0, variance 1 {how}")
         if run.due(step, cfg.save_every or 200):

@@ -9,13 +9,10 @@ import pytest
 import torch
 
 import ppo
-from common import dist
+from common import agreement, dist
 from common.measure import (
     ENDED,
     KL,
-    agreement,
-    agreement_report,
-    clustered_error,
     held_out,
     paired,
     report,
@@ -163,7 +160,7 @@ def test_the_error_of_an_accuracy_takes_the_pairs_of_one_prompt_together():
     sizes = rng.integers(1, 6, 400)
     right = torch.tensor(np.repeat(rng.random(400) < 0.7, sizes), dtype=torch.float64)  # alike within a prompt
     cluster = torch.tensor(np.repeat(np.arange(400), sizes))
-    got = clustered_error(right, cluster)
+    got = agreement.clustered_error(right, cluster)
     parts = right.split(sizes.tolist())
     means = []
     for _ in range(2000):  # the bootstrap over prompts
@@ -171,8 +168,8 @@ def test_the_error_of_an_accuracy_takes_the_pairs_of_one_prompt_together():
         means.append(torch.cat(chosen).mean().item())
     assert got == pytest.approx(np.std(means), rel=0.1)
     n, order = len(right), torch.tensor(rng.permutation(len(right)))
-    assert clustered_error(right[order], cluster[order]) == pytest.approx(got)  # wherever the pairs stand
-    alone = clustered_error(right, torch.arange(n))
+    assert agreement.clustered_error(right[order], cluster[order]) == pytest.approx(got)  # wherever the pairs stand
+    alone = agreement.clustered_error(right, torch.arange(n))
     assert alone == pytest.approx(right.std().item() / math.sqrt(n)) and got > 1.5 * alone
 
 
@@ -186,9 +183,9 @@ def test_rows_of_a_prompt_are_one_cluster_and_nothing_depends_on_their_order():
     rng = np.random.default_rng(0)
     groups, margin = some_groups(rng, 30, pairs=5)
     margin = margin.view(5, 30)[0].repeat(5)  # five times the same pair tells no more than once
-    got, calibration = agreement(groups, margin)
+    got, calibration = agreement.summary(groups, margin)
     order = rng.permutation(len(groups)).tolist()
-    shuffled, same = agreement([groups[i] for i in order], margin[order])
+    shuffled, same = agreement.summary([groups[i] for i in order], margin[order])
     assert shuffled == pytest.approx(got) and [row[:3] for row in same] == [row[:3] for row in calibration]
     p, n = got["eval/accuracy"], 29  # a sample's variance has n − 1
     assert got["eval/prompts"] == 30
@@ -206,11 +203,11 @@ def test_rows_of_a_prompt_are_one_cluster_and_nothing_depends_on_their_order():
 
 def test_an_accuracy_of_few_prompts_has_their_number_and_one_of_1_has_a_width():
     groups, margin = some_groups(np.random.default_rng(0), 9)
-    found, calibration = agreement(groups, margin)
-    assert f"held-out accuracy {found['eval/accuracy']:.3f} (n 9)" in agreement_report(found, calibration)
+    found, calibration = agreement.summary(groups, margin)
+    assert f"held-out accuracy {found['eval/accuracy']:.3f} (n 9)" in agreement.report(found, calibration)
     groups, margin = some_groups(np.random.default_rng(0), 50, pairs=2)
-    found, calibration = agreement(groups, margin.abs())
-    assert "held-out accuracy 1.000 [0.929, 1.000]" in agreement_report(found, calibration)  # Wilson's for 50 of 50
+    found, calibration = agreement.summary(groups, margin.abs())
+    assert "held-out accuracy 1.000 [0.929, 1.000]" in agreement.report(found, calibration)  # Wilson's for 50 of 50
 
 
 def test_responses_of_equal_length_say_so():

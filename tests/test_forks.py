@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data
-from common import cli, measure, nets, runs
+from common import agreement, cli, nets, runs
 from experiments import letters
 from experiments.forks import FORKS, HERE, dpo, patched
 from model import GPT, ScalarModel
@@ -415,7 +415,7 @@ def test_dpo_loss_and_gradient_equal_the_papers_equation_in_float64(encoding):
     policy, ref = make_gpt(seed=5, **shape), make_gpt(**shape)
     some = some_groups(encoding, encoding.eot_token)
     rewards = 0.3 * dpo.log_ratios(policy, ref, some, CPU)
-    mine = dpo.pairwise_loss(measure.margins(some, rewards), some)
+    mine = dpo.pairwise_loss(agreement.margins(some, rewards), some)
     mine.backward()
 
     exact, frozen = copy.deepcopy(policy).double(), copy.deepcopy(ref).double()

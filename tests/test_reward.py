@@ -12,7 +12,7 @@ import torch
 
 import data
 import reward
-from common import measure
+from common import agreement, measure
 from common import nets as rooms
 from model import ScalarModel
 from tests.conftest import run, write
@@ -28,7 +28,7 @@ def test_the_loss_is_minus_log_sigmoid_of_the_margin_averaged_over_a_prompts_pai
     ]
     groups = data.comparisons(write(tmp_path / "r.jsonl", rows), encoding, gpt.config.eos)
     model = ScalarModel(gpt).eval()
-    margin = measure.margins(groups, reward.score_groups(model, groups, CPU))
+    margin = agreement.margins(groups, reward.score_groups(model, groups, CPU))
     got = reward.pairwise_loss(margin, groups).item()
     expected = 0.0
     for group in groups:
@@ -50,7 +50,7 @@ def test_a_ranked_list_gives_the_gradient_of_its_pairs_each_of_weight_one_over_t
 
     def gradient(groups):
         scores = reward.score_groups(model, groups, CPU)
-        loss = reward.pairwise_loss(measure.margins(groups, scores), groups) / len(groups)
+        loss = reward.pairwise_loss(agreement.margins(groups, scores), groups) / len(groups)
         model.zero_grad()
         loss.backward()
         return len(scores), loss.item(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
@@ -111,8 +111,8 @@ def test_calibration_sets_predicted_against_observed_win_rates(gpt, encoding, tm
     groups = data.comparisons(write(tmp_path / "c.jsonl", rows), encoding, gpt.config.eos)
     model = ScalarModel(copy.deepcopy(gpt)).eval()
     model.head.weight.data.zero_()  # knows nothing: predicts 1/2 everywhere, and half of the turned pairs are won
-    margin = measure.margins(groups, reward.read_scores(model, groups, 7, CPU, OFF))
-    metrics, table = measure.agreement(groups, margin)
+    margin = agreement.margins(groups, reward.read_scores(model, groups, 7, CPU, OFF))
+    metrics, table = agreement.summary(groups, margin)
     assert table == [(0.5, 0.6, 40, 0.5, *measure.share(0.5, 40))] and metrics["eval/accuracy"] == 0.5
     assert metrics["eval/accuracy_ceiling"] == pytest.approx(0.75) and not margin.any()
     assert reward.pairwise_loss(margin, groups).item() / 40 == pytest.approx(math.log(2))

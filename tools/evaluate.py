@@ -17,7 +17,7 @@ from torch import Tensor
 import data
 import ppo
 import reward
-from common import cli, dist, judges, measure, nets
+from common import agreement, cli, dist, judges, measure, nets
 from common.cli import Whole
 from data import InputError, tales
 from model import ScalarModel
@@ -117,23 +117,23 @@ def evaluate_reward(cfg: Config, folder: str) -> None:
     lengths = [max(len(row.tokens) for row in group.rows) for group in groups]
     groups = data.keep_short(groups, lengths, nets.context(cfg, model), f"comparisons of {cfg.data}", dist.print0)
     scores = reward.read_scores(model, groups, cfg.micro_batch_size or 4, device, autocast)
-    found, table = measure.agreement(groups, measure.margins(groups, scores))
+    found, table = agreement.summary(groups, agreement.margins(groups, scores))
     dist.print0(f"{folder} on {cfg.data}: {found['eval/prompts']:,} prompts")
-    dist.print0(f"{measure.agreement_report(found, table)}\n\n{by_source_and_length(groups, scores)}")
+    dist.print0(f"{agreement.report(found, table)}\n\n{by_source_and_length(groups, scores)}")
 
 
 def by_source_and_length(groups: list[data.Group], scores: Tensor) -> str:
     """Return the accuracy for each source that the rows name, and how often the longer response wins."""
-    margin = measure.margins(groups, scores)
+    margin = agreement.margins(groups, scores)
     length = torch.tensor([float(len(row.tokens) - row.prompt_len) for group in groups for row in group.rows])
-    longer = measure.margins(groups, length).sign()
+    longer = agreement.margins(groups, length).sign()
     by_group = margin.split([len(group.pairs) for group in groups])
     sources, lines = sorted({group.source for group in groups}), []
     for source in sources if len(sources) > 1 else []:
         chosen = [i for i, group in enumerate(groups) if group.source == source]
         some = torch.cat([by_group[i] for i in chosen])
-        found, _ = measure.agreement([groups[i] for i in chosen], some)
-        lines.append(f"{source or 'no source':<32} {len(some):>7,} pairs  {measure.accuracy_text(found)}")
+        found, _ = agreement.summary([groups[i] for i in chosen], some)
+        lines.append(f"{source or 'no source':<32} {len(some):>7,} pairs  {agreement.accuracy_text(found)}")
     people, model = ((x[longer != 0] > 0).double().mean() for x in (longer, margin * longer))
     share = f"the longer response wins {people:.1%} of the pairs by the labels, {model:.1%} by the scores"
     equal = "the two responses of every pair are equally long"

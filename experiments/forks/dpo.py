@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import data
-from common import cli, dist, lora, measure, nets, runs
+from common import agreement, cli, dist, lora, nets, runs
 from common.cli import Count, Number, Positive, Whole
 from model import GPT
 from reward import WARMUP, pairwise_loss
@@ -71,7 +71,7 @@ def train(cfg: Config) -> None:
             part = mine[start : start + size]
             with autocast:
                 rewards = cfg.kl_coef * log_ratios(policy, ref, part, device)
-            margin = measure.margins(part, rewards)
+            margin = agreement.margins(part, rewards)
             loss = pairwise_loss(margin, part) / len(batch)
             loss.backward()
             sums += torch.stack([loss.detach(), (margin > 0).sum(), margin.detach().sum()])
