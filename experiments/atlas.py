@@ -20,7 +20,7 @@ from common.measure import KL
 from common.runs import read_metrics
 from data.rng import seed_of
 from experiments import atlas_page, letters
-from experiments.harness import FOLDER, JUDGE, stage, start, write_results
+from experiments.harness import DIVERGED, FOLDER, JUDGE, stage, start, write_results
 from tests.test_mistakes import forms, plant
 
 SEEDS, BETA, CHANCE = (30, 31), 0.6, "another seed"  # of the right run: what chance does
@@ -28,6 +28,7 @@ FILES = ("ppo.py", "model.py", "fast.py", "common/nets.py", "common/dist.py", "c
 NEEDS = {  # mistakes that no such run can show
     2: "dropout", 21: "two processes", 22: "a resume", 23: "a new head", 33: "the closing table", 37: "two processes"
 }  # fmt: skip
+STOPS = f"{DIVERGED}|RuntimeError|IndexError"  # with which a mistake may end a run
 OPTIONS = {8: {"temperature": 0.7}, 13: {"kl_target": 2.0}, 15: {"micro_batch_size": 8}}  # with which they show
 
 
@@ -74,13 +75,13 @@ def run(name: str, options: dict[str, object], world: int | str) -> None:
     words = [x for option, value in given.items() for x in (f"--{option}", value)]
     words = letters.options(folder, BETA, **given) if world == "letters" else words
     try:
-        stage(folder, log, script(name), *words, may_diverge=True)
+        stage(folder, log, script(name), *words, may_fail=STOPS if name[0].isdigit() else None)
     except SystemExit as error:  # the other runs go on
         print(f"{name}: {error}", flush=True)
 
 
 def read(name: str, options: dict[str, object], world: int | str) -> dict:
-    """What is kept of a run: {} if it has not ended, and "failed" if it diverged."""
+    """What is kept of a run: {} if it has not ended, and "failed" if it diverged or stopped."""
     folder, log, out = place(name, options, world)
     if not (path := folder / f"{log}.log").exists():
         return {}

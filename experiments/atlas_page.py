@@ -27,6 +27,7 @@ SYMPTOMS: dict[str, Callable[[dict], bool]] = {  # what is seen without judge an
     "The ratio leaves 1": lambda run: run["ratio"]["highest"] > 1.02 or run["ratio"]["lowest"] < 0.98,
     "Explained variance stays low": lambda run: run["explained variance"]["last"] < 0.2,
 }
+STOPS = "The run stops in the world of letters, where answers may be empty"
 SILENT, FREE, INERT = "Silent: it costs, and no curve says so", "Costs nothing measurable", "Changes no number here"
 HEAD = """# An atlas of mistakes
 
@@ -66,6 +67,8 @@ def section(form: dict, right: dict) -> str:
     for symptom, seen in SYMPTOMS.items():
         if any(seen(run) for run in seeds_of(form)):
             return symptom
+    if "failed" in form.get("letters", {}):
+        return STOPS
     if all(form[world] == right.get(world) for world in form):
         return INERT
     lost = mean(right[world]["end"]["judge"] - form[world]["end"]["judge"] for world in form if world.isdigit())
@@ -84,7 +87,7 @@ def row(name: str, form: dict) -> list[str]:
     highest = max(run["KL"]["highest"] for run in runs)
     ratio = max((run["ratio"][end] for run in runs for end in ("lowest", "highest")), key=lambda x: abs(x - 1))
     exact = form.get("letters", {})
-    exact = f"{exact['share']:.2f}, {exact['TV']:.2f}" if "share" in exact else ""
+    exact = f"{exact['share']:.2f}, {exact['TV']:.2f}" if "share" in exact else "stops" * ("failed" in exact)
     kl, spread = f"{at_end['KL']}, {highest:.1f}", f"{last['length']:.0f}, {last['ended']:.2f}"
     columns = f"{ratio:.3g}", f"{last['explained variance']:.2f}", f"{last['entropy']:.2f}", spread, exact
     return [name, at_end["judge"], at_end["score"], kl, *columns]
@@ -142,7 +145,7 @@ def write(forms: dict[str, Form], needs: dict[int, str], target: Path = HERE / "
         for world in form.keys() - right_of(form, found).keys():
             del form[world]  # its right run has not ended yet
     ran = {name: found[name] for name in forms if seeds_of(found.get(name, {}))}
-    places: dict[str, list[str]] = {heading: [] for heading in (*SYMPTOMS, SILENT, FREE, INERT)}
+    places: dict[str, list[str]] = {heading: [] for heading in (*SYMPTOMS, STOPS, SILENT, FREE, INERT)}
     for name, form in ran.items():
         places[section(form, right_of(form, found))].append(name)
     counts = {key: len(places[heading]) for key, heading in (("silent", SILENT), ("free", FREE), ("inert", INERT))}

@@ -27,18 +27,18 @@ from tools.evaluate import best_of_kl
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = Path("out/experiments")
 EVAL = "tools/evaluate.py"  # a stage that measures a run folder and writes none
-DIVERGED = "so the run stops"  # what `runs.Run.diverged` says
+DIVERGED = "so the run stops"  # as `runs.Run.diverged` says
 JUDGE, GRAMMAR, KL = "data/tales.py:judge", "data/tales.py:grammar", "KL to the reference (nats)"  # rows of the tables
 
 
 # --- running ----------------------------------------------------------------------------------------------------------
 
 
-def stage(folder: Path, name: str, *command: object, may_diverge: bool = False) -> str:
+def stage(folder: Path, name: str, *command: object, may_fail: str | None = None) -> str:
     """What `python command` prints, run in `folder`. Kept in folder/name.log once it has ended, and not run again.
 
     A run that was stopped goes on from its last checkpoint. Raises SystemExit if it fails, or if the log is of another
-    command. With `may_diverge` a run that diverged is kept too, and the text has a line "failed: …".
+    command. A failure whose last line has the expression `may_fail` is kept too: the text has a line "failed: …".
     """
     log, words = folder / f"{name}.log", list(map(str, command))
     first = f"$ python {' '.join(words)}\n"
@@ -63,7 +63,7 @@ def stage(folder: Path, name: str, *command: object, may_diverge: bool = False) 
         raise
     if process.returncode:
         failure = (said.strip() or f"exit code {process.returncode}").splitlines()[-1]
-        if not (may_diverge and DIVERGED in failure):
+        if may_fail is None or not re.search(may_fail, failure):
             sys.exit(f"{folder}: {words[0]}: {failure}")
         text += f"failed: {failure}\n"
     text = f"{first}{text}took {run_seconds((folder / run_folder(words)).parent, began):.0f} s\n"

@@ -16,7 +16,18 @@ from pathlib import Path
 
 from common.measure import mean_and_error, share
 from common.runs import read_metrics
-from experiments.harness import FOLDER, JUDGE, markdown, pyplot, save, stage, start, t_interval, write_results
+from experiments.harness import (
+    DIVERGED,
+    FOLDER,
+    JUDGE,
+    markdown,
+    pyplot,
+    save,
+    stage,
+    start,
+    t_interval,
+    write_results,
+)
 
 ARMS = {  # run folder → reward model, β
     "poor-0.05": ("reward-20", 0.05),
@@ -36,7 +47,7 @@ def run(seed: int) -> None:
     stage(folder, "reward-20", "reward.py", "--seed", seed, *poor)
     for name, (reward, kl_coef) in ARMS.items():
         options = ["--seed", seed, "--reward", f"out/{reward}", "--kl_coef", kl_coef, "--iterations", 160]
-        stage(folder, name, "ppo.py", *options, "--out", f"out/{name}", may_diverge=True)
+        stage(folder, name, "ppo.py", *options, "--out", f"out/{name}", may_fail=DIVERGED)
 
 
 def read(seed: int) -> dict[str, dict]:

@@ -21,7 +21,7 @@ import ppo
 from common import cli, lora
 from common.measure import mean_and_error
 from common.runs import read_metrics
-from experiments.harness import FOLDER, JUDGE, markdown, stage, start, t_interval, write_results
+from experiments.harness import DIVERGED, FOLDER, JUDGE, markdown, stage, start, t_interval, write_results
 
 RANKS, RATES = (1, 4, 16), (1, 3, 10)
 LAYERS = {"all": lora.LAYERS, "MLP": ("mlp.c_fc", "mlp.c_proj")}
@@ -37,7 +37,7 @@ def ppo_run(folder: Path, rank: int, layers: str, rate: float, lr: float, option
     name = f"lora-{rank}-{layers}-{rate}"
     script = ["ppo.py"] if layers == "all" else ["experiments/lora.py", MLP]
     rates = ["--lora", rank, "--lr", f"{lr * rate:g}", "--value_lr", f"{1e-3 * rate * lr / 4e-4:g}"]
-    text = stage(folder, name, *script, *options, *rates, "--out", f"out/{name}", may_diverge=True)
+    text = stage(folder, name, *script, *options, *rates, "--out", f"out/{name}", may_fail=DIVERGED)
     return folder / "out" / name, text
 
 

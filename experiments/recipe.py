@@ -18,6 +18,7 @@ from common import nets
 from common.measure import KL
 from common.runs import read_metrics
 from experiments.harness import (
+    DIVERGED,
     FOLDER,
     JUDGE,
     ROOT,
@@ -69,7 +70,7 @@ def run(what: str, seed: int) -> dict[str, float]:
         script = write_changed("ppo.py", changes, FOLDER / "recipe" / name)
     options = ["--seed", seed + 100] if name == "placebo" else ["--seed", seed, *options]
     out = [] if name == "ppo" else ["--out", f"out/{name}"]
-    stage(folder, name, script, *options, *out, may_diverge=True)
+    stage(folder, name, script, *options, *out, may_fail=DIVERGED)
     report = folder / "out" / name / "report.json"
     if not report.exists():
         return {}

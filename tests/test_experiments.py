@@ -237,7 +237,7 @@ def test_a_stage_runs_once_and_its_log_belongs_to_one_command(tmp_path, monkeypa
         harness.stage(tmp_path / "runs", "second", "count.py", "failing")
     assert not (tmp_path / "runs" / "second.log").exists()
     with pytest.raises(SystemExit, match="AssertionError: bad"):  # as a run that was stopped, or met another
-        harness.stage(tmp_path / "runs", "second", "count.py", "failing", may_diverge=True)
+        harness.stage(tmp_path / "runs", "second", "count.py", "failing", may_fail=harness.DIVERGED)
 
 
 def test_the_seconds_of_a_stage_are_those_of_every_run_that_it_wrote(tmp_path):
@@ -254,7 +254,7 @@ def pretend(monkeypatch, tmp_path, kl=lambda words: 2.0) -> list[tuple]:
     """Stages of the forks that run nothing: their commands. The judge of a run is a hundredth of its KL."""
     commands = []
 
-    def stage(folder, name, *words, may_diverge=False):
+    def stage(folder, name, *words, may_fail=None):
         commands.append((name, *map(str, words)))
         numbers = {forks.KL: kl(commands[-1]), forks.JUDGE: kl(commands[-1]) / 100, "score": 1.0}
         return "".join(f"{row}  0.500 (n 4)  {x:.3f} (n 4)  0.100 (n 4)\n" for row, x in numbers.items()) + "took 9 s\n"
@@ -357,7 +357,7 @@ def test_a_run_that_diverged_is_a_result_where_that_is_asked_for(tmp_path, monke
     said = str(runs.Run.diverged(SimpleNamespace(folder=tmp_path), 3, "objective/kl", math.nan))
     (tmp_path / "diverge.py").write_text(f"raise SystemExit({said!r})\n")
     for _ in range(2):
-        text = harness.stage(tmp_path / "runs", "third", "diverge.py", may_diverge=True)
+        text = harness.stage(tmp_path / "runs", "third", "diverge.py", may_fail=harness.DIVERGED)
         assert f"failed: {said}" in text and not harness.closing_table(text)
     with pytest.raises(SystemExit, match="objective/kl is nan"):
         harness.stage(tmp_path / "runs", "fourth", "diverge.py")
@@ -618,17 +618,18 @@ def test_a_form_stands_under_what_is_seen_of_it_or_among_the_silent_or_the_free(
             "letters": {"share": 0.99, "TV": 0.1},
         }
 
-    names = [*atlas.shown_forms()][:6]
-    runs = [ran(KL=(6, 6, 9)), ran(KL=(0, -2, 4)), ran(KL=(0, 0, 40)), ran(judge=0.8), ran(judge=0.95), ran()]
-    runs[4]["letters"] = {"share": 0.98, "TV": 0.1}
+    names = [*atlas.shown_forms()][:7]
+    runs = [ran(KL=(6, 6, 9)), ran(KL=(0, -2, 4)), ran(KL=(0, 0, 40)), ran(), ran(judge=0.8), ran(judge=0.95), ran()]
+    runs[3]["letters"] = {"failed": "RuntimeError: an index"}
+    runs[5]["letters"] = {"share": 0.98, "TV": 0.1}
     monkeypatch.setattr(atlas_page, "read_results", lambda name: {"right": ran()} | dict(zip(names, runs)))
     monkeypatch.setattr(atlas_page, "draw", lambda *given: None)
     atlas_page.write(atlas.shown_forms(), atlas.NEEDS, tmp_path / "atlas.md")
     text = (tmp_path / "atlas.md").read_text()
     found = dict(re.findall(r"^## (.+?)\n[\s\S]*?^\*\*(\d+\w)\*\* breaks", text, re.MULTILINE))
-    headings = [*atlas_page.SYMPTOMS][1:3] + ["KL leaps", atlas_page.SILENT, atlas_page.FREE, atlas_page.INERT]
-    assert found == dict(zip(headings, names))
-    assert re.findall(r"^\| (?:of|show|are|cost|change) .* \| (\d*) ?\|$", text, re.MULTILINE) == ["", *"31110"]
+    last = [atlas_page.STOPS, atlas_page.SILENT, atlas_page.FREE, atlas_page.INERT]
+    assert found == dict(zip([*atlas_page.SYMPTOMS][1:3] + ["KL leaps", *last], names))
+    assert re.findall(r"^\| (?:of|show|are|cost|change) .* \| (\d*) ?\|$", text, re.MULTILINE) == ["", *"41110"]
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from data.files import InputError
 from data.rng import seed_of
 from experiments import harness
 from experiments.forks import FORKS, HERE, JUDGE, dpo, patched
-from experiments.harness import KL, ROOT, markdown, number, seconds, stage, t_interval
+from experiments.harness import DIVERGED, KL, ROOT, markdown, number, seconds, stage, t_interval
 
 CHOICE = HERE.parent / "results" / "forks-choice.json"
 ROWS = {"judge": JUDGE, "KL": KL, "score": "score"}  # of the closing table
@@ -45,7 +45,7 @@ def run(seed: int, name: str, diffs: list, options: list, rate: float = 1, beta:
     if name == "DPO":
         took = seconds(stage(folder, f"{label}-training", HERE / "dpo.py", "--seed", seed, *options))
         script, options = harness.EVAL, [f"out/{label}"]
-    text = stage(folder, label, script, "--seed", seed, *options, may_diverge=True)
+    text = stage(folder, label, script, "--seed", seed, *options, may_fail=DIVERGED)
     cells = harness.closing_table(text)
     return cells and {key: number(cells[row][1]) for key, row in ROWS.items()} | {"seconds": took + seconds(text)}
 
