@@ -15,6 +15,14 @@ KEPT = {  # of each run → its metric
 DRAWN = ("judge", "score", "KL", "explained variance", "length")
 COST = 0.02  # of the judge, or of the share of the way to J*: less than this is nothing measurable
 Form = tuple[str, str, dict[str, str]]
+FRONT = {  # of the figure on README: what is seen → form, curve
+    "KL below 0": ("6b", "KL"),
+    "KL leaps": ("28b", "KL"),
+    "the score does not rise": ("28a", "score"),
+    "explained variance stays low": ("36a", "explained variance"),
+    "answers do not end": ("26a", "length"),
+    "silent: only the judge falls": ("18c", "judge"),
+}
 SYMPTOMS: dict[str, Callable[[dict], bool]] = {  # what is seen without judge and without a right run; the first counts
     "The run stops": lambda run: "failed" in run,
     "KL is not 0, or the ratio not 1, before the policy has moved": lambda run: (
@@ -115,22 +123,38 @@ def lines_of(name: str, form: Form) -> str:
     return f"**{name}** breaks “{fact}” (`{file}`)\n\n```diff\n" + "\n".join(code) + "\n```"
 
 
+def lines(axis, form: dict, found: dict, curve: str) -> None:
+    """The curves of a form, a line a seed, the right run grey behind."""
+    for each, colour in ((right_of(form, found), "0.7"), (form, "C3")):
+        for run in (run for run in seeds_of(each) if curve in run):
+            axis.plot(run[curve]["curve"], color=colour, linewidth=1)
+    axis.set_xticks([])
+    if curve == "KL":
+        axis.set_yscale("symlog", linthresh=5)
+        axis.yaxis.set_major_locator(pyplot().FixedLocator([0, 10, 100, 1000]))
+        axis.yaxis.set_major_formatter("{x:g}")
+    else:
+        axis.locator_params(axis="y", nbins=2)
+
+
+def draw_front(found: dict, target: Path) -> None:
+    """What six mistakes look like, a curve each."""
+    figure, axes = pyplot().subplots(1, len(FRONT), figsize=(13, 2), layout="constrained")
+    for axis, (title, (name, curve)) in zip(axes, FRONT.items()):
+        lines(axis, found[name], found, curve)
+        axis.set_title(title, loc="left", fontsize="small")
+        axis.set_ylabel(curve.replace(" ", "\n") + " (nats)" * (curve == "KL") + " (tokens)" * (curve == "length"))
+    figure.supxlabel("iteration", fontsize="small")
+    save(figure, target)
+
+
 def draw(names: list[str], found: dict, target: Path) -> None:
-    """A row of small panels for each form, a line a seed, the right run grey behind."""
+    """A row of small panels for each form."""
     size = dict(figsize=(9, 0.9 * len(names) + 0.6), layout="constrained", sharex=True, squeeze=False)
     figure, axes = pyplot().subplots(len(names), len(DRAWN), **size)
     for name, panels in zip(names, axes):
         for each, axis in zip(DRAWN, panels):
-            for form, colour in ((right_of(found[name], found), "0.7"), (found[name], "C3")):
-                for run in (run for run in seeds_of(form) if each in run):
-                    axis.plot(run[each]["curve"], color=colour, linewidth=1)
-            axis.set_xticks([])
-            if each == "KL":
-                axis.set_yscale("symlog", linthresh=5)
-                axis.yaxis.set_major_locator(pyplot().FixedLocator([0, 10, 100, 1000]))
-                axis.yaxis.set_major_formatter("{x:g}")
-            else:
-                axis.locator_params(axis="y", nbins=2)
+            lines(axis, found[name], found, each)
         panels[0].set_ylabel(name, rotation=0, ha="right", va="center")
     for each, axis in zip(DRAWN, axes[0]):
         axis.set_title(each)
@@ -138,7 +162,7 @@ def draw(names: list[str], found: dict, target: Path) -> None:
     save(figure, target)
 
 
-def write(forms: dict[str, Form], needs: dict[int, str], target: Path = HERE / "atlas.md") -> None:
+def write(forms: dict[str, Form], needs: dict[int, str], why: dict[str, str], target: Path = HERE / "atlas.md") -> None:
     """Write the page and a figure a section, beside each other."""
     found = read_results("atlas")
     for form in found.values():
@@ -177,6 +201,9 @@ def write(forms: dict[str, Form], needs: dict[int, str], target: Path = HERE / "
             parts.append(lines_of(name, forms[name]))
             said = [run["alarm"] for run in found[name].values() if "alarm" in run]
             parts += [f"The log says “{said[0]}”."] if said else []
+            parts += [why[name]] if heading == INERT and name in why else []
+    if all(name in found for name, _ in FRONT.values()):
+        draw_front(found, target.with_name("wrong.svg"))
     parts.append("## Not shown\n\n" + "; ".join(f"mistake {n} needs {what}" for n, what in needs.items()) + ".")
     left = ", ".join(name for name in forms if name not in ran)
     parts[-1] += f" Not yet run: {left}." * bool(left) + " The others are of stages 1 and 2, of files, or of the data."

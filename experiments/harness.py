@@ -291,7 +291,7 @@ def pyplot():
     matplotlib.use("svg")
     matplotlib.rcParams |= {"svg.hashsalt": "plainrlhf", "svg.fonttype": "none"}
     matplotlib.rcParams |= {"font.size": 10, "axes.titlesize": 10}  # of a figure 9 inches wide
-    matplotlib.rcParams |= {"axes.spines.top": False, "axes.spines.right": False, "font.family": "sans-serif"}
+    matplotlib.rcParams |= {"axes.spines.top": False, "axes.spines.right": False, "font.sans-serif": ["DejaVu Sans"]}
     from matplotlib import pyplot
 
     return pyplot

@@ -624,7 +624,7 @@ def test_a_form_stands_under_what_is_seen_of_it_or_among_the_silent_or_the_free(
     runs[5]["letters"] = {"share": 0.98, "TV": 0.1}
     monkeypatch.setattr(atlas_page, "read_results", lambda name: {"right": ran()} | dict(zip(names, runs)))
     monkeypatch.setattr(atlas_page, "draw", lambda *given: None)
-    atlas_page.write(atlas.shown_forms(), atlas.NEEDS, tmp_path / "atlas.md")
+    atlas_page.write(atlas.shown_forms(), atlas.NEEDS, atlas.WHY, tmp_path / "atlas.md")
     text = (tmp_path / "atlas.md").read_text()
     found = dict(re.findall(r"^## (.+?)\n[\s\S]*?^\*\*(\d+\w)\*\* breaks", text, re.MULTILINE))
     last = [atlas_page.STOPS, atlas_page.SILENT, atlas_page.FREE, atlas_page.INERT]
