@@ -61,6 +61,7 @@ def prepare(cfg: Config) -> tuple[list[str], Callable[[str], Question | None]]:
     names = cfg.init.split(",")
     if len(set(names)) < len(names) or cfg.samples < max(2, len(names)):
         raise InputError(f"--init {cfg.init} --samples {cfg.samples}: name each model once, and sample two or more")
+    print(f"loading {cfg.init}", flush=True)
     models = [(name, *nets.load_gpt(name, cli.pick_device(cfg.device), "--init")) for name in names]
     _, _, encoding = models[0]
     rows = {key_of(row): row for row in prompt_rows(cfg.prompts)}

@@ -46,7 +46,7 @@ PANELS = [
     ("entropy of the next token", "nats", {"token_entropy": ""}),
     ("length of a response", "tokens", {"response_len": ""}),
     ("ended by EOS", "share of responses", {"ended": ""}),
-    ("β", "reward a nat", {"kl_coef": ""}),
+    ("β", "reward per nat", {"kl_coef": ""}),
     ("learning rate", "rate", {"lr": ""}),
     ("speed", "tokens per second", {"tokens_per_s": ""}),
 ]

@@ -116,7 +116,9 @@ function head() {
 function head_of(run) {
   const { config, report, last } = run, tiles = [];
   const tile = (name, value, more) => tiles.push(div("card tile", soft(name), h("b", {}, value), soft(more)));
-  for (const [name, { before, after, change }] of Object.entries(report?.table ?? {}).slice(0, 5)) {
+  const table = report?.table ?? {}, capped = `${table["final score"]?.change}` !== `${table.score?.change}`;
+  const rows = Object.entries(table).slice(0, 5).filter(([name]) => name !== "final score" || capped);
+  for (const [name, { before, after, change }] of rows) {
     const digits = digits_of([before, after, change]), [from, to] = [before, after].map(([x]) => fixed(x, digits));
     tile(short(name), `${from} → ${to}`, pair(change, report.answers.length, digits, "+"));
   }
