@@ -33,6 +33,11 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine (apt-get install chromium)")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest tests come first, so that one process does not wait for them at the end."""
+    items.sort(key=lambda item: item.path.name != "test_loop.py")
+
+
 @pytest.fixture(autouse=True)
 def no_page(request, monkeypatch) -> None:
     """A run writes no page, which takes a Python of its own seconds, but in a test that is marked `page`."""

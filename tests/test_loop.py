@@ -31,7 +31,7 @@ def stage(folder: Path, script: str, *options: object) -> str:
     return done.stdout
 
 
-def test_the_judge_rises_calmly_at_a_small_kl_and_without_the_kl_term_the_score_rises_further(folder):
+def test_the_judge_rises_calmly_at_a_small_kl(folder):
     printed = stage(folder, "reward.py")
     accuracy, ceiling = map(float, re.search(r"accuracy (\S+) .* allows (\S+)\)", printed).groups())
     assert accuracy > ceiling - 0.05
@@ -43,11 +43,9 @@ def test_the_judge_rises_calmly_at_a_small_kl_and_without_the_kl_term_the_score_
         assert line["objective/judge"] >= before - 0.12  # three standard errors of 64 answers
     assert rows["ended by EOS"][1] >= 0.97 and rows[GRAMMAR][1] >= 0.95
     assert 0.5 < rows[KL][1] <= 6
-    without = table(stage(folder, "ppo.py", "--kl_coef", 0, "--iterations", 160, "--out", "out/free"))
-    assert without["score"][1] > rows["score"][1] and without[KL][1] > 2 * rows[KL][1]
 
 
-def test_a_poor_reward_model_is_fooled_without_the_kl_term_and_does_less_harm_with_it(folder):
+def test_without_the_kl_term_a_poor_reward_model_is_fooled_and_its_score_rises_further(folder):
     stage(folder, "reward.py", "--n_prompts", 20, "--batch_size", 1, "--out", "out/poor")
     options = ["--reward", "out/poor", "--judge", JUDGE]
     with_kl = table(stage(folder, "ppo.py", *options, "--out", "out/kept"))
@@ -56,4 +54,4 @@ def test_a_poor_reward_model_is_fooled_without_the_kl_term_and_does_less_harm_wi
     assert with_kl[JUDGE][1] > without[JUDGE][1] + 0.05
     assert without["score"][1] > with_kl["score"][1]
     assert without[JUDGE][1] < without[JUDGE][0] - 0.05
-    assert without[KL][1] > with_kl[KL][1]
+    assert without[KL][1] > 2 * with_kl[KL][1]

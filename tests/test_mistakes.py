@@ -7,11 +7,8 @@ makes every one of them, in a copy of the project, and sees the test below it fa
 import copy
 import json
 import math
-import os
 import re
 import shutil
-import subprocess
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -957,19 +954,11 @@ def test_what_a_mistake_changes_stands_in_its_file_once():
 @pytest.mark.parametrize("test, file, changes", MISTAKES, ids=[f"{m[0]}-{i}" for i, m in enumerate(MISTAKES)])
 def test_the_mistake_is_caught(tmp_path, test, file, changes):
     plant(tmp_path / "copy", file, changes)
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-n",
-        "0",
-        "-p",
-        "no:cacheprovider",
-        f"tests/test_mistakes.py::{test}",
-    ]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(command, cwd=tmp_path / "copy", env=environment, capture_output=True, text=True, timeout=300)
+    words = ["-q", "-o", "addopts=", "-p", "no:cacheprovider", f"tests/test_mistakes.py::{test}"]
+    script = tmp_path / "copy" / "check.py"
+    plain = "os.environ['PYTEST_DISABLE_PLUGIN_AUTOLOAD'] = '1'"  # plugins take seconds to load
+    script.write_text(f"import os, sys\n{plain}\nimport pytest\nsys.exit(pytest.main({words}))\n")
+    done = run(script, cwd=script.parent)
     assert done.returncode == 1 and re.search(r"\b\d+ failed", done.stdout), (
         f"{test} passes with its mistake made\n{done.stdout}"
     )
