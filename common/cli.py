@@ -111,10 +111,12 @@ def options_of(folder: str, config: type) -> list[str]:
     """The options of a run as words, but for --out and --resume. Raises InputError if it is no run of this stage."""
     try:
         options = json.loads((Path(folder) / "config.json").read_text())["options"] | {"out": "", "resume": ""}
-        given = {config.__dataclass_fields__[name].name: x for name, x in options.items()}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        raise InputError(f"--like {folder}: holds no config.json of a run of this stage; name one that does") from None
-    return [f"--{name}" + f"={x}" * (x is not True) for name, x in given.items() if str(x) not in ("", "None", "False")]
+    except (OSError, ValueError, LookupError, TypeError):
+        raise InputError(f"--like {folder}: holds no config.json of a run; name a folder that does") from None
+    if other := options.keys() - config.__dataclass_fields__.keys():
+        raise InputError(f"--like {folder}: has --{min(other)}, which is no option here; name a run of this stage")
+    given = {name: x for name, x in options.items() if str(x) not in ("", "None", "False")}
+    return [f"--{name}" + f"={x}" * (x is not True) for name, x in given.items()]
 
 
 def add_option(group: Any, field: dataclasses.Field, comment: str) -> None:

@@ -37,8 +37,8 @@ def rollout_metrics(batch: Batch, judged: list[float], kl_coef: float) -> dict[s
         "objective/kl": kl,
         "objective/entropy": -(batch["logp"] * mask).sum(1),  # in expectation the entropy of a response
         "objective/scores": batch["score"],  # as it came, without a cap or TRL's penalty
-        "objective/non_score_reward": -kl_coef * kl,
-        "objective/rlhf_reward": batch["final_score"] - kl_coef * kl,
+        "objective/non_score_reward": batch["rewards"].sum(1) - batch["final_score"],  # −β KL, but in a fork
+        "objective/rlhf_reward": batch["rewards"].sum(1),
         "ended": batch["ended"],  # by EOS
         "response_len": mask.sum(1),
     }

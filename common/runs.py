@@ -83,7 +83,7 @@ class Run:
                 raise cannot_write(self.folder, error) from None
             device = next(parts["model"].parameters()).device
             self.origin = about.origin(self.cfg, device, self.folder if self.state else None)
-            self.origin |= {"steps": steps, "first_step": self.step, "started": time.time()}
+            self.origin |= {"steps": steps, "first_step": self.step, "started": time.time(), "inputs": self.inputs}
             self.describe()
         self.started = self.saved_at = self.logged_at = time.time()
         if self.step < steps:

@@ -63,7 +63,7 @@ def draw(found: dict[str, dict[str, list[dict]]], target: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--diff", type=Path, help="a patch against ppo.py")
+    parser.add_argument("--diff", type=Path, help="a patch against ppo.py; an option of yours has its default")
     parser.add_argument("--script", type=Path, help="a script that takes ppo.py's options")
     parser.add_argument("--seeds", default="0,1,2", help="comma-separated")
     parser.add_argument("--betas", default="1.0,0.6,0.3", help="comma-separated")

@@ -34,12 +34,15 @@ def test_metrics_of_an_iteration_are_numpys_over_responses_and_over_tokens():
     logp, ref, values, returns = (batch[name].numpy() for name in ("logp", "ref_logp", "values", "returns"))
     kl = ((logp - ref) * mask).sum(1)
     score, length = batch["score"].numpy(), mask.sum(1)
+    final = np.where(batch["ended"].numpy(), score, np.minimum(score, -1))
     expected = {
         "objective/kl": kl.mean(),
         "objective/kl_max": kl.max(),
         "objective/entropy": -(logp * mask).sum(1).mean(),
         "objective/scores": score.mean(),
         "objective/scores_std": score.std(),
+        "objective/non_score_reward": -0.1 * kl.mean(),
+        "objective/rlhf_reward": final.mean() - 0.1 * kl.mean(),
         "score_length_correlation": np.corrcoef(score, length)[0, 1],
         "token_entropy": np.abs(values)[mask].mean(),
         "value/explained_variance": 1 - (returns - values)[mask].var() / returns[mask].var(),

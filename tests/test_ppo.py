@@ -1,6 +1,7 @@
 """ppo.py: its mathematics against slow float64 loops, and what must hold before and after an update."""
 
 import copy
+import json
 import math
 import re
 
@@ -104,6 +105,13 @@ def test_a_finished_policy_is_measured_with_the_options_of_its_run_and_nothing_i
     assert re.search(r"one.py:score +3.000 \(n 8\)", done.stdout)
     assert re.search(r"two.py:score +4.000 \(n 8\)", done.stdout)
     assert before == {path.name: path.read_bytes() for path in (tmp / "ppo").iterdir()}
+    about = json.loads((tmp / "ppo" / "config.json").read_text())
+    about["options"]["penalty"] = 0.1
+    (tmp / "ppo" / "config.json").write_text(json.dumps(about))
+    assert "--penalty: not in this ppo.py" in run("tools/evaluate.py", tmp / "ppo").stdout
+    (tmp / "sft" / "model.pt").write_bytes((tmp / "ppo" / "model.pt").read_bytes())  # as in another folder
+    done = run("tools/evaluate.py", tmp / "ppo")
+    assert done.returncode == 2 and f"--init {tmp / 'sft'}: is not the model that it was in this run" in done.stderr
 
 
 def test_each_net_learns_at_a_rate_of_its_own(nets):

@@ -17,7 +17,7 @@ from torch import Tensor
 import data
 import ppo
 import reward
-from common import agreement, cli, dist, judges, measure, nets
+from common import agreement, cli, dist, folders, judges, measure, nets
 from common.cli import Whole
 from data import InputError, tales
 from model import ScalarModel
@@ -32,15 +32,26 @@ class Config(ppo.Config):
 
 
 def of_its_run(given: Config, folder: str) -> Config:
-    """Return the options `given` on the command line, and for the others those of the run in `folder`."""
+    """Return the options `given` on the command line, and for the others those of the run in `folder`.
+
+    Raises InputError if an option names another model than it did in that run.
+    """
     path = Path(folder) / "config.json"
-    about = {"options": {}, "stage": ""} | (read_object(path) or {})
-    if not isinstance(options := about["options"], dict):
-        raise InputError(f'{path}: "options" is no JSON object; remove the file')
+    about = {"options": {}, "stage": "", "inputs": {}} | (read_object(path) or {})
+    if not all(isinstance(about[name], dict) for name in ("options", "inputs")):
+        raise InputError(f'{path}: "options" or "inputs" is no JSON object; remove the file')
+    options = about["options"]
     known = {field.name for field in fields(ppo.Config)} - {"out", "resume", "device"}
     if about["stage"] != "ppo":
         known = {"seed"} | ({"init"} if options.get("init") else set())  # a run of sft.py may have none
+    elif forked := [f"--{name}" for name, x in options.items() if x and name not in ppo.Config.__dataclass_fields__]:
+        dist.print0(f"{path}: {', '.join(forked)}: not in this ppo.py, so this measures without")
     left = {name for name in known & options.keys() if getattr(given, name) == getattr(Config, name)}
+    for name in left & {"init", "ref", "reward"}:
+        now = folders.fingerprint(str(options[name]))
+        if now != about["inputs"].get(name, now):
+            what = f"--{name} {options[name]}: is not the model that it was in this run"
+            raise InputError(f"{path}: {what}; start where the run did, or name that model with --{name}")
     words = {name: options[name] for name in left if options[name] not in (None, "") and options[name] is not False}
     try:
         its = cli.parse(Config, [f"--{name}" if x is True else f"--{name}={x}" for name, x in words.items()])

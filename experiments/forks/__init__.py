@@ -42,5 +42,6 @@ def patched(source: str, *diffs: str | Path) -> str:
             )
             if done.returncode:
                 why = done.stderr.splitlines()[0].removeprefix("error: ")
-                raise InputError(f"{path}: does not apply to ppo.py ({why}); make it with `git diff ppo.py > FILE`")
+                how = "make it with `git diff ppo.py > FILE && git checkout ppo.py`"
+                raise InputError(f"{path}: does not apply to ppo.py ({why}); {how}")
         return script.read_text()

@@ -4,6 +4,8 @@
     OMP_NUM_THREADS=1 python -m experiments.forks                 the table, on seeds 30 to 34; 5 hours
     python -m experiments.forks --diff mine.diff --seeds 30,31    your diff; other options go to its ppo.py alone
 
+A diff applies to ppo.py as it is here: `git diff ppo.py > mine.diff && git checkout ppo.py`.
+
 Each fork is tried at half, once and twice its rate, with β set so that its KL is PPO's: the KL falls about as 1 / √β
 (experiments.price), so a first run says which β is next. The rate with the highest judge is taken. Where a rule, the
 exact judge or a teacher is the reward, β stays. What has run is kept in out/experiments/kl.
@@ -98,7 +100,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", default="30,31,32,33,34", help="comma-separated")
     parser.add_argument("--choose", action="store_true", help="choose the rate and β of each fork")
-    parser.add_argument("--diff", type=Path, nargs="+", help="diffs of ppo.py, applied in turn")
+    parser.add_argument("--diff", type=Path, nargs="+", help="diffs of ppo.py, in turn; further options go to it")
     given, more = parser.parse_known_args()
     if more and not given.diff:
         raise InputError(f"{more[0]}: there is no such option; only with --diff do options go to ppo.py")

@@ -32,7 +32,7 @@ def add_likeliest(folder: Path, rollout: dict, config: dict) -> None:
                     found = likeliest(net, encoding, ids, n, options["temperature"])
                     answer.setdefault("likeliest", []).append(found)
     except Exception as error:  # a folder that has moved, or a damaged file, raises many kinds
-        print(f"{folder}: the page does not say which tokens are likeliest ({error!r})")
+        print(f"{folder}: the page does not say which tokens are likeliest ({type(error).__name__}: {error})")
 
 
 @torch.no_grad()

@@ -85,7 +85,7 @@ function groups() { // runs that differ in seed and folder alone: they share a c
 }
 
 // What a run was, with its options as they are written; not what the time left is counted from.
-function facts_of({ config: { options, steps, started, first_step, ...about } }) {
+function facts_of({ config: { options, inputs, steps, started, first_step, ...about } }) {
   return { ...about, ...Object.fromEntries(Object.entries(options).map(([name, x]) => [`--${name}`, x])) };
 }
 const said = x => x === null || x === undefined ? "–" : x === "" ? "(empty)" : visible(x);
