@@ -207,13 +207,17 @@ def markdown(header: list[str], rows: list[list]) -> str:
 T = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131]
 
 
-def t_interval(numbers: list[float], digits: int = 2) -> str:
-    """The mean over seeds, with its interval of 95% by Student's t. Of one or two seeds: the numbers themselves."""
+def t_interval(numbers: list[float], digits: int = 2, least: float = -math.inf, most: float = math.inf) -> str:
+    """The mean over seeds, with its interval of 95% by Student's t. Of one or two seeds: the numbers themselves.
+
+    The interval is cut at the bounds of what is measured.
+    """
     mean, n = statistics.mean(numbers), len(numbers)
     if n < 3:
         return f"{', '.join(f'{x:.{digits}f}' for x in numbers)} (n {n})"
     half = T[n - 2] * statistics.stdev(numbers) / n**0.5
-    return f"{mean:.{digits}f} [{mean - half:.{digits}f}, {mean + half:.{digits}f}]"
+    low, high = max(least, mean - half), min(most, mean + half)
+    return f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def bootstrap(curves: numpy.ndarray, of: Callable, draws: int = 2000) -> list[list[float]]:

@@ -1,6 +1,6 @@
 """What the KL term is for: PPO with it and without it, on a poor and on a good reward model, ten seeds.
 
-    OMP_NUM_THREADS=1 python -m experiments.kl                  seeds 30 to 39, some 35 minutes each
+    OMP_NUM_THREADS=1 python -m experiments.kl                  seeds 30 to 39, some 45 minutes each
     OMP_NUM_THREADS=1 python -m experiments.kl --seeds 30,31    some of them
     python -m experiments.kl --finished                         the tables of what has run until now
 
@@ -29,6 +29,7 @@ from experiments.harness import (
     write_results,
 )
 
+BOUNDS = {"before": (0, 1), "after": (0, 1), "kl": (0,), "score": ()}  # of the columns of `summary`
 ARMS = {  # run folder → reward model, β
     "poor-0.05": ("reward-20", 0.05),
     "poor-0.15": ("reward-20", 0.15),
@@ -80,7 +81,7 @@ def summary(found: dict[int, dict[str, dict]]) -> list[list]:
         fell, n = sum(end["fell"] for end in ends), len(ends)
         _, low, high = share(fell / n, n)
         measured = [end for end in ends if "after" in end]
-        columns = [t_interval([end[column] for end in measured]) for column in ("before", "after", "kl", "score")]
+        columns = [t_interval([end[column] for end in measured], 2, *limits) for column, limits in BOUNDS.items()]
         rows.append([NAMES[reward], kl_coef, f"{fell} of {n} [{low:.2f}, {high:.2f}]", *columns])
     return rows
 
@@ -93,7 +94,7 @@ def differences(found: dict[int, dict[str, dict]]) -> list[list]:
         apart = [a["after"] - b["after"] for a, b in pairs if "after" in a and "after" in b]
         reward, kl_coef = ARMS[with_term]
         if apart:
-            rows.append([NAMES[reward], f"β = {kl_coef} less β = 0", len(apart), t_interval(apart)])
+            rows.append([NAMES[reward], f"β = {kl_coef} less β = 0", len(apart), t_interval(apart, 2, -1, 1)])
     return rows
 
 

@@ -205,11 +205,11 @@ def table() -> str:
 
 
 def largest(gb: int, processes: int, rank: int) -> str:
-    """The last of TABLE whose stage 3, checkpointed, takes at most nine tenths of a GPU. Several share all weights."""
+    """The largest of TABLE whose checkpointed stage 3 takes at most nine tenths of a GPU. Several share all weights."""
 
     def size(name: str) -> float:
         if processes > 1 and not rank:
             return max(sharded(name, processes, BATCH, LENGTH))
         return stage(name, 3, BATCH, LENGTH, True, True, rank=rank)
 
-    return next((name for name in reversed(TABLE) if size(name) * GIB <= 0.9 * gb * 1e9), "none")
+    return max((name for name in TABLE if size(name) * GIB <= 0.9 * gb * 1e9), key=parameters, default="none")

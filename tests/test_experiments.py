@@ -105,6 +105,7 @@ def test_the_goal_is_reached_where_the_mean_of_five_iterations_is_high_enough():
 
 def test_the_interval_over_seeds_is_students():
     assert harness.t_interval([1.0, 2.0, 3.0]) == "2.00 [-0.48, 4.48]"  # 2 ± 4.303 / √3
+    assert harness.t_interval([1.0, 2.0, 3.0], 1, 0, 4) == "2.0 [0.0, 4.0]"
 
 
 def test_holms_correction_multiplies_the_smallest_p_value_by_all_and_never_falls():
