@@ -4,7 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
 
-from experiments.harness import markdown, pyplot, read_results, save
+import ppo
+from experiments.harness import JUDGE, KL, markdown, pyplot, read_results, save
 
 HERE = Path(__file__).parent
 KEPT = {  # of each run → its metric
@@ -13,7 +14,8 @@ KEPT = {  # of each run → its metric
     "length": "response_len", "ended": "ended",
 }  # fmt: skip
 DRAWN = ("judge", "score", "KL", "explained variance", "length")
-COST = 0.02  # of the judge, or of the share of the way to J*: less than this is nothing measurable
+ENDS = {"judge": JUDGE, "score": "score", "KL": KL}  # of the closing table
+COST, PAY = 0.02, 0.05  # what counts as a cost, on each seed: of judge, or of the way to J*; of score − β KL
 Form = tuple[str, str, dict[str, str]]
 FRONT = {  # of the figure on README: what is seen → form, curve
     "KL below 0": ("6b", "KL"),
@@ -35,7 +37,7 @@ SYMPTOMS: dict[str, Callable[[dict], bool]] = {  # what is seen without judge an
     "The ratio leaves 1": lambda run: run["ratio"]["highest"] > 1.02 or run["ratio"]["lowest"] < 0.98,
     "Explained variance stays low": lambda run: run["explained variance"]["last"] < 0.2,
 }
-STOPS = "The run stops in the world of letters, where answers may be empty"
+MISSED = "KL ends above twice its target"
 SILENT, FREE, INERT = "Silent: it costs, and no curve says so", "Costs nothing measurable", "Changes no number here"
 HEAD = """# An atlas of mistakes
 
@@ -46,18 +48,25 @@ Find what you see, then compare the lines. `python -m experiments.atlas` makes t
 | of {n} forms | |
 |---|---|
 | show in the log, without a judge and without a right run beside it | {plain} |
-| are silent: each curve could be a healthy run's, and judge or way to the optimum lacks {cost} or more | {silent} |
+| are silent: no threshold sees them, and they cost | {silent} |
 | cost nothing measurable | {free} |
 | change no number at these options | {inert} |
 | of all, the log calls impossible in a sentence | {alarmed} |
 
-A form has the number of its mistake and a letter. Judge, score and KL are those of 512 held-out prompts at the end.
-Highest is the KL of the worst iteration, and the ratio is that which is furthest from 1. Explained variance,
-entropy (nats per token), length (tokens) and the share of answers that ended are means of the last four iterations.
-Share is the part of the way from J(π₀) to J\\*, and TV the distance to π\\*. In the figures the right run is grey;
-a line is a seed.
+A form has the number of its mistake and a letter. Judge, score and KL are those of the policy at the end, by the right
+code, on 512 held-out prompts. The other columns are what the log says, mistake and all: the score, the KL of the worst
+iteration, and the ratio that is furthest from 1; score, explained variance, entropy (nats per token), length (tokens)
+and the share of answers that ended are means of the last four iterations.
+
+What the log shows is decided by a threshold for each heading, which no right run passes. A cost is, on each seed,
+{cost} of judge or {pay} of score − β KL; or {cost} of the way from J(π₀) to J\\*. Share is that part of the way, and TV
+the distance to π\\*. In the figures the right run is grey; a line is a seed.
 
 {chance}"""
+
+
+def runs_of(form: dict) -> list[dict]:
+    return [run for world, run in form.items() if world != "options" and ("KL" in run or "failed" in run)]
 
 
 def seeds_of(form: dict) -> list[dict]:
@@ -73,35 +82,54 @@ def right_of(form: dict, found: dict) -> dict:
 def section(form: dict, right: dict) -> str:
     """The heading under which a form stands."""
     for symptom, seen in SYMPTOMS.items():
-        if any(seen(run) for run in seeds_of(form)):
+        if any(seen(run) for run in runs_of(form)):
             return symptom
-    if "failed" in form.get("letters", {}):
-        return STOPS
+    if any(run["KL"]["last"] > 2 * form["options"].get("kl_target", 99) for run in seeds_of(form)):
+        return MISSED
     if all(form[world] == right.get(world) for world in form):
         return INERT
-    lost = mean(right[world]["end"]["judge"] - form[world]["end"]["judge"] for world in form if world.isdigit())
-    ways = [each["letters"].get("share", -9.0) for each in (right, form) if "letters" in each]
-    return SILENT if lost > COST or len(ways) == 2 and ways[0] - ways[1] > COST else FREE
+    seeds = [world for world in form if world.isdigit()]
+    judge = min(right[seed]["end"]["judge"] - form[seed]["end"]["judge"] for seed in seeds)
+    paid = min(paid_at_end(right[seed]) - paid_at_end(form[seed]) for seed in seeds)
+    ways = [each.get("letters", {"share": 1})["share"] for each in (right, form)]
+    return SILENT if judge > COST or paid > PAY or ways[0] - ways[1] > COST else FREE
+
+
+def paid_at_end(run: dict) -> float:
+    """What PPO maximises, by the right code."""
+    return run["end"]["score"] - ppo.Config.kl_coef * run["end"]["KL"]
 
 
 def row(name: str, form: dict) -> list[str]:
     runs = [run for run in seeds_of(form) if "end" in run]
     if not runs:
-        return [name, "stopped", *[""] * 7]
+        return [name, "stopped", *[""] * 8]
     at_end = {each: f"{mean(run['end'][each] for run in runs):.2f}" for each in ("judge", "score", "KL")}
     last = {
         each: mean(run[each]["last"] for run in runs) for each in ("explained variance", "entropy", "length", "ended")
     }
     highest = max(run["KL"]["highest"] for run in runs)
     ratio = max((run["ratio"][end] for run in runs for end in ("lowest", "highest")), key=lambda x: abs(x - 1))
+    logged = f"{mean(run['score']['last'] for run in runs):.2f}"
     exact = form.get("letters", {})
     exact = f"{exact['share']:.2f}, {exact['TV']:.2f}" if "share" in exact else "stops" * ("failed" in exact)
     kl, spread = f"{at_end['KL']}, {highest:.1f}", f"{last['length']:.0f}, {last['ended']:.2f}"
     columns = f"{ratio:.3g}", f"{last['explained variance']:.2f}", f"{last['entropy']:.2f}", spread, exact
-    return [name, at_end["judge"], at_end["score"], kl, *columns]
+    return [name, at_end["judge"], at_end["score"], logged, kl, *columns]
 
 
-TITLES = ["", "judge", "score", "KL, highest", "ratio", "explained variance", "entropy", "length, ended", "share, TV"]
+TITLES = [
+    "",
+    "judge",
+    "score",
+    "logged",
+    "KL, highest",
+    "ratio",
+    "explained variance",
+    "entropy",
+    "length, ended",
+    "share, TV",
+]
 
 
 def table(names: list[str], found: dict) -> str:
@@ -169,14 +197,14 @@ def write(forms: dict[str, Form], needs: dict[int, str], why: dict[str, str], ta
         for world in form.keys() - right_of(form, found).keys():
             del form[world]  # its right run has not ended yet
     ran = {name: found[name] for name in forms if seeds_of(found.get(name, {}))}
-    places: dict[str, list[str]] = {heading: [] for heading in (*SYMPTOMS, STOPS, SILENT, FREE, INERT)}
+    places: dict[str, list[str]] = {heading: [] for heading in (*SYMPTOMS, MISSED, SILENT, FREE, INERT)}
     for name, form in ran.items():
         places[section(form, right_of(form, found))].append(name)
     counts = {key: len(places[heading]) for key, heading in (("silent", SILENT), ("free", FREE), ("inert", INERT))}
     counts |= {"n": len(ran), "plain": len(ran) - sum(counts.values())}
     counts["alarmed"] = sum(any("alarm" in run for run in form.values()) for form in ran.values())
-    for key in ("right", "another-seed"):
-        assert key not in found or section(found[key], found["right"]) in (FREE, INERT), f"{key} looks like a mistake"
+    for key, form in found.items():
+        assert key[0].isdigit() or section(form, right_of(form, found)) in (FREE, INERT), f"{key} looks like a mistake"
     both = [
         row(shown, found[key]) for shown, key in (("right", "right"), ("another seed", "another-seed")) if key in found
     ]
@@ -185,6 +213,7 @@ def write(forms: dict[str, Form], needs: dict[int, str], why: dict[str, str], ta
         HEAD.format(
             **counts,
             cost=COST,
+            pay=PAY,
             seeds=" and ".join(world for world in found["right"] if world.isdigit()),
             letters=letters,
             chance=markdown(TITLES, both),
@@ -201,6 +230,8 @@ def write(forms: dict[str, Form], needs: dict[int, str], why: dict[str, str], ta
             parts.append(lines_of(name, forms[name]))
             said = [run["alarm"] for run in found[name].values() if "alarm" in run]
             parts += [f"The log says “{said[0]}”."] if said else []
+            stops = [f"{world}, “{run['failed']}”" for world, run in found[name].items() if "failed" in run]
+            parts += [f"It stops: {'; '.join(stops)}."] if stops else []
             parts += [why[name]] if heading == INERT and name in why else []
     if all(name in found for name, _ in FRONT.values()):
         draw_front(found, target.with_name("wrong.svg"))

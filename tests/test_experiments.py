@@ -609,28 +609,37 @@ def test_a_puzzle_is_a_copy_with_one_change_that_it_tells_only_when_asked(tmp_pa
 
 
 def test_a_form_stands_under_what_is_seen_of_it_or_among_the_silent_or_the_free(tmp_path, monkeypatch):
-    def ran(judge=0.96, **seen):
+    def ran(judge=0.96, nats=3.0, share=0.99, **seen):
         numbers = {"KL": (0, -0.1, 4), "ratio": (1, 1, 1), "approxkl": (0, 0, 0), "score": (0, 0, 1)} | seen
         run = {name: dict(zip(("first", "lowest", "highest"), x)) | {"last": x[2]} for name, x in numbers.items()}
         run |= {name: {"last": 0.99, "lowest": 0.9} for name in ("explained variance", "entropy", "length", "ended")}
-        return {
-            "options": {},
-            "30": run | {"end": {"judge": judge, "score": 1.0, "KL": 3.0}},
-            "letters": {"share": 0.99, "TV": 0.1},
-        }
+        end = {"judge": judge, "score": 1.0, "KL": nats}
+        return {"options": {}, "30": run | {"end": end}, "letters": {"share": share, "TV": 0.1}}
 
-    names = [*atlas.shown_forms()][:7]
-    runs = [ran(KL=(6, 6, 9)), ran(KL=(0, -2, 4)), ran(KL=(0, 0, 40)), ran(), ran(judge=0.8), ran(judge=0.95), ran()]
-    runs[3]["letters"] = {"failed": "RuntimeError: an index"}
-    runs[5]["letters"] = {"share": 0.98, "TV": 0.1}
-    monkeypatch.setattr(atlas_page, "read_results", lambda name: {"right": ran()} | dict(zip(names, runs)))
+    stops, before, below = [*atlas_page.SYMPTOMS][:3]
+    target = {"options": {"kl_target": 2.0}}
+    cases = [
+        (ran() | {"letters": {"failed": "RuntimeError: an index"}}, stops),
+        (ran(KL=(6, 6, 9)), before),
+        (ran(KL=(0, -2, 4)), below),
+        (ran(KL=(0, 0, 40)), "KL leaps"),
+        (ran(KL=(0, 0, 5)) | target, atlas_page.MISSED),
+        (ran(judge=0.8), atlas_page.SILENT),
+        (ran(nats=5.0), atlas_page.SILENT),  # 2 nats for the same score, at β = 0.05
+        (ran(share=0.96), atlas_page.SILENT),
+        (ran(judge=0.95, nats=3.5, share=0.98), atlas_page.FREE),
+        (ran(), atlas_page.INERT),
+    ]
+    found = {"right": ran(), "right-target": ran() | target} | dict(zip(atlas.shown_forms(), [run for run, _ in cases]))
+    monkeypatch.setattr(atlas_page, "read_results", lambda name: found)
     monkeypatch.setattr(atlas_page, "draw", lambda *given: None)
     atlas_page.write(atlas.shown_forms(), atlas.NEEDS, atlas.WHY, tmp_path / "atlas.md")
     text = (tmp_path / "atlas.md").read_text()
-    found = dict(re.findall(r"^## (.+?)\n[\s\S]*?^\*\*(\d+\w)\*\* breaks", text, re.MULTILINE))
-    last = [atlas_page.STOPS, atlas_page.SILENT, atlas_page.FREE, atlas_page.INERT]
-    assert found == dict(zip([*atlas_page.SYMPTOMS][1:3] + ["KL leaps", *last], names))
-    assert re.findall(r"^\| (?:of|show|are|cost|change) .* \| (\d*) ?\|$", text, re.MULTILINE) == ["", *"41110"]
+    places = {}
+    for heading, part in re.findall(r"^## (.+?)\n([\s\S]*?)(?=^## |\Z)", text, re.MULTILINE):
+        places |= {name: heading for name in re.findall(r"^\*\*(\d+\w)\*\* breaks", part, re.MULTILINE)}
+    assert places == dict(zip(atlas.shown_forms(), [heading for _, heading in cases]))
+    assert re.findall(r"^\| (?:of|show|are|cost|change) .* \| (\d*) ?\|$", text, re.MULTILINE) == ["", *"53110"]
 
 
 @pytest.mark.parametrize(
