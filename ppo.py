@@ -59,16 +59,16 @@ class Config(cli.Shared):
     judge: str = ""  # FILE.py:function, never trained on; of several (commas) the first is measured in training too
     out: str = "out/ppo"  # run folder to write
     block_size: Whole = 0  # longest prompt and answer together, in tokens; 0: the model's context
-    seed: Whole = 0  # of prompts, samples and minibatches
+    seed: Whole = 0  # random seed of prompts, samples and minibatches
     # training
     iterations: Count = 64  # rounds of answer → score → update
     batch_size: Count = 64  # prompts per iteration, over all processes
     epochs: Count = 1  # passes over an iteration's answers
     minibatch_size: Count = 32  # answers per optimizer step, over all processes
     response_len: Count = 64  # longest answer, in tokens
-    temperature: Positive = 1.0  # of sampling and of all log-probabilities
-    lr: Number = 4e-4  # of the policy; it rises at first and is annealed to 0
-    value_lr: Number = 1e-3  # of the value net; annealed to 0
+    temperature: Positive = 1.0  # temperature of sampling and of all log-probabilities
+    lr: Number = 4e-4  # peak learning rate of the policy; it rises at first and falls to 0
+    value_lr: Number = 1e-3  # learning rate of the value net; it falls to 0
     value_warmup: Whole = 2  # first iterations, in which only the value net learns; at most a quarter of all
     # PPO
     kl_coef: Number = 0.05  # β: reward charged per nat of KL to the frozen copy
