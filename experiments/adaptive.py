@@ -18,7 +18,7 @@ from experiments.kl import ending
 
 STARTS, TARGET = (0.01, 0.3), 6.0
 OPTIONS = ["--kl_target", TARGET, "--iterations", 160]
-PANELS = {"objective/kl": "KL to the start (nats an answer)", "kl_coef": "β", "objective/judge": "judge (0 to 1)"}
+PANELS = {"objective/kl": "KL to the start (nats per answer)", "kl_coef": "β", "objective/judge": "judge (0 to 1)"}
 COLUMNS = {"highest kl": 1, "late kl": 2, "late β": 3, "kl": 2, "after": 2}  # and digits
 
 
