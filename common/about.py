@@ -16,6 +16,7 @@ import torch
 
 from common.dist import WORLD
 from common.judges import ROOT
+from data import tales
 
 
 def origin(cfg: Any, device: torch.device, resumed: Path | None) -> dict:
@@ -35,10 +36,12 @@ def origin(cfg: Any, device: torch.device, resumed: Path | None) -> dict:
 
 
 def next_command(stage: str, cfg: Any) -> str:
-    """What to type after a run. A folder that is its option's default is not named."""
+    """What to type after a run, without folders that are defaults; "" where sft.py goes on by itself."""
     folders = {"--init": cfg.out} if stage == "sft" else {"--init": cfg.init, "--reward": cfg.out}
     defaults = ("out/sft", "out/reward")
     named = [word for name, folder in folders.items() if folder not in defaults for word in (name, folder)]
+    if stage == "sft" and not cfg.init and Path(cfg.data).parent == tales.FOLDER:
+        return ""
     if stage == "sft" and not cfg.init:
         return shlex.join(["python", "sft.py", "--init", cfg.out, "--data", "PAIRS.jsonl"])
     following = {"sft": ["reward.py"], "reward": ["ppo.py"]}.get(stage)

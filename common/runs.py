@@ -247,7 +247,8 @@ class Run:
             write_page(self.folder)
             if (path := self.folder / "report.json").exists():
                 print(f"{path}: the report, with all its numbers")
-            print(f"next: {about.next_command(self.origin['stage'], self.cfg)}", flush=True)
+            if command := about.next_command(self.origin["stage"], self.cfg):
+                print(f"next: {command}", flush=True)
         return self.result
 
 

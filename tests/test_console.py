@@ -44,7 +44,8 @@ def test_what_takes_over_five_seconds_says_how_far_it_is(monkeypatch, capsys):
     [
         ("sft", {"init": "out/pretrain", "out": "out/sft"}, "python reward.py"),
         ("sft", {"init": "out/base", "out": "out/mine"}, "python reward.py --init out/mine"),
-        ("sft", {"init": "", "out": "out/base"}, "python sft.py --init out/base --data PAIRS.jsonl"),
+        ("sft", {"init": "", "out": "out/base", "data": "x.txt"}, "python sft.py --init out/base --data PAIRS.jsonl"),
+        ("sft", {"init": "", "out": "out/base", "data": "out/data/tales/pretrain.jsonl"}, ""),
         ("reward", {"init": "out/sft", "out": "out/reward"}, "python ppo.py"),
         ("reward", {"init": "out/a b", "out": "out/r"}, "python ppo.py --init 'out/a b' --reward out/r"),
         ("ppo", {"init": "out/sft", "out": "out/ppo"}, "python -m tools.sample out/ppo --chat"),
