@@ -21,9 +21,9 @@ FRONT = {  # of the figure on README: what is seen → form, curve
     "KL below 0": ("6b", "KL"),
     "KL leaps": ("28b", "KL"),
     "the score does not rise": ("28a", "score"),
-    "explained variance stays low": ("36a", "explained variance"),
+    "explained variance stays low": ("5a", "explained variance"),
     "answers do not end": ("26a", "length"),
-    "silent: only the judge falls": ("18c", "judge"),
+    "silent: twice the KL": ("14b", "KL"),
 }
 SYMPTOMS: dict[str, Callable[[dict], bool]] = {  # what is seen without judge and without a right run; the first counts
     "The run stops": lambda run: "failed" in run,
@@ -42,12 +42,12 @@ SILENT, FREE, INERT = "Silent: it costs, and no curve says so", "Costs nothing m
 HEAD = """# An atlas of mistakes
 
 *My curves look like this: what is wrong?* Known mistakes of RLHF code, each made in a copy of this project and run
-beside the right run: the tales, seed {seeds}, 64 iterations, the default options{letters}.
+beside the right run: the tales, seeds {seeds}, 64 iterations, the default options{letters}.
 Find what you see, then compare the lines. `python -m experiments.atlas` makes this page.
 
 | of {n} forms | |
 |---|---|
-| show in the log, without a judge and without a right run beside it | {plain} |
+| show in the log of a seed, without a judge and without a right run beside it | {plain} |
 | are silent: no threshold sees them, and they cost | {silent} |
 | cost nothing measurable | {free} |
 | change no number at these options | {inert} |
@@ -159,7 +159,7 @@ def lines(axis, form: dict, found: dict, curve: str) -> None:
     axis.set_xticks([])
     if curve == "KL":
         axis.set_yscale("symlog", linthresh=5)
-        axis.yaxis.set_major_locator(pyplot().FixedLocator([0, 10, 100, 1000]))
+        axis.yaxis.set_major_locator(pyplot().FixedLocator([0, 5, 10, 100, 1000]))
         axis.yaxis.set_major_formatter("{x:g}")
     else:
         axis.locator_params(axis="y", nbins=2)
