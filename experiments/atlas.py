@@ -98,7 +98,7 @@ def read(name: str, options: dict[str, object], world: int | str) -> dict:
     alarms = [line for line in said if ": impossible: " in line]
     found: dict = {"alarm": alarms[0]} if alarms else {}
     if not (folder / out / "report.json").exists():
-        found["failed"] = said[-2]
+        found["failed"] = said[-2].removeprefix("failed: ")
     elif world == "letters":
         return found | {x: round(y, 4) for x, y in letters.ended(folder / out, BETA).items() if x in ("share", "TV")}
     elif end.exists():

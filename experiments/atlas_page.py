@@ -118,18 +118,8 @@ def row(name: str, form: dict) -> list[str]:
     return [name, at_end["judge"], at_end["score"], logged, kl, *columns]
 
 
-TITLES = [
-    "",
-    "judge",
-    "score",
-    "logged",
-    "KL, highest",
-    "ratio",
-    "explained variance",
-    "entropy",
-    "length, ended",
-    "share, TV",
-]
+TITLES = ["", "judge", "score", "logged", "KL, highest", "ratio", "explained variance"]
+TITLES += ["entropy", "length, ended", "share, TV"]
 
 
 def table(names: list[str], found: dict) -> str:
@@ -152,7 +142,7 @@ def lines_of(name: str, form: Form) -> str:
 
 
 def lines(axis, form: dict, found: dict, curve: str) -> None:
-    """The curves of a form, a line a seed, the right run grey behind."""
+    """The curves of a form, a line per seed, the right run grey behind."""
     for each, colour in ((right_of(form, found), "0.7"), (form, "C3")):
         for run in (run for run in seeds_of(each) if curve in run):
             axis.plot(run[curve]["curve"], color=colour, linewidth=1)

@@ -88,6 +88,7 @@ def test_a_trained_net_takes_16_bytes_a_parameter_and_a_frozen_one_4_or_2():
     assert memory.parameters("llama-8b")[0] == 8_030_261_248
     gpt, scalar = (memory.parameters("llama-8b", scalar)[0] for scalar in (False, True))
     assert gpt - scalar == 128_256 * 4096 - 4097  # no output layer, but a head
+    assert memory.largest(80, 1, 0) == "gpt2-xl"  # 1.56 billion in 55 GiB; llama-1b has 1.24 billion
     assert memory.nets("gpt2", 1, False) == 16 * 124_439_808
     assert memory.nets("gpt2", 3, False) - memory.nets("gpt2", 3, True) == 2 * 2 * 85_017_600
 
