@@ -5,6 +5,7 @@ import functools
 import http.server
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -196,3 +197,9 @@ def run(
         print(json.dumps(job | {"stdout": stdout.name, "stderr": stderr.name}), file=forks().stdin, flush=True)
         code = int(forks().stdout.readline())
         return subprocess.CompletedProcess(argv, code, stdout.read().decode(), stderr.read().decode())
+
+
+def address_of(process: subprocess.Popen) -> str:
+    """The address that `tools.label` prints once it serves."""
+    line = next(line for line in process.stdout if line.startswith("Open "))
+    return re.search(r"http\S+", line)[0].rstrip(";")

@@ -19,7 +19,7 @@ import pytest
 import data
 from common import cli
 from data import InputError
-from tests.conftest import ROOT, locked, write
+from tests.conftest import ROOT, address_of, locked, write
 from tools import label
 from tools.label import sitting as rooms
 from tools.label.report import summarise
@@ -619,8 +619,7 @@ def test_the_command_serves_its_address_and_ends_well_when_stopped(folders):
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job would ignore it
     )  # fmt: skip
-    address = process.stdout.readline().split()[-1]
-    page = urllib.request.urlopen(address, timeout=20).read()
+    page = urllib.request.urlopen(address_of(process), timeout=20).read()
     process.send_signal(signal.SIGINT)
     out, error = process.communicate(timeout=30)
     assert b"Which is better?" in page and process.returncode == 0 and "holds 0 answers" in out and not error, error

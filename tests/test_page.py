@@ -14,7 +14,7 @@ import pytest
 
 from common.runs import read_metrics
 from data import InputError
-from tests.conftest import CHROMIUM, ROOT, needs_chromium, run
+from tests.conftest import CHROMIUM, ROOT, address_of, needs_chromium, run
 from tools import label
 
 playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright drives the browser")
@@ -612,7 +612,7 @@ def test_a_server_that_is_killed_and_started_again_loses_nothing(folders, page):
     def start():
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
         process = subprocess.Popen(list(map(str, command)), env=environment, stdout=subprocess.PIPE, text=True)
-        return process, process.stdout.readline().split()[-1]
+        return process, address_of(process)
 
     process, address = start()
     try:
@@ -680,7 +680,7 @@ def choose_the_first(page, command, folder, n):
     """Answer the n questions of a labelling command that runs in `folder`, and stop it."""
     process = subprocess.Popen([*map(str, command)], cwd=folder, stdout=subprocess.PIPE, text=True)
     try:
-        begin(page, process.stdout.readline().split()[-1])
+        begin(page, address_of(process))
         for i in range(n):
             press(page, "1", f"{i + 1} done")
         page.wait_for_selector("#end:visible")
