@@ -66,7 +66,7 @@ def stage(folder: Path, name: str, *command: object, may_fail: str | None = None
         if may_fail is None or not re.search(may_fail, failure):
             sys.exit(f"{folder}: {words[0]}: {failure}")
         text += f"failed: {failure}\n"
-    text = f"{first}{text}took {run_seconds((folder / run_folder(words)).parent, began):.0f} s\n"
+    text = f"{first}{text}took {run_seconds(folder / run_folder(words), began):.0f} s\n"
     temporary = log.with_suffix(".tmp")
     temporary.write_text(text)
     temporary.replace(log)
@@ -77,13 +77,16 @@ def run_folder(words: list[str]) -> str:
     return words[words.index("--out") + 1] if "--out" in words else f"out/{Path(words[0]).stem}"
 
 
-def run_seconds(folder: Path, began: float) -> float:
-    """Seconds of all runs in `folder` that were written since `began`, with those before a stop, or else since `began`.
+def run_seconds(out: Path, began: float) -> float:
+    """Seconds of the run in `out`, with those before a stop; where it has not said them, those since `began`.
 
-    sft.py writes two of them.
+    Without --data sft.py writes out/pretrain too, in the same command.
     """
-    configs = [path for path in folder.glob("*/config.json") if path.stat().st_mtime > began]
-    return sum(json.loads(path.read_text())["seconds"] for path in configs) or time.time() - began
+    total = 0.0
+    for config in (out / "config.json", out.with_name("pretrain") / "config.json"):
+        if config.exists() and config.stat().st_mtime > began:
+            total += json.loads(config.read_text())["seconds"]
+    return total or time.time() - began
 
 
 def start(seed: int) -> Path:

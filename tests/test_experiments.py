@@ -241,13 +241,15 @@ def test_a_stage_runs_once_and_its_log_belongs_to_one_command(tmp_path, monkeypa
         harness.stage(tmp_path / "runs", "second", "count.py", "failing", may_fail=harness.DIVERGED)
 
 
-def test_the_seconds_of_a_stage_are_those_of_every_run_that_it_wrote(tmp_path):
+def test_the_seconds_of_a_stage_are_its_own_and_those_of_its_pretraining(tmp_path):
+    """Not those of a run beside it, which writes into the same folder, nor those of a run that had ended before."""
     began = time.time()
-    for name, took in (("pretrain", 19.3), ("sft", 42.1), ("before", 99.0)):
+    for name, took in (("pretrain", 19.3), ("sft", 42.1), ("beside", 99.0)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps({"seconds": took}))
-    os.utime(tmp_path / "before" / "config.json", (began - 9, began - 9))
-    assert harness.run_seconds(tmp_path, began - 1) == pytest.approx(19.3 + 42.1)
+    assert harness.run_seconds(tmp_path / "sft", began - 1) == pytest.approx(19.3 + 42.1)
+    os.utime(tmp_path / "pretrain" / "config.json", (began - 9, began - 9))
+    assert harness.run_seconds(tmp_path / "sft", began - 1) == pytest.approx(42.1)
     assert harness.run_seconds(tmp_path / "none", began - 5) == pytest.approx(5, abs=1)
 
 
