@@ -1,11 +1,12 @@
 """The ceiling on win rate: the highest that any policy can have at its KL, and every run that has been measured.
 
-    python -m experiments.ceiling       seconds; reads what `experiments.kl`, `price` and `forks` have left
+    python -m experiments.ceiling       seconds; reads what `experiments.kl`, `price`, `forks` and `exact` have left
 
 A win rate against the start, at a given KL, cannot be above `common.measure.win_rate_ceiling`, whoever judges. Best of
 n wins n / (n + 1) by the score that it chooses by, at log n − (n − 1) / n nats. Each run is shown by the judge and by
-the score that it was trained on: what lies between the two is the reward model's error, and ties of the judge. It
-prints a table, writes experiments/results/ceiling.json and draws experiments/ceiling.svg.
+the score that it was trained on: what lies between the two is the reward model's error, and ties of the judge. In the
+world of letters every win rate and KL is exact, of each variant of PPO, DPO and TRL's PPO. It prints a table, writes
+experiments/results/ceiling.json and draws experiments/ceiling.svg.
 """
 
 import json
@@ -16,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from common.measure import KL, share, win_rate_ceiling
-from experiments.harness import FOLDER, JUDGE, markdown, pyplot, save, write_results
+from experiments.harness import FOLDER, JUDGE, markdown, pyplot, read_results, save, write_results
 
 MEASURES = {JUDGE: "by the judge (never trained on)", "final score": "by the score (trained on)"}
 KINDS = {  # run folder → what it is
@@ -48,12 +49,16 @@ def measured(folder: Path) -> dict[str, dict]:
     return found
 
 
-def draw(found: dict[str, dict], target: Path) -> None:
-    figure, axes = pyplot().subplots(1, 2, figsize=(9, 3.8), layout="constrained", sharey=True)
+def draw(found: dict[str, dict], exact: dict[str, dict], target: Path) -> None:
+    """Two panels of runs on the tales, `found`; and one of all ends in the world of letters, as exact.py found them."""
+    figure, axes = pyplot().subplots(1, 3, figsize=(11, 3.8), layout="constrained", sharey=True)
     x = np.geomspace(0.02, 200, 200)
     n = [2**i for i in range(1, 11)]
-    for axis, (by, title) in zip(axes, MEASURES.items()):
+    for axis in axes:
         axis.plot(x, [win_rate_ceiling(kl) for kl in x], color="k", label="the ceiling")
+        axis.set(xscale="log", xlabel="KL to the start (nats)")
+        axis.grid(alpha=0.25)
+    for axis, (by, title) in zip(axes, MEASURES.items()):
         if by == "final score":
             kl = [math.log(size) - (size - 1) / size for size in n]
             axis.plot(kl, [size / (size + 1) for size in n], "x", color="0.5", label="best of n = 2, 4, 8 … 1024")
@@ -64,8 +69,10 @@ def draw(found: dict[str, dict], target: Path) -> None:
             y = np.array([each[by] for each in runs])  # (n, 3)
             ends = np.array([y[:, 0] - y[:, 1], y[:, 2] - y[:, 0]])
             axis.errorbar([e["KL"] for e in runs], y[:, 0], ends, fmt="o", ms=4, lw=1, color=f"C{i}", label=what)
-        axis.set(xscale="log", xlabel="KL to the start (nats)", title=title)
-        axis.grid(alpha=0.25)
+        axis.set_title(title)
+    ends = [end for by_beta in exact.values() for at_beta in by_beta.values() for end in at_beta]
+    axes[2].plot([e["KL"] for e in ends], [e["win rate"] for e in ends], "d", color="C4", markersize=4)
+    axes[2].set_title("by the score, in the world of letters")
     axes[0].set_ylabel("win rate against the start\n(ties half, interval of 95%)")
     figure.legend(*axes[1].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=5)
     save(figure, target)
@@ -81,7 +88,8 @@ def main() -> None:
     print(markdown(["run", "KL (nats)", "ceiling", *MEASURES.values()], rows))
     above = [who for who, each in found.items() if max(each[by][1] for by in MEASURES) > each["ceiling"]]
     print(f"\nabove the ceiling by more than its error: {', '.join(above) or 'none'} of {len(found)} runs")
-    draw(found, Path(__file__).with_suffix(".svg"))
+    exact = read_results("exact")
+    draw(found, exact, Path(__file__).with_suffix(".svg"))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The KL term settled: the estimators k1, k2 and k3, in the reward and in the loss, against the exact gradient.
 
-    OMP_NUM_THREADS=1 python -m experiments.estimators              beside runs of seed 0 at β = 0.6
+    OMP_NUM_THREADS=1 python -m experiments.estimators              beside runs of three seeds at β = 0.6
     OMP_NUM_THREADS=1 python -m experiments.estimators --seeds ""   the exact tables alone, in a minute
 
 With x = log π − log π₀ of a token: k1 = x, k2 = x² / 2, k3 = e^(−x) − 1 + x (Schulman 2020, joschu.net/blog/kl-approx).
@@ -17,7 +17,6 @@ from collections.abc import Iterator
 import numpy as np
 
 from experiments import letters
-from experiments.exact import SHOWN
 from experiments.harness import ROOT, markdown, t_interval, write_results
 from experiments.recipe import changed
 
@@ -26,6 +25,11 @@ K = {"k1": lambda x: x, "k2": lambda x: x**2 / 2, "k3": lambda x: np.exp(-x) - 1
 SLOPE = {"k1": np.ones_like, "k2": lambda x: x, "k3": lambda x: 1 - np.exp(-x)}  # dk / d log π
 CASES = ("on policy", "four epochs", "four epochs, weighted")
 WAYS = ("reward", "loss", "ratio × loss")  # the last is differentiated through the ratio too
+ENDS = {"share": "share of the way to J\\*", "TV": "TV to π\\*", "KL": "KL to π₀"}
+
+
+def name_of(k: str, way: str) -> str:
+    return f"{k} × ratio in the loss" if way == "ratio × loss" else f"{k} in the {way}"
 
 
 def term(k: str, way: str, whole: bool, steps: np.ndarray, old: np.ndarray, start: np.ndarray, weighted: bool):
@@ -59,7 +63,7 @@ def exact_tables(steps: np.ndarray, old: np.ndarray, start: np.ndarray, products
             value, weight = term(k, way, unit == "answer", steps, sampler, start, weighted)
             mean, variance = letters.moments(weight, p, products)
             bias = math.sqrt(max(0, (mean - truth) @ products @ (mean - truth)))
-            gradients.setdefault(f"{k} in the {way}, by {unit}", {})[case] = bias / length, variance**0.5 / length
+            gradients.setdefault(f"{name_of(k, way)}, by {unit}", {})[case] = bias / length, variance**0.5 / length
         spread = math.sqrt(p @ (value - p @ value) ** 2)  # `value` is the same in every way
         values.setdefault(f"{k}, by {unit}", {})[case] = p @ value, spread
     return values, gradients
@@ -88,12 +92,28 @@ def landings(seeds: list[int]) -> Iterator[tuple[str, list[dict]]]:
     for i, (way, k) in enumerate(one + four):
         many, name = ({}, "") if i < len(one) else ({"iterations": 90, "epochs": 4}, ", four epochs")
         script, options = changed(source, changes(k, way)), {"batch_size": 256, "minibatch_size": 64} | many
-        yield f"{k} in the {way}{name}", [letters.settle(script, BETA, seed, **options) for seed in seeds]
+        yield f"{name_of(k, way)}{name}", [letters.settle(script, BETA, seed, **options) for seed in seeds]
+
+
+def tables(found: dict) -> list[str]:
+    """Bias and noise of each gradient; where each run ends, behind π* and the exact ends of two losses by token."""
+    gradients, case = [], ["bias, noise", "four epochs: bias", "weighted: bias"]
+    for way, k in itertools.product(WAYS, K):
+        cells = []
+        for unit in ("token", "answer"):
+            first, *later = found["gradients"][f"{name_of(k, way)}, by {unit}"].values()
+            cells += ["{:.2f}, {:.2f}".format(*first), *(f"{bias:.2f}" for bias, _ in later)]
+        gradients.append([name_of(k, way), *cells])
+    ends, still = [["π\\* itself", "1", "0", f"{found['standstill']['k2']['KL of π*']:.2f}"]], found["standstill"]
+    ends += [[f"{k} in the loss, the exact end", *(f"{end[x]:.2f}" for x in ENDS)] for k, end in still.items()]
+    ends += [[who, *(t_interval([end[x] for end in of]) for x in ENDS)] for who, of in found["landings"].items()]
+    heads = ["gradient", f"by token: {case[0]}", *case[1:], f"by answer: {case[0]}", *case[1:]]
+    return [markdown(heads, gradients), markdown(["in `ppo.py`", *ENDS.values()], ends)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--seeds", default="0", help="comma-separated; empty: no runs")
+    parser.add_argument("--seeds", default="0,1,2", help="comma-separated; empty: no runs")
     seeds = [int(seed) for seed in parser.parse_args().seeds.split(",") if seed]
     source, first = (ROOT / "ppo.py").read_text(), letters.place() / "start"
     before, _ = letters.run(source, BETA, 0, iterations=60)
@@ -108,12 +128,8 @@ def main() -> None:
     for name, ends in landings(seeds) if seeds else ():
         found["landings"][name] = ends
         write_results("estimators", found)
-    for name, what in (("values", "mean, deviation"), ("gradients", "bias, noise")):
-        rows = [[who, *("{:.2f}, {:.2f}".format(*x) for x in by_case.values())] for who, by_case in found[name].items()]
-        print(markdown([f"{name}: {what}", *CASES], rows), end="\n\n")
-    ends = {f"{k} in the loss, the exact end": [end] for k, end in still.items()} | found["landings"]
-    rows = [[who, *(t_interval([end[name] for end in of]) for name in SHOWN)] for who, of in ends.items()]
-    print(markdown(["ppo.py with", *SHOWN.values()], rows))
+    spreads = [[who, *("{:.2f}, {:.2f}".format(*x) for x in by_case.values())] for who, by_case in values.items()]
+    print(markdown(["value: mean, deviation", *CASES], spreads), *tables(found), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -5,8 +5,9 @@
     python -m experiments.exact --script my_ppo.py --seeds 0    a row of a whole script that takes ppo.py's options
 
 The world of letters (letters.py) has 781 responses, so π* is listed, and so is where a run ends. What is missing to J*
-is β KL(π ‖ π*): "share" is the part of the way from J(π₀) to J* that was gone. It prints a table, writes
-experiments/results/exact.json and draws experiments/exact.svg. What has run is kept in out/experiments/exact.
+is β KL(π ‖ π*): "share" is the part of the way from J(π₀) to J* that was gone. Beside the forks stand DPO and TRL's PPO
+(exact_trl.py). It prints a table, writes experiments/results/exact.json, and draws experiments/exact.svg. What has run
+is kept in out/experiments/exact.
 """
 
 import argparse
@@ -16,10 +17,13 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 from data.files import InputError
 from experiments import letters
 from experiments.forks import FORKS, HERE, patched
 from experiments.harness import ROOT, markdown, pyplot, save, seconds, stage, t_interval, write_results
+from tools import hf
 
 VARIANTS = ("PPO", "RLOO", "GRPO with the KL in the reward", "GRPO", "KL in the loss as k3", "DAPO clip-higher")
 RESULTS = Path(__file__).with_name("results") / "exact.json"
@@ -37,27 +41,48 @@ def dpo(beta: float, seed: int, n: int = 100_000) -> dict[str, float]:
     return letters.ended(folder / name, beta) | {"seconds": seconds(text)}
 
 
-def rows(found: dict[str, dict[str, list[dict]]]) -> list[list]:
-    """A line for each variant and β; means over the seeds with their interval of 95%."""
-    lines = []
+def trl(beta: float, seed: int) -> dict[str, float]:
+    """Where TRL's PPO lands, with the options of ours."""
+    folder, name = letters.place(), f"trl-{beta:g}-{seed}"
+    if not (folder / "start-hf").exists():
+        hf.convert(str(folder / "start"), folder / "start-hf")
+    words = ["--init", folder / "start-hf", "--out", folder / f"{name}-hf", "--beta", beta, "--seed", seed]
+    text = stage(folder, name, "experiments/exact_trl.py", *words)
+    if not (folder / name).exists():
+        hf.convert(str(folder / f"{name}-hf"), folder / name)
+    return letters.ended(folder / name, beta) | {"seconds": seconds(text)}
+
+
+def tables(found: dict[str, dict[str, list[dict]]]) -> list[str]:
+    """One table, a line for each variant and β; means over the seeds with their interval of 95%."""
+    rows = []
     for who, beta, ends in ((who, *each) for who, by_beta in found.items() for each in by_beta.items()):
         cells = [t_interval([end[name] for end in ends], 3 if name == "share" else 2) for name in SHOWN]
-        lines.append([who, beta, *cells, f"{statistics.mean(end['seconds'] for end in ends):.0f}"])
-    return lines
+        rows.append([who, beta, *cells, f"{statistics.mean(end['seconds'] for end in ends):.0f}"])
+    return [markdown(["variant", "β", *SHOWN.values(), "seconds"], rows)]
 
 
 def draw(found: dict[str, dict[str, list[dict]]], target: Path) -> None:
-    """How far each variant ends from π*, a point a seed."""
-    figure, axis = pyplot().subplots(figsize=(7, 0.4 * len(found) + 1.2), layout="constrained")
+    """The exact frontier and where each variant ends beside it; and how far that is from π*. A point is a run."""
+    figure, (left, right) = pyplot().subplots(1, 2, figsize=(9, 4.2), layout="constrained")
+    start = letters.log_probabilities(letters.place() / "start")
+    best = [letters.optimum(start, beta)[0] for beta in np.geomspace(0.1, 20, 200)]
+    left.plot([letters.kl(p, start) for p in best], [np.exp(p) @ letters.PAID for p in best], color="0.6", label="π*")
     for y, by_beta in enumerate(found.values()):
         for i, (beta, ends) in enumerate(by_beta.items()):
+            kls, scores = [end["KL"] for end in ends], [end["J"] + float(beta) * end["KL"] for end in ends]
             height = [y + 0.2 * (i - (len(by_beta) - 1) / 2)] * len(ends)
-            axis.plot([e["KL to π*"] for e in ends], height, "o", color=f"C{i}", label="" if y else f"β = {beta}")
-    axis.set(xscale="log", xlabel="KL(π ‖ π*) where the run ends (nats)", yticks=range(len(found)))
-    axis.set_yticklabels(list(found))
-    axis.invert_yaxis()
-    axis.grid(alpha=0.25)
-    figure.legend(frameon=False, loc="outside upper center", ncols=3)
+            style = {"color": f"C{y}", "marker": "osd"[i % 3], "markersize": 4, "linestyle": "none"}
+            left.plot(kls, scores, **style, label=f"β = {beta}" if y == 0 else "")
+            right.plot([end["KL to π*"] for end in ends], height, **style)
+    left.set(xlabel="KL to the start (nats)", ylabel="expected score")
+    left.legend(frameon=False, loc="lower right")
+    right.set(xscale="log", xlabel="KL(π ‖ π*) at the end (nats)", yticks=range(len(found)))
+    for y, label in enumerate(right.set_yticklabels(list(found))):
+        label.set_color(f"C{y}")
+    right.invert_yaxis()
+    for axis in (left, right):
+        axis.grid(alpha=0.25)
     save(figure, target)
 
 
@@ -68,7 +93,7 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2", help="comma-separated")
     parser.add_argument("--betas", default="1.0,0.6,0.3", help="comma-separated")
     options = parser.parse_args()
-    source, mine, known = (ROOT / "ppo.py").read_text(), options.diff or options.script, {}
+    source, mine = (ROOT / "ppo.py").read_text(), options.diff or options.script
     try:
         variants = {who: patched(source, *FORKS[who][0]) for who in VARIANTS}
         if options.diff:
@@ -79,9 +104,10 @@ def main() -> None:
         sys.exit(f"{mine}: {error.strerror}; name a file that can be read")
     except InputError as error:
         sys.exit(f"{error}")
-    if mine and RESULTS.exists():
-        known = json.loads(RESULTS.read_text())["found"]
-    runs = {who: partial(letters.settle, text) for who, text in variants.items()} | ({} if mine else {"DPO": dpo})
+    known = json.loads(RESULTS.read_text())["found"] if mine and RESULTS.exists() else {}
+    runs = {who: partial(letters.settle, text) for who, text in variants.items()}
+    if not mine:
+        runs |= {"DPO": dpo, "TRL's PPO": trl}
     seeds = [int(seed) for seed in options.seeds.split(",")]
     found: dict[str, dict[str, list[dict]]] = {}
     for who, land in runs.items():
@@ -90,7 +116,7 @@ def main() -> None:
             write_results("exact", found)  # after each, since a run takes minutes
     if not mine:
         draw(found, RESULTS.parent.with_name("exact.svg"))
-    print(markdown(["variant", "β", *SHOWN.values(), "seconds"], rows(known | found)))
+    print(*tables(known | found))
 
 
 if __name__ == "__main__":

@@ -141,14 +141,14 @@ def distance(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def landing(logp: np.ndarray, start: np.ndarray, beta: float) -> dict[str, float]:
-    """Where a policy (781,) stands: J, its share of the way from J(π₀) to J*, TV to π*, KL to π₀, and KL to π*.
+    """Where a policy (781,) stands: J, its share of the way from J(π₀) to J*, TV to π*, win rate, KL to π₀ and to π*.
 
     What is missing to J* is β KL(π ‖ π*), whatever π is: that is asserted.
     """
     (best, most), reached = optimum(start, beta), objective(logp, start, beta)
     assert abs(most - reached - beta * kl(logp, best)) < 1e-9
     share = 1 - (most - reached) / (most - objective(start, start, beta))
-    found = {"J": reached, "J*": most, "share": share, "TV": distance(logp, best)}
+    found = {"J": reached, "J*": most, "share": share, "TV": distance(logp, best), "win rate": win_rate(logp, start)}
     return found | {"KL": kl(logp, start), "KL of π*": kl(best, start), "KL to π*": kl(logp, best)}
 
 

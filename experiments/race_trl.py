@@ -16,6 +16,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    PreTrainedTokenizerBase,
     TrainerCallback,
     set_seed,
 )
@@ -34,6 +35,47 @@ class ClippedAdamW(torch.optim.AdamW):
         return super().step(closure)
 
 
+def padded_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer with a pad beyond the vocabulary: TRL hides pads from the nets, and no net can sample this one."""
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+    return tokenizer
+
+
+def trainer(
+    cfg: ppo.Config,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[str],
+    policy: torch.nn.Module,
+    ref: torch.nn.Module,
+    reward: torch.nn.Module,
+    value: torch.nn.Module,
+    missing_eos_penalty: float | None,
+    callbacks: list[TrainerCallback] | None = None,
+) -> PPOTrainer:
+    """TRL's PPO with the settings of a Config of ppo.py."""
+    rows = Dataset.from_dict({"input_ids": [tokenizer(prompt)["input_ids"] for prompt in prompts]})
+    groups = [{"params": [*policy.parameters()], "lr": cfg.lr}, {"params": [*value.parameters()], "lr": cfg.value_lr}]
+    optimizer = ClippedAdamW(groups, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0)
+    factors = [lambda step: ppo.rates(step, cfg)[0] / cfg.lr, lambda step: ppo.rates(step, cfg)[1] / cfg.value_lr]
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
+    args = PPOConfig(
+        output_dir=cfg.out, per_device_train_batch_size=cfg.batch_size, gradient_accumulation_steps=1,
+        num_mini_batches=cfg.batch_size // cfg.minibatch_size, num_ppo_epochs=cfg.epochs,
+        total_episodes=cfg.iterations * cfg.batch_size, learning_rate=cfg.lr, response_length=cfg.response_len,
+        temperature=cfg.temperature, kl_coef=cfg.kl_coef, gamma=cfg.gamma, lam=cfg.lam, cliprange=cfg.cliprange,
+        cliprange_value=cfg.cliprange_value, vf_coef=1.0, stop_token="eos", missing_eos_penalty=missing_eos_penalty,
+        local_rollout_forward_batch_size=cfg.batch_size, num_sample_generations=0, logging_steps=1, save_strategy="no",
+        eval_strategy="no", report_to=[], disable_tqdm=True, use_cpu=True, bf16=False, gradient_checkpointing=False,
+        seed=cfg.seed,
+    )  # fmt: skip
+    return PPOTrainer(
+        args=args, processing_class=tokenizer, model=policy, ref_model=ref, reward_model=reward, value_model=value,
+        train_dataset=rows, eval_dataset=rows.select(range(cfg.batch_size)), callbacks=callbacks,
+        optimizers=(optimizer, scheduler),
+    )  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     for name in ("sft", "reward", "out"):
@@ -44,18 +86,12 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true", help="taken and not used: TRL's PPO cannot go on")
     options = parser.parse_args()
     set_seed(options.seed)
-
-    tokenizer = AutoTokenizer.from_pretrained(options.sft, padding_side="left")
-    n_tokens = AutoModelForCausalLM.from_pretrained(options.sft).config.vocab_size
-    tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
-    nets = [AutoModelForCausalLM.from_pretrained(options.sft) for _ in range(2)]
-    nets += [AutoModelForSequenceClassification.from_pretrained(options.reward, num_labels=1) for _ in range(2)]
-    for net in nets:
-        net.resize_token_embeddings(max(n_tokens, len(tokenizer)))
-        net.config.pad_token_id = tokenizer.pad_token_id
-    policy, ref, reward, value = nets
+    given = {"lr": options.lr, "value_lr": 2.5 * options.lr, "iterations": options.iterations, "seed": options.seed}
+    cfg = ppo.Config(out=str(options.out), **given)  # the ratio of the two rates is ppo.py's own
+    tokenizer = padded_tokenizer(options.sft)
+    policy, ref = (AutoModelForCausalLM.from_pretrained(options.sft) for _ in range(2))
+    reward, value = (AutoModelForSequenceClassification.from_pretrained(options.reward, num_labels=1) for _ in range(2))
     prompts = [json.loads(line)["prompt"] for line in open(tales.path("ppo"), encoding="utf-8")]
-    rows = Dataset.from_dict({"input_ids": [tokenizer(prompt)["input_ids"] for prompt in prompts]})
 
     options.out.mkdir(parents=True, exist_ok=True)
     metrics = open(options.out / "metrics.jsonl", "w", encoding="utf-8")
@@ -86,27 +122,7 @@ def main() -> None:
             metrics.flush()
 
     batch_generation, ppo_trainer.batch_generation = ppo_trainer.batch_generation, generate
-    cfg = ppo.Config(
-        lr=options.lr, value_lr=2.5 * options.lr, iterations=options.iterations
-    )  # the ratio of ppo.py's own
-    groups = [{"params": [*policy.parameters()], "lr": cfg.lr}, {"params": [*value.parameters()], "lr": cfg.value_lr}]
-    optimizer = ClippedAdamW(groups, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0)
-    factors = [lambda step: ppo.rates(step, cfg)[0] / cfg.lr, lambda step: ppo.rates(step, cfg)[1] / cfg.value_lr]
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
-    args = PPOConfig(
-        output_dir=str(options.out), per_device_train_batch_size=64, gradient_accumulation_steps=1,
-        num_mini_batches=2, num_ppo_epochs=1, total_episodes=options.iterations * 64, learning_rate=options.lr,
-        response_length=64, temperature=1.0, kl_coef=0.05, gamma=1.0, lam=0.95, cliprange=0.2, cliprange_value=0.2,
-        vf_coef=1.0, stop_token="eos", missing_eos_penalty=1.0, local_rollout_forward_batch_size=64,
-        num_sample_generations=0, logging_steps=1, save_strategy="no", eval_strategy="no", report_to=[],
-        disable_tqdm=True, use_cpu=True, bf16=False, gradient_checkpointing=False, seed=options.seed,
-    )  # fmt: skip
-    PPOTrainer(
-        args=args, processing_class=tokenizer, model=policy, ref_model=ref, reward_model=reward, value_model=value,
-        train_dataset=rows, eval_dataset=rows.select(range(64)), callbacks=[Record()],
-        optimizers=(optimizer, scheduler),
-    ).train()  # fmt: skip
-    policy.resize_token_embeddings(n_tokens)
+    trainer(cfg, tokenizer, prompts, policy, ref, reward, value, 1.0, [Record()]).train()
     policy.save_pretrained(options.out)
     AutoTokenizer.from_pretrained(options.sft).save_pretrained(options.out)
 

@@ -2,6 +2,7 @@
 
 import ast
 import copy
+import importlib
 import itertools
 import json
 import math
@@ -253,6 +254,16 @@ def test_a_diff_of_ones_own_gets_a_row_beside_the_table(tmp_path, monkeypatch, c
     mine.write_text("".join(f"{line[0]}x{line[1:]}" if line.startswith("- ") else line for line in mine.open()))
     with pytest.raises(SystemExit, match="mine.diff: .*does not apply"):
         exact.main()
+
+
+def test_trl_reads_the_final_score_of_every_answer():
+    """As TRL lays answers out: a pad, which no net can say, stands behind EOS."""
+    utils, eos, pad = pytest.importorskip("trl.experimental.utils"), 5, 6
+    world = importlib.import_module("experiments.exact_trl").World()
+    rows = [[0, *map(letters.LETTERS.index, word)] + [eos] * (len(word) < letters.R) for word in letters.WORDS]
+    answers = torch.tensor([row + [pad] * (1 + letters.R - len(row)) for row in rows])
+    _, scores, _ = utils.get_reward(world, answers, pad, context_length=1)
+    assert scores.numpy() == pytest.approx(letters.PAID)
 
 
 @pytest.mark.slow

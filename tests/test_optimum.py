@@ -1,11 +1,9 @@
 """The optimum of KL-regularised reward, listed exactly, and ppo.py run until it is there.
 
-The world of letters is in experiments/letters.py. `python -m tests.test_optimum tests/optimum.svg` draws the figure.
+The world of letters is in experiments/letters.py. experiments/exact.py makes the figure and the table of these runs.
 """
 
 import math
-import sys
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +15,6 @@ from common.measure import win_rate_ceiling
 from experiments.letters import (
     BATCH,
     BETAS,
-    PAID,
     RAW,
     distance,
     kl,
@@ -65,43 +62,3 @@ def test_ppo_reaches_the_exact_optimum_of_kl_regularised_reward(tmp_path, beta, 
         mean = float(np.exp(reached) @ each)
         error = math.sqrt(float(np.exp(reached) @ (each - mean) ** 2) / BATCH)
         assert abs(line[name] - mean) < 4 * error, name  # the last line, whose update was the smallest
-
-
-def draw(target: str) -> None:
-    """The exact frontier, expected score against KL for every β, and where ppo.py ends up on it."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    from matplotlib import pyplot
-
-    figure, axis = pyplot.subplots(figsize=(7, 4))
-    with tempfile.TemporaryDirectory() as folder:
-        start = log_probabilities(world(Path(folder)))
-        place = lambda logp: (float(np.exp(logp) @ (logp - start)), float(np.exp(logp) @ PAID))  # noqa: E731
-        curve = [place(optimum(start, beta)[0]) for beta in np.geomspace(0.1, 20, 200)]
-        axis.plot(*zip(*curve), color="0.6", label="exact optimum, every β")
-        for beta in BETAS:
-            best, most = optimum(start, beta)
-            label = "the optimum at this β" if beta == BETAS[0] else None
-            axis.plot(*place(best), "o", color="0.85", markersize=11, label=label)
-            for seed in range(3):
-                reached, _ = settle(Path(folder), beta, seed)
-                axis.plot(
-                    *place(reached), "x", color="C3", label="ppo.py, three seeds" if (beta, seed) == (1.0, 0) else None
-                )
-                before, after = objective(start, start, beta), objective(reached, start, beta)
-                print(
-                    f"| {beta} | {seed} | {distance(start, best):.2f} | {(after - before) / (most - before):.3f} |"
-                    f" {distance(reached, best):.3f} | {place(reached)[0]:.2f} | {place(best)[0]:.2f} |",
-                    file=sys.stderr,
-                )
-            axis.annotate(f"β = {beta}", place(best), textcoords="offset points", xytext=(8, -14))
-        axis.plot(*place(start), "ks", label="start")
-    axis.set(xlabel="KL to the start (nats)", ylabel="expected score")
-    axis.legend(loc="lower right", frameon=False)
-    axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(target, bbox_inches="tight", metadata={"Date": None})
-
-
-if __name__ == "__main__":
-    draw(sys.argv[1])

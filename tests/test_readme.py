@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import ppo
-from experiments import default, harness, kl
+from experiments import default, estimators, exact, harness, kl
 from tests.conftest import ROOT
 
 PAGES = [ROOT / folder / "README.md" for folder in (".", "data", "tests", "experiments")]
@@ -70,11 +70,11 @@ def test_readme_counts_what_the_atlas_counts():
     assert [plain, silent, free, inert, alarmed] == counted
 
 
-@pytest.mark.parametrize("experiment", [default, kl], ids=["default", "kl"])
+@pytest.mark.parametrize("experiment", [default, kl, exact, estimators], ids=lambda module: module.__name__)
 def test_the_tables_of_a_page_are_those_of_the_result_file(experiment):
-    page = (ROOT / "experiments" / "README.md").read_text()
+    text = "".join((ROOT / "experiments" / page).read_text() for page in ("README.md", "exact.md"))
     found = harness.read_results(experiment.__name__.rpartition(".")[2])
-    assert [table for table in experiment.tables(found) if table not in page] == []
+    assert [table for table in experiment.tables(found) if table not in text] == []
 
 
 def test_every_option_that_a_page_names_is_one():
