@@ -137,6 +137,7 @@ def test_adaptive_beta_follows_ziegler_et_al(kl, target, beta):
     assert ppo.adapt(beta, kl, ppo.Config()) == beta
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(shapes)
 def test_whitening_agrees_with_trl(shape):
@@ -151,6 +152,7 @@ def test_whitening_agrees_with_trl(shape):
     torch.testing.assert_close(ppo.whiten(x, mask), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_log_probabilities_of_padded_responses_agree_with_trl(tmp_path, temperature):
     """TRL pads prompts on the left and shifts positions by hand; its columns of responses line up with our window."""

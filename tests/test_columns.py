@@ -106,7 +106,14 @@ def test_a_missing_column_ends_a_run_before_it_begins_with_one_sentence(mine, fo
 def test_ppo_and_evaluate_reward_and_judge_by_columns_which_no_file_of_the_run_takes_in(mine, folders):
     tmp = folders["tmp"]
     given = {"reward": f"{mine}:exact", "judge": f"{mine}:lists,{mine}:all_of_them", "out": tmp / "ppo"}
-    given |= {"iterations": 1, "batch_size": 8, "minibatch_size": 4, "response_len": 4, "micro_batch_size": 3}
+    given |= {
+        "iterations": 1,
+        "batch_size": 8,
+        "minibatch_size": 4,
+        "response_len": 4,
+        "micro_batch_size": 3,
+        "eval_prompts": 16,
+    }
     with contextlib.redirect_stdout(None):
         ppo.train(cli.parse(ppo.Config, options(folders, **given)))
     answers = json.loads((tmp / "ppo" / "rollout.json").read_text())["answers"]

@@ -256,6 +256,7 @@ def test_a_diff_of_ones_own_gets_a_row_beside_the_table(tmp_path, monkeypatch, c
         exact.main()
 
 
+@pytest.mark.slow
 def test_trl_reads_the_final_score_of_every_answer():
     """As TRL lays answers out: a pad, which no net can say, stands behind EOS."""
     utils, eos, pad = pytest.importorskip("trl.experimental.utils"), 5, 6

@@ -351,6 +351,7 @@ def train(script, **more):
         signal.signal(number, handler)
 
 
+@pytest.mark.slow
 def test_three_stages_adapt_one_base_and_leave_it_as_it_was(folders, monkeypatch):
     tmp = folders["tmp"]
     monkeypatch.chdir(tmp)

@@ -66,7 +66,7 @@ def test_what_top_k_and_top_p_keep_is_drawn_in_the_softmaxs_proportions():
 def test_the_means_of_k1_and_k3_are_the_enumerated_kl():
     """k1 = log π/π₀ is what stage 3 charges, k3 = π₀/π − 1 + log π/π₀ the other unbiased estimate (Schulman 2020)."""
     policy, ref = (make_gpt(seed, vocab_size=5, eos=4, block_size=4) for seed in (0, 1))
-    cfg, n = ppo.Config(response_len=3, minibatch_size=10_000), 40_000
+    cfg, n = ppo.Config(response_len=3, minibatch_size=10_000), 20_000
     with torch.no_grad():
         batch = ppo.rollout(policy, [[0]] * n, cfg, torch.Generator().manual_seed(0))
         batch |= ppo.read(
