@@ -379,7 +379,7 @@ def test_how_a_batch_is_split_does_not_change_its_step(nets, folders):
                 f"--data {folders['tmp']}/{kind}.jsonl --init {folders['sft']} --out {folders['tmp']}/{kind}{size}"
             )
             options += f" --micro_batch_size {size} --batch_size 8" + (
-                " --response_len 8" if script is reward else " --epochs 0.1"
+                " --response_len 2 --n_prompts 16" if script is reward else " --epochs 0.1"
             )
             script.train(cli.parse(config, options.split()))
             norms.append(runs.read_metrics(folders["tmp"] / f"{kind}{size}")[0]["grad_norm"])
