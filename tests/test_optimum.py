@@ -14,7 +14,6 @@ from common import cli, runs
 from common.measure import win_rate_ceiling
 from experiments.letters import (
     BATCH,
-    BETAS,
     RAW,
     distance,
     kl,
@@ -48,12 +47,12 @@ def test_a_ninth_of_the_iterations_goes_most_of_the_way_to_the_exact_optimum(tmp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("beta, seed", [(beta, 0) for beta in BETAS])
-def test_ppo_reaches_the_exact_optimum_of_kl_regularised_reward(tmp_path, beta, seed):
+@pytest.mark.parametrize("beta", [0.6, 0.3])
+def test_ppo_reaches_the_exact_optimum_of_kl_regularised_reward(tmp_path, beta):
     """98% of the way from J(π₀) to J*, at a total variation of 0.05 from π* (0.10 where it is far from the start)."""
     start = log_probabilities(world(tmp_path))
     best, most = optimum(start, beta)
-    reached, line = settle(tmp_path, beta, seed)
+    reached, line = settle(tmp_path, beta, 0)
     before, after = objective(start, start, beta), objective(reached, start, beta)
     assert objective(best, start, beta) == pytest.approx(most, abs=1e-9)  # J* is what π* gets, and nothing gets more
     assert 0.98 <= (after - before) / (most - before) <= 1
