@@ -91,7 +91,7 @@ def main() -> None:
     parser.add_argument("--diff", type=Path, help="a patch against ppo.py; an option of yours has its default")
     parser.add_argument("--script", type=Path, help="a script that takes ppo.py's options")
     parser.add_argument("--seeds", default="0,1,2", help="comma-separated")
-    parser.add_argument("--betas", default="1.0,0.6,0.3", help="comma-separated")
+    parser.add_argument("--betas", default=",".join(map(str, letters.BETAS)), help="comma-separated")
     options = parser.parse_args()
     source, mine = (ROOT / "ppo.py").read_text(), options.diff or options.script
     try:
