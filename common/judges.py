@@ -18,11 +18,14 @@ from functools import cache
 from pathlib import Path
 from types import ModuleType
 
+import torch
+
 from common import dist
 from data.files import InputError
 from data.rng import seed_of
 
 Judge = Callable[[list[dict]], list[float]]
+RESPONSE = ("response", "responses", "completion", "completions", "solution_str")  # names of no prompt
 ROOT = Path(__file__).parent.parent
 
 
@@ -39,12 +42,12 @@ def load_function(name: str) -> Judge:
     """
     called = find(name)
     first, more, takes_any = parameters(called)
-    if first[:1] in (["response"], ["responses"]) or first[1:] in (["prompt"], ["prompts"]):
+    if {*first[:1]} & {*RESPONSE} or first[1:] in (["prompt"], ["prompts"]):
         raise InputError(f"{name}: its first parameters are {', '.join(first)}; write it with (prompt, response, …)")
     own = {"prompt", "response", *first}
 
     def judge(rows: list[dict]) -> list[float]:
-        check(name, more, rows)
+        check(name, first, more, rows)
         columns = [{c: x for c, x in row.items() if c in more or takes_any and c not in own} for row in rows]
         prompts, responses = ([row[column] for row in rows] for column in ("prompt", "response"))
         try:
@@ -89,9 +92,12 @@ def parameters(called: Callable) -> tuple[list[str], dict[str, bool], bool]:
     return [each.name for each in found[:2]], {each.name: each.default is each.empty for each in by_name}, takes_any
 
 
-def check(name: str, more: dict[str, bool], rows: list[dict]) -> None:
-    """Raises InputError if a row lacks a column that a function must get."""
+def check(name: str, first: list[str], more: dict[str, bool], rows: list[dict]) -> None:
+    """Raises InputError if a row lacks a column that a function must get, or has one named as prompt or response."""
     for row in rows:
+        if taken := {*first} & row.keys() - {"prompt", "response"}:
+            what = f'its parameter "{min(taken)}" is the prompt or the response, and a column is called so too'
+            raise InputError(f"{name}: {what}; rename one of them")
         for column, needed in more.items():
             if needed and column not in row:
                 known = ", ".join(each for each in row if each != "response")
@@ -102,7 +108,7 @@ def check(name: str, more: dict[str, bool], rows: list[dict]) -> None:
 def check_columns(names: str, rows: list[dict]) -> None:
     """Raises InputError if a row lacks a column that a function of a comma-separated list must get."""
     for name in filter(is_function, names.split(",")):
-        check(name, parameters(find(name))[1], rows)
+        check(name, *parameters(find(name))[:2], rows)
 
 
 def load_functions(names: str) -> dict[str, Judge]:
@@ -120,7 +126,8 @@ def import_file(path: Path, changed_at: int) -> ModuleType:
     if str(path.parent) not in sys.path:
         sys.path.append(str(path.parent))
     try:
-        spec.loader.exec_module(module)
+        with torch.enable_grad():  # it may turn gradients off for itself
+            spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         traceback.print_exc()
         raise InputError(f"{path}: cannot be imported ({type(error).__name__}: {error}); mend it") from None

@@ -174,3 +174,21 @@ def test_parameters_in_the_wrong_order_are_refused_and_lists_go_by_the_first_nam
         judges.load_function(f"{tmp_path}/my.py:swapped")
     rows = [{"prompt": "ab", "response": "c", "answer": "d"}, {"prompt": "a", "response": "", "answer": "d"}]
     assert judges.load_function(f"{tmp_path}/my.py:lists")(rows) == [3.0, 1.0]
+
+
+@pytest.mark.parametrize("function, words", [
+    ("completions, **kwargs", "its first parameters are completions, kwargs"),
+    ("solution_str, answer", "its first parameters are solution_str, answer; write it with"),
+    ("prompt, answer", 'its parameter "answer" is the prompt or the response, and a column is called so too'),
+    ("level, solution_str, answer", 'its parameter "level" is the prompt'),
+])  # fmt: skip
+def test_a_column_never_stands_where_the_prompt_or_the_response_does(tmp_path, function, words):
+    (tmp_path / "m.py").write_text(f"def f({function}):\n    return 1.0\n")
+    with pytest.raises(InputError, match=words):
+        judges.load_function(f"{tmp_path}/m.py:f")([row | {"response": ""} for row in SUMS])
+
+
+def test_a_file_that_turns_gradients_off_turns_them_off_for_itself_alone(tmp_path):
+    (tmp_path / "m.py").write_text("import torch\ntorch.set_grad_enabled(False)\ndef f(p, r): return 1.0\n")
+    judges.load_function(f"{tmp_path}/m.py:f")
+    assert torch.is_grad_enabled()
