@@ -90,6 +90,8 @@ def text_of(part: object) -> str:
 def template_variables(row: dict, where: str) -> dict[str, Any]:
     """Return what a row has for the template beside its messages: "tools", and what "chat_template_kwargs" names."""
     tools, more = row.get("tools") or [], row.get("chat_template_kwargs") or {}
+    if name := next((name for name in ("system", "system_prompt") if row.get(name)), None):
+        raise InputError(f'{where}: the column "{name}" is not read; make it the first message, or remove it')
     if isinstance(tools, str):  # tables often hold them as JSON
         with suppress(ValueError):
             tools = json.loads(tools)

@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from shlex import quote
 from typing import IO
 
 TEXT = (str, list)  # a text, or a conversation: a list of messages
@@ -60,7 +61,7 @@ def _lines(path: str | Path) -> Iterator[tuple[int, str]]:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{path}: cannot be read ({reason}); give a readable file, or fetch it again") from None
     except UnicodeDecodeError:
-        raise InputError(f"{path}:{number}: not UTF-8; save the file as UTF-8") from None
+        raise InputError(f"{path}:{number}: not UTF-8; save the file as UTF-8, or unpack it") from None
 
 
 def iterate_jsonl(path: str | Path, columns: dict[str, Kind]) -> Iterator[dict]:
@@ -92,7 +93,7 @@ def numbered(path: str | Path, columns: dict[str, Kind]) -> Iterator[tuple[str, 
 def _as_jsonl(file: Path, rows: str) -> str:
     """Return the command that writes a file as JSONL; `rows` is Python, with {} for the open file."""
     opened = f"{'gzip.' * (file.suffix == '.gz')}open('{file}', 'rt', newline='', encoding='utf-8-sig')"
-    made = str(file).removesuffix(".gz").removesuffix(suffix(file)) + "-rows.jsonl"
+    made = quote(str(file).removesuffix(".gz").removesuffix(suffix(file)) + "-rows.jsonl")
     return f'python -c "import csv, gzip, json; [print(json.dumps(row)) for row in {rows.format(opened)}]" > {made}'
 
 
@@ -103,7 +104,14 @@ def _finite(number: str) -> float:
     return x
 
 
-DECODER = json.JSONDecoder(parse_float=_finite, parse_constant=_finite)
+def _object(pairs: list[tuple]) -> dict:
+    """Return an object of JSON. Raises ValueError if it has a name twice."""
+    if len(found := dict(pairs)) < len(pairs):
+        raise ValueError("a name stands twice in one object")
+    return found
+
+
+DECODER = json.JSONDecoder(parse_float=_finite, parse_constant=_finite, object_pairs_hook=_object)
 
 
 def _json_rows(path: Path) -> Iterator[tuple[int, dict]]:

@@ -11,12 +11,12 @@ from tiktoken import Encoding
 
 from data.batches import Group, Prompt, Row, Say, hold_out, keep_short, prompt_hash
 from data.chat import CONTENT, TURN, Messages, check, split_dialogue, template_of, template_variables
-from data.files import TEXT, InputError, at, first_row, is_verdict, numbered
+from data.files import TEXT, VERDICTS, InputError, at, first_row, is_verdict, numbered
 from data.label import Answer, are_texts, given_answers
 from data.tokenizer import encode_answer, encode_prompt, encode_text
 
 PromptText = str | Messages
-MESSAGES = re.compile(r"""\[\s*\{["'](role|content)["']:""")  # a conversation that a table has turned into text
+MESSAGES = re.compile(r"""\s*\[\s*\{\s*["'](role|content|from|value)["']:""")  # messages as text
 FLAGS = ("weight", "train", "loss", "trainable")  # of a message: at 0 a trainer does not learn it
 
 
@@ -33,8 +33,7 @@ def encode_row(
 
     An end token behind the response stays: a model may have several. Without one a complete response gets `eos`.
     """
-    if any(isinstance(text, str) and MESSAGES.match(text) for text in (prompt, response)):
-        raise InputError("a text holds messages written as text; make them a list")
+    prompt = plain(prompt) if isinstance(prompt, str) else prompt
     start, end = encode_prompt(encoding, prompt, variables) or [eos], [eos]
     try:
         if ids[-1:] and ids[-1] in encoding._special_tokens.values() and encoding.decode(ids[:-1]) == response:
@@ -43,8 +42,15 @@ def encode_row(
     except (KeyError, OverflowError, TypeError):  # no ids, or those of another vocabulary
         sampled = False
     if not sampled:
-        ids = encode_text(encoding, response)
+        ids = encode_text(encoding, plain(response))
     return Row(start + ids + end * ended, len(start))
+
+
+def plain(text: str) -> str:
+    """Return a text as it is. Raises InputError if it is a conversation that a table has turned into text."""
+    if MESSAGES.match(text):
+        raise InputError("a text holds messages written as text; make them a list")
+    return text
 
 
 def completions(path: str | Path, encoding: Encoding, eos: int) -> list[Row]:
@@ -55,7 +61,7 @@ def completions(path: str | Path, encoding: Encoding, eos: int) -> list[Row]:
     columns = {"messages": list} if conversations else {"prompt": TEXT, "completion": TEXT}
     if not columns.keys() <= first.keys():
         wanted = 'this stage reads "prompt" and "completion", or "messages"'
-        raise InputError(f"{path}: has the columns {', '.join(first)}; rename them: {wanted}")
+        raise InputError(f"{path}: its first row has the columns {', '.join(first)}; rename them: {wanted}")
     for where, row in numbered(path, columns):
         with at(where):
             ended, variables = row.get("completion_ended", True), template_variables(row, where)
@@ -117,6 +123,8 @@ def comparisons(path: str | Path, encoding: Encoding, eos: int, say: Say = lambd
             omitted["ties and skips"] += 1
             continue
         with at(where):
+            if "verdict" in row:
+                raise InputError(f'"verdict" is none of {", ".join(VERDICTS)}; fix the row, or rename the column')
             kind, row = of_one_shape(row)
             kinds[kind] += 1
             if isinstance(row, str):
@@ -154,7 +162,8 @@ def of_one_shape(row: dict) -> tuple[str, dict | str]:
     answers = [row.get("chosen"), row.get("rejected")]
     if any(isinstance(each, list) and each and isinstance(each[0], dict) for each in answers):
         return "conversational preferences", of_conversations(row)
-    if "prompt" not in row and are_texts(answers) and all(map(TURN.search, answers)):
+    whole = TURN.search if "prompt" not in row else re.compile(r"\s*Human:").match  # beside a prompt they may repeat it
+    if are_texts(answers) and all(map(whole, answers)):
         found = split_dialogue(row)
         return "dialogues as in HH", found if isinstance(found, str) else row | found
     if not isinstance(row.get("prompt"), TEXT):
@@ -266,7 +275,7 @@ def numbered_prompts(path: str | Path) -> Iterator[tuple[str, dict]]:
 def asked(prompt: str | list) -> PromptText:
     """Return a text as it is, and a conversation without a last answer of the assistant."""
     if isinstance(prompt, str):
-        return prompt
+        return plain(prompt)
     messages = check(prompt)
     if messages[-1]["role"] == "assistant":
         messages = messages[:-1]

@@ -388,6 +388,17 @@ def test_messages_that_a_table_has_turned_into_text_are_refused(tmp_path, encodi
         )
     with pytest.raises(InputError, match="row 1: a text holds messages written as text; make them a list"):
         data.completions(write(tmp_path / "a.jsonl", [{"prompt": text, "completion": "no"}]), encoding, 299)
+    for asked in (text, json.dumps([{"from": "human", "value": "a"}], indent=1)):
+        with pytest.raises(InputError, match="row 1: a text holds messages written as text; make them a list"):
+            data.prompts(write(tmp_path / "a.jsonl", [{"prompt": asked}]), encoding)
+
+
+def test_a_column_with_a_system_prompt_is_refused_in_every_stage(tmp_path, encoding):
+    texts = {"prompt": "a", "completion": "b", "chosen": "c", "rejected": "d"}
+    path = write(tmp_path / "a.jsonl", [texts | {"system": ""}, texts | {"system_prompt": "Be brief."}])
+    for read in (data.completions, data.comparisons, data.prompts):
+        with pytest.raises(InputError, match='row 2: the column "system_prompt" is not read; make it'):
+            read(path, encoding, *[299] * (read is not data.prompts))
 
 
 def test_messages_beside_a_prompt_are_the_prompt_in_every_stage(tmp_path):

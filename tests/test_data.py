@@ -129,6 +129,7 @@ def test_a_judge_on_any_scale_can_be_the_simulated_person():
         (b'{"prompt": 3}\n', ':1: "prompt" is not a text'),
         (b'{"prompt": "a"}\n\xff\xfe\n', ":2: not UTF-8"),
         (b'{"prompt": "\\ud800"}\n', ":1: not JSON"),
+        (b'{"prompt": "a", "prompt": "b"}\n', ":1: not JSON (a name stands twice in one object)"),
         (b'{"prompt": [{"role": [], "content": "a"}]}\n', ': row 1: a message has a "role"'),
     ],
 )

@@ -376,6 +376,8 @@ def test_a_column_that_is_null_is_absent(folders, encoding):
     rows[3] = {"prompt": "a", "verdict": "tie", "responses": ["b", "c"]}
     (group,) = data.comparisons(write(path, rows), encoding, encoding.eot_token, said.append)
     assert len(group.pairs) == 8 and "1 left out (ties and skips)" in said[-1]
+    with pytest.raises(InputError, match='row 1: "verdict" is none of tie, bad, skip; fix the row, or rename'):
+        data.comparisons(write(path, [rows[0] | {"verdict": "both_bad"}]), encoding, 299)
 
 
 def test_rows_of_unknown_columns_are_not_taken_for_prompts(folders, monkeypatch):

@@ -73,7 +73,7 @@ def test_the_fingerprint_of_a_folder_is_that_of_all_its_files(shards):
     assert fingerprint("") == fingerprint(f"{shards}/*.csv") == ""
 
 
-@pytest.mark.parametrize("name", ["x.csv", "x.tsv", "x.json", "x.jsonl"])
+@pytest.mark.parametrize("name", ["x.csv", "x.tsv", "x.json", "x.jsonl", "an x.json"])
 def test_a_file_of_another_form_is_refused_with_a_command_that_turns_it_into_jsonl(tmp_path, name):
     rows = [{"prompt": 'say "a, b"', "answer": "1\n2"}, {"prompt": "naïve\t?", "answer": ""}]
     with open(tmp_path / name, "w", newline="", encoding="utf-8") as file:
@@ -88,7 +88,8 @@ def test_a_file_of_another_form_is_refused_with_a_command_that_turns_it_into_jso
         data.first_row(tmp_path / name)
     command = "python -c " + str(error.value).partition(": python -c ")[2]
     subprocess.run(command.replace("python", sys.executable, 1), shell=True, check=True, cwd=tmp_path, env=os.environ)
-    assert data.read_jsonl(tmp_path / "x-rows.jsonl", {"prompt": str}) == rows
+    made = tmp_path / f"{name.partition('.')[0]}-rows.jsonl"
+    assert data.read_jsonl(made, {"prompt": str}) == rows
 
 
 @pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e400"])

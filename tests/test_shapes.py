@@ -31,6 +31,11 @@ def dialogue(i, question):
     return {"chosen": f"{start} yes.", "rejected": f"{start} no."}
 
 
+def repeated(i, question):
+    """The prompt of dialogues stands beside them too."""
+    return {"prompt": question} | dialogue(i, question)
+
+
 def implicit(i, question):
     """The prompt is what the two conversations share."""
     before = [said("system", "be me"), said("user", question)]
@@ -45,6 +50,7 @@ def explicit(i, question):
 SHAPES = {
     "ultrafeedback": (ultrafeedback, "conversational preferences"),
     "hh": (dialogue, "dialogues as in HH"),
+    "hh with a prompt": (repeated, "dialogues as in HH"),
     "implicit": (implicit, "conversational preferences"),
     "explicit": (explicit, "conversational preferences"),
 }
