@@ -91,6 +91,8 @@ def conversation(value: str | list, role: str) -> Messages:
     messages = [{"role": role, "content": value}] if isinstance(value, str) else check(value)
     if role == "assistant" and messages[-1]["role"] != role:
         raise InputError("the last message is not the assistant's; fix the row")
+    if role == "user" and messages[-1]["role"] == "assistant":
+        raise InputError("the prompt ends with the assistant, whose message nobody goes on with; remove that message")
     return messages
 
 
@@ -168,7 +170,7 @@ def of_one_shape(row: dict) -> tuple[str, dict | str]:
         return "dialogues as in HH", found if isinstance(found, str) else row | found
     if not isinstance(row.get("prompt"), TEXT):
         raise no_comparison(row)
-    prompt = row["prompt"] if isinstance(row["prompt"], str) else check(row["prompt"])
+    prompt = row["prompt"] if isinstance(row["prompt"], str) else conversation(row["prompt"], "user")
     return "ranked lists" if "ranked" in row else "preferences", row | {"prompt": prompt}
 
 
@@ -268,15 +270,15 @@ def numbered_prompts(path: str | Path) -> Iterator[tuple[str, dict]]:
     column = "messages" if "messages" in first and not isinstance(first.get("prompt"), list) else "prompt"
     for where, row in numbered(path, {column: TEXT}):
         with at(where):
-            prompt = asked(row[column])
+            prompt = asked(row[column], column)
         yield where, row | {"prompt": prompt}
 
 
-def asked(prompt: str | list) -> PromptText:
-    """Return a text as it is, and a conversation without a last answer of the assistant."""
+def asked(prompt: str | list, column: str = "messages") -> PromptText:
+    """Return a text or a prompt as it is, and "messages" without a last answer of the assistant."""
     if isinstance(prompt, str):
         return plain(prompt)
-    messages = check(prompt)
+    messages = check(prompt) if column == "messages" else conversation(prompt, "user")
     if messages[-1]["role"] == "assistant":
         messages = messages[:-1]
     if not messages:

@@ -401,6 +401,15 @@ def test_a_column_with_a_system_prompt_is_refused_in_every_stage(tmp_path, encod
             read(path, encoding, *[299] * (read is not data.prompts))
 
 
+def test_a_prompt_that_begins_the_answer_is_refused_in_every_stage(tmp_path, encoding):
+    texts = {"completion": "b", "chosen": "c", "rejected": "d"}
+    for more in (texts, {name: [assistant(text)] for name, text in texts.items()}):
+        path = write(tmp_path / "a.jsonl", [more | {"prompt": [user("a"), assistant("Sure,")]}])
+        for read in (data.completions, data.comparisons, data.prompts):
+            with pytest.raises(InputError, match="row 1: the prompt ends with the assistant"):
+                read(path, encoding, *[299] * (read is not data.prompts))
+
+
 def test_messages_beside_a_prompt_are_the_prompt_in_every_stage(tmp_path):
     _, ours = both_sides(tmp_path / "hf", TEMPLATES["chatml"])
     end, row = ours._special_tokens["<|im_end|>"], {"prompt": "12?", "messages": [user("12?"), assistant("yes")]}
@@ -481,7 +490,7 @@ def test_a_conversation_of_any_form_is_read_or_refused_with_its_row(tmp_path):
             except InputError as error:
                 counts["refused"] += 1
                 assert str(error).startswith(str(path)), error
-    assert min(counts.values()) > 300, counts
+    assert min(counts.values()) > 250, counts
 
 
 @pytest.mark.parametrize("name", ["chatml", "a second token stands behind the end of the whole"])
