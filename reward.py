@@ -125,6 +125,8 @@ def build(
         with autocast:
             make = partial(compare.sample_and_compare, cfg, source, judge, policy, encoding)
             comparisons = run.made("comparisons.jsonl", make)
+    elif cfg.judge:
+        raise InputError(f"--judge: {source} holds comparisons already; leave it out, or name a file of prompts")
     groups = data.comparisons(comparisons, encoding, policy.config.eos, dist.print0)[: cfg.n_prompts or None]
     lengths = [max(len(row.tokens) for row in group.rows) for group in groups]
     groups = data.keep_short(groups, lengths, nets.context(cfg, policy), f"comparisons of {source}", dist.print0)

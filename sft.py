@@ -109,10 +109,15 @@ def build(cfg: Config, run: runs.Run, autocast: torch.autocast, device: torch.de
     """The model and its tokenizer: those of --init, or new ones."""
     if cfg.arch not in ("gpt2", "llama"):
         raise InputError(f"--arch {cfg.arch}: give gpt2 or llama")
-    if cfg.n_embd % cfg.n_head:
-        raise InputError(f"--n_embd {cfg.n_embd}: not a multiple of --n_head {cfg.n_head}; change one of the two")
+    n = cfg.n_head * (2 if cfg.arch == "llama" else 1)  # rotary positions turn channels in pairs
+    if cfg.n_embd % n:
+        raise InputError(f"--n_embd {cfg.n_embd}: not a multiple of {n} for --n_head {cfg.n_head}; change one of them")
     if cfg.init:
-        return nets.load_gpt(cfg.init, device, "--init", lora.Trunks(cfg.lora, autocast))
+        model, encoding = nets.load_gpt(cfg.init, device, "--init", lora.Trunks(cfg.lora, autocast))
+        for name in ("n_layer", "n_head", "n_embd", "dropout"):
+            if getattr(cfg, name) not in (its := getattr(model.config, name), getattr(Config, name)):
+                raise InputError(f"--{name}: the model of --init {cfg.init} has {its} and keeps it; leave it out")
+        return model, encoding
     if cfg.lora:
         raise InputError("--lora: adapts a model that is trained already; name its run folder with --init")
     if run.state:

@@ -83,5 +83,5 @@ def sample_and_compare(cfg: Any, source: str, judge: str, policy: GPT, encoding:
     answers = sample_responses(policy, encoding, ids, *how)
     rows = simulate(prompts, texts, answers, compares, cfg.label_temperature, seed_of("choices", cfg.seed))
     if not rows:
-        raise data.InputError(f"--init {cfg.init}: its samples are all alike; raise --temperature")
+        raise data.InputError(f"--init {cfg.init}: its samples are all alike; raise --temperature or --samples")
     data.write_jsonl(target, rows)

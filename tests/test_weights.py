@@ -443,6 +443,9 @@ BAD = {
         lambda f: with_tensors(f, lambda t: t.update({"transformer.ln_f.bias": torch.ones(2)})),
         "size mismatch for ln_f.bias",
     ),
+    "a weight that is no number": (
+        lambda f: with_tensors(f, lambda t: t["transformer.ln_f.bias"].fill_(math.nan)), "not all weights are finite",
+    ),
     "a list for a config": (lambda f: (f / "config.json").write_text("[]"), "not as expected .AttributeError"),
     "heads that do not divide": (lambda f: edit(f / "config.json", n_head=5), "not a multiple of n_head 5"),
     "an end of text that is a word": (
@@ -880,6 +883,15 @@ def test_a_conversation_has_the_tokens_of_transformers_and_the_template_goes_out
     if template == MISTRAL_CHAT:
         with pytest.raises(InputError, match="roles must alternate"):
             data.encode_prompt(ours, [{"role": "assistant", "content": "a"}])
+
+
+def test_of_several_templates_the_default_is_taken_and_one_without_default_is_refused(tmp_path):
+    for several in ({"default": CHATML}, [{"name": "default", "template": CHATML}, {"name": "rag", "template": "x"}]):
+        assert tokenizer_json.read_template(tmp_path, {"chat_template": several})["template"] == CHATML
+    with pytest.raises(InputError, match="of the chat templates rag none is the default"):
+        tokenizer_json.read_template(tmp_path, {"chat_template": {"rag": CHATML}})
+    (tmp_path / "chat_template.jinja").write_text("file")
+    assert tokenizer_json.read_template(tmp_path, {"chat_template": {"rag": CHATML}})["template"] == "file"
 
 
 def test_the_generation_tag_of_a_template_writes_nothing_and_the_date_is_that_of_the_import(tmp_path):

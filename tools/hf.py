@@ -251,6 +251,8 @@ def load(config: GPTConfig, scalar: bool, found: dict[str, Tensor], source: str)
         state[ours] = turned(ours, x, config).contiguous()
     if output is not None and not torch.equal(output.float(), state["wte.weight"]):
         raise InputError(f"{source}: ties lm_head.weight to the embedding but holds another; set tie_word_embeddings")
+    if not all(x.isfinite().all() for x in state.values()):
+        raise InputError(f"{source}: not all weights are finite; fetch it again")
     head = state.pop("head.weight", None)
     model.load_state_dict(state, assign=True)  # RuntimeError for a wrong shape
     if scalar:

@@ -182,9 +182,13 @@ def read_template(folder: Path, about: dict) -> dict[str, str]:
     """Return the chat template of a folder and the names of its special tokens for `data.chat`, or {}."""
     template = about.get("chat_template")
     if isinstance(template, list):  # several, by name
-        template = {each["name"]: each["template"] for each in template}.get("default")
+        template = {each["name"]: each["template"] for each in template}
     if (path := folder / "chat_template.jinja").exists():
         template = path.read_text(encoding="utf-8")
+    elif isinstance(template, dict):
+        if "default" not in template:
+            raise InputError(f"{folder}: of the chat templates {', '.join(template)} none is the default; name one so")
+        template = template["default"]
     names = ("bos_token", "eos_token", "pad_token", "unk_token")
     tokens = {name: about[name] for name in names if isinstance(about.get(name), str)}
     today = date.today().isoformat()  # for a template that asks for it
