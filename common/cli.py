@@ -122,7 +122,8 @@ def options_of(folder: str, config: type) -> list[str]:
 def add_option(group: Any, field: dataclasses.Field, comment: str) -> None:
     kind = get_args(field.type)[0] if isinstance(field.type, UnionType) else field.type  # without None
     kind = getattr(kind, "__origin__", kind)  # without limits
-    how = {"action": "store_true"} if kind is bool else {"type": kind, "metavar": kind.__name__}
+    read = os.path.expanduser if kind is str else kind  # a shell leaves --out=~/x as it is
+    how = {"action": "store_true"} if kind is bool else {"type": read, "metavar": kind.__name__}
     if field.default not in ("", None, False):
         comment += f" (default: {field.default})"
     group.add_argument(f"--{field.name}", default=field.default, help=comment.replace("%", "%%") or " ", **how)

@@ -63,8 +63,8 @@ def load(
         merge = "merge it into its model first (peft's merge_and_unload), and bring that in with tools.hf"
         raise InputError(f"{option} {folder}: an adapter of another project; {merge}".strip())
     if not path.exists():
-        advice = "name a run folder, or a function as path/to/file.py:function"
-        raise InputError(f"{option} {folder}: no model.pt there; run the stage that writes it, or {advice}".strip())
+        advice = "bring it in with tools.hf, or name a run folder, or a function as path/to/file.py:function"
+        raise InputError(f"{option} {folder}: no model.pt there; run the stage that writes it, {advice}".strip())
     saved, rank, adapters = read_checkpoint(path), trunks.rank if trunks else 0, {}
     try:
         base = lora.find_base(saved, path, rank)

@@ -72,7 +72,7 @@ def check(messages: object) -> Messages:
         each = {key: value for key, value in given.items() if value is not None} if known else {}
         if isinstance(each.get("content"), list):
             each["content"] = "".join(map(text_of, each["content"]))
-        if not isinstance(each.get("content", "" if "tool_calls" in each else None), str):
+        if not isinstance(each.get("content", "" if each.get("tool_calls") else None), str):
             wanted = f'a message has a "role" ({", ".join(ROLES)}) and a text "content"'
             raise InputError(f"{wanted}, and message {number} is {str(given)[:60]}; fix or convert the row")
         checked.append(each)
@@ -244,7 +244,7 @@ def continuation(prompt: str, answer: dict) -> str:
     Raises InputError if the answer has no such thought.
     """
     opened = OPENED.search(prompt)
-    if not opened or "tool_calls" in answer:
+    if not opened or answer.get("tool_calls"):
         raise InputError("the model's chat template writes this answer otherwise than behind its own prompt; remove it")
     tag, close, blank = f"<{opened[1]}>", f"</{opened[1]}>", opened[2]
     thought, content = with_reasoning(answer).get("reasoning_content"), answer.get("content", "")

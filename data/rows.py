@@ -192,7 +192,7 @@ def of_conversations(row: dict) -> dict | str:
         return "part before the last answer"
     if not before:
         raise InputError('no "prompt", and the conversations hold none; fix the row')
-    if any(not each[-1].get("content", "").strip() and "tool_calls" not in each[-1] for each in (chosen, rejected)):
+    if any(not each[-1].get("content", "").strip() and not each[-1].get("tool_calls") for each in (chosen, rejected)):
         return "empty"
     return row | {"prompt": before, "chosen": chosen[-1], "rejected": rejected[-1]}
 

@@ -291,6 +291,7 @@ def test_each_answer_of_a_conversation_is_learned_unless_a_flag_says_no(tmp_path
     ({"messages": [user("a"), assistant("yes", weight=0)]}, "no message is an answer of the assistant to learn"),
     ({"messages": [assistant("yes")]}, "no message is an answer of the assistant to learn"),
     ({"messages": [user("a"), {"role": "assistant", "content": [{"type": "image"}]}]}, 'a part of type "image"'),
+    ({"messages": [user("a"), assistant(None, tool_calls=[])]}, "and message 2 is"),
     ({"messages": [{"from": "human", "value": "a"}]}, "message 1 is {'from': 'human', 'value': 'a'}; fix or convert"),
     ({"messages": [user("a"), assistant("yes")], "tools": TOOLS}, 'does not read "tools"'),
     ({"messages": [user("a"), assistant("yes")], "tools": "many"}, '"tools" is no list'),

@@ -104,7 +104,7 @@ def test_several_that_do_not_fit_are_refused_in_a_sentence(three, monkeypatch):
     nets.save_model(strange, other, three["tmp"] / "strange" / "model.pt")
     for options, said in (
         ({"combine": "median"}, "--combine median: give mean, min or lcb"),
-        ({"reward": f"{first},nowhere"}, "--reward nowhere: no model.pt there"),
+        ({"reward": f"{first},nowhere"}, "--reward nowhere: no model.pt there; .* bring it in with tools.hf"),
         ({"reward": f"{first},{three['tmp']}/strange"}, "--reward .*strange: was trained with another vocabulary"),
         ({"reward": f"{first},{three['tmp']}/f.py:f"}, "f.py:f: no such Python file"),
         ({"out": second}, f"--out {second}: is --reward too"),

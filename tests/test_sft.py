@@ -5,6 +5,7 @@ import gzip
 import importlib
 import inspect
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -186,7 +187,7 @@ def test_an_option_may_be_written_with_dashes_and_a_misspelt_one_is_named():
         ppo.Config, ["--kl-coef", "0.3", "--checkpoint-activations", "--max-grad-norm=2", "--judge", "a-b.py:f"]
     )
     assert (cfg.kl_coef, cfg.checkpoint_activations, cfg.max_grad_norm, cfg.judge) == (0.3, True, 2.0, "a-b.py:f")
-    assert not cfg.resume
+    assert not cfg.resume and cli.parse(ppo.Config, ["--out=~/x"]).out == str(Path.home() / "x")
     with pytest.raises(InputError, match="^unrecognized arguments: --kl_cof 0.3; .* --help lists the options$"):
         cli.parse(ppo.Config, ["--kl_cof", "0.3"])
 
