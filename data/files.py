@@ -138,9 +138,16 @@ def _parquet_rows(path: str | Path) -> Iterator[tuple[int, dict]]:
         raise InputError(f"{path}: parquet files need pyarrow: pip install pyarrow") from None
     try:
         batches = parquet.ParquetFile(path).iter_batches(1024)
-        yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
+        yield from enumerate((_without_null(row) for batch in batches for row in batch.to_pylist()), 1)
     except (OSError, ValueError) as error:  # pyarrow's own errors are kinds of ValueError
         raise InputError(f"{path}: not a parquet file that can be read ({error}); fetch it again") from None
+
+
+def _without_null(x: object) -> object:
+    """Return a value of a table without keys that are null. All structs of a column have the keys of each of them."""
+    if isinstance(x, dict):
+        return {key: _without_null(value) for key, value in x.items() if value is not None}
+    return [_without_null(each) for each in x] if isinstance(x, list) else x
 
 
 def _has_kind(value: object, kind: Kind) -> bool:

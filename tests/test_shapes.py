@@ -83,6 +83,10 @@ def test_parquet_is_read_as_jsonl_is(folders, encoding):
     for read in (data.comparisons, data.prompts):
         more = (299,) if read is data.comparisons else ()
         assert read(tmp / "x.parquet", encoding, *more) == read(tmp / "x.jsonl", encoding, *more)
+    calls = [[{"name": "f", "arguments": {"a": 1}}], [{"name": "g", "arguments": {"b": "c"}}]]
+    rows = [{"prompt": "x", "calls": call} for call in calls]  # the table gives each call both arguments
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp / "z.parquet")
+    assert data.read_jsonl(tmp / "z.parquet", {"prompt": str}) == rows
     (tmp / "y.parquet").write_bytes(b"PAR1 not")
     with pytest.raises(InputError, match="y.parquet: not a parquet file"):
         data.prompts(tmp / "y.parquet", encoding)
