@@ -115,7 +115,8 @@ def build(cfg: Config, run: runs.Run, autocast: torch.autocast, device: torch.de
     if cfg.init:
         model, encoding = nets.load_gpt(cfg.init, device, "--init", lora.Trunks(cfg.lora, autocast))
         for name in ("n_layer", "n_head", "n_embd", "dropout"):
-            if getattr(cfg, name) not in (its := getattr(model.config, name), getattr(Config, name)):
+            asked, its = getattr(cfg, name), getattr(model.config, name)
+            if asked not in (its, getattr(Config, name)):
                 raise InputError(f"--{name}: the model of --init {cfg.init} has {its} and keeps it; leave it out")
         return model, encoding
     if cfg.lora:
