@@ -87,7 +87,7 @@ class Config(cli.Shared):
 # --- the loop ---------------------------------------------------------------------------------------------------------
 
 
-def train(cfg: Config) -> dict:
+def train(cfg: Config) -> None:
     if cfg.kl_target and not cfg.kl_coef:
         raise InputError("--kl_target: needs a --kl_coef above 0 to start from")
     device, autocast = cli.setup(cfg)
@@ -145,7 +145,7 @@ def train(cfg: Config) -> dict:
     after = measured(policy, held_out, "after", cfg.seed)
     found = measure.paired(before, after, judged_by)
     run.report(measure.report(found), found)
-    return run.finish(device)
+    run.finish(device)
 
 
 # --- 1 rollout --------------------------------------------------------------------------------------------------------

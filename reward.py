@@ -53,7 +53,7 @@ class Config(cli.Shared):
 # --- the loop ---------------------------------------------------------------------------------------------------------
 
 
-def train(cfg: Config) -> dict:
+def train(cfg: Config) -> None:
     device, autocast = cli.setup(cfg)
     run = runs.Run(cfg)
     policy, encoding, groups, held_out = build(cfg, run, autocast, device)
@@ -104,7 +104,7 @@ def train(cfg: Config) -> dict:
             dist.print0(f"\nscores of {cfg.init}'s samples now have mean 0, variance 1 {how}")
         if run.due(step, cfg.save_every or 200):
             run.save(step + 1, model, encoding, {}, optimizer=optimizer)
-    return run.finish(device)
+    run.finish(device)
 
 
 # --- 1 comparisons ----------------------------------------------------------------------------------------------------

@@ -52,7 +52,7 @@ class Config(cli.Shared):
 # --- the loop ---------------------------------------------------------------------------------------------------------
 
 
-def train(cfg: Config) -> dict:
+def train(cfg: Config) -> None:
     device, autocast = cli.setup(cfg)
     run = runs.Run(cfg)
     model, encoding = build(cfg, run, autocast, device)
@@ -99,7 +99,7 @@ def train(cfg: Config) -> dict:
             run.keep_best(-metrics["loss/held_out"], model, encoding)
         if run.due(step, cfg.save_every or every):
             run.save(step + 1, model, encoding, {}, optimizer=optimizer)
-    return run.finish(device)
+    run.finish(device)
 
 
 # --- 1 model and data -------------------------------------------------------------------------------------------------

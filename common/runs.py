@@ -41,7 +41,6 @@ class Run:
         self.files: dict[str, Path] = {}  # what was made before the start: its name in the folder → where it is
         self.created = self.saved_at = self.logged_at = time.time()
         self.shown_at = 0.0  # when a step was last printed
-        self.result: dict = {}  # what `finish` returns
         self.save_took = 0.0
         self.signal, self.handlers = 0, {}  # the signal that has asked the run to stop; what else would hear it
         dist.check_shard(cfg)
@@ -133,7 +132,7 @@ class Run:
         now = time.time()
         seconds = now - self.logged_at - self.times.get("time/evaluate", 0.0)
         metrics |= self.times | {"tokens_per_s": tokens / seconds}
-        self.times, self.logged_at, self.result = {}, now, metrics
+        self.times, self.logged_at = {}, now
         if RANK > 0:
             return
         self.append("metrics.jsonl", json.dumps({"step": step} | metrics))
@@ -227,7 +226,6 @@ class Run:
 
     def report(self, text: str, content: dict) -> None:
         """Print a report, and keep all its numbers as report.json."""
-        self.result = content
         dist.print0(text)
         self.write("report.json", content)
 
@@ -238,9 +236,8 @@ class Run:
             self.append("samples.txt", f"step {step}  {text}")
             print(f"    “{text}”", flush=True)
 
-    def finish(self, device: torch.device) -> dict:
-        """Print the peak memory, write the run's page, and say what is next. Returns what report.json holds, or, of a
-        run without one, the metrics of its last step."""
+    def finish(self, device: torch.device) -> None:
+        """Print the peak memory, write the run's page, and say what is next."""
         if RANK == 0:
             self.describe()
             print(f"peak memory: {about.peak_memory(device):.2f} GiB", flush=True)
@@ -249,7 +246,6 @@ class Run:
                 print(f"{path}: the report, with all its numbers")
             if command := about.next_command(self.origin["stage"], self.cfg):
                 print(f"next: {command}", flush=True)
-        return self.result
 
 
 def write_page(folder: Path) -> None:
