@@ -85,7 +85,7 @@ def run_seconds(out: Path, began: float) -> float:
     total = 0.0
     for config in (out / "config.json", out.with_name("pretrain") / "config.json"):
         if config.exists() and config.stat().st_mtime > began:
-            total += json.loads(config.read_text())["seconds"]
+            total += json.loads(config.read_text()).get("seconds", 0.0)  # a Hugging Face folder has none
     return total or time.time() - began
 
 
