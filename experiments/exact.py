@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from common import nets
 from data.files import InputError
 from experiments import letters
 from experiments.forks import FORKS, HERE, patched
@@ -48,8 +49,10 @@ def trl(beta: float, seed: int) -> dict[str, float]:
         hf.convert(str(folder / "start"), folder / "start-hf")
     words = ["--init", folder / "start-hf", "--out", folder / f"{name}-hf", "--beta", beta, "--seed", seed]
     text = stage(folder, name, "experiments/exact_trl.py", *words)
-    if not (folder / name).exists():
-        hf.convert(str(folder / f"{name}-hf"), folder / name)
+    _, encoding = nets.load_gpt(folder / "start")
+    policy, _ = hf.read_model(folder / f"{name}-hf", encoding)
+    (folder / name).mkdir(exist_ok=True)
+    nets.save_model(policy, encoding, folder / name / "model.pt")
     return letters.ended(folder / name, beta) | {"seconds": seconds(text)}
 
 
