@@ -1,4 +1,4 @@
-"""One run of TRL's PPO in the world of letters, for exact.py: the policy in --out, a Hugging Face folder.
+"""One run of TRL's PPO in the world of letters, for exact.py: the policy in --out, without its tokenizer.
 
 It gets the options of letters.py in the way of race_trl.py. The score is the world's own, with its cap.
 """
@@ -8,7 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, set_seed
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, set_seed
 
 import ppo
 from common import cli
@@ -51,7 +51,6 @@ def main() -> None:
     tokenizer = padded_tokenizer(options.init)
     trainer(cfg, tokenizer, ["a"] * cfg.batch_size, policy, ref, World(), value, None).train()
     policy.save_pretrained(options.out)
-    AutoTokenizer.from_pretrained(options.init).save_pretrained(options.out)
 
 
 if __name__ == "__main__":
