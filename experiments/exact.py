@@ -12,6 +12,7 @@ is kept in out/experiments/exact.
 
 import argparse
 import json
+import math
 import statistics
 import sys
 from functools import partial
@@ -19,17 +20,18 @@ from pathlib import Path
 
 import numpy as np
 
-from common import nets
 from data.files import InputError
-from experiments import letters
+from experiments import exact_trl, letters
 from experiments.forks import FORKS, HERE, patched
 from experiments.harness import ROOT, markdown, pyplot, save, seconds, stage, t_interval, write_results
-from tools import hf
 
 VARIANTS = ("PPO", "RLOO", "GRPO with the KL in the reward", "GRPO", "KL in the loss as k3", "DAPO clip-higher")
 ONE_BETA = {"TRL's PPO": "0.6"}  # since a run takes ten minutes
 RESULTS = Path(__file__).with_name("results") / "exact.json"
-SHOWN = {"J": "J", "share": "share of the way", "TV": "TV to π*", "KL": "KL to π₀", "KL to π*": "KL to π*"}
+SHOWN = {  # what a table has of each end: its head, digits, and the bounds of what is measured
+    "share": ("share of the way to J\\*", 3, -math.inf, 1), "J": ("J", 2), "TV": ("TV to π\\*", 2, 0, 1),
+    "KL": ("KL to π₀", 2, 0), "KL to π*": ("KL to π\\*", 3, 0),
+}  # fmt: skip
 
 
 def dpo(beta: float, seed: int, n: int = 100_000) -> dict[str, float]:
@@ -43,27 +45,13 @@ def dpo(beta: float, seed: int, n: int = 100_000) -> dict[str, float]:
     return letters.ended(folder / name, beta) | {"seconds": seconds(text)}
 
 
-def trl(beta: float, seed: int) -> dict[str, float]:
-    """Where TRL's PPO lands, with the options of ours."""
-    folder, name = letters.place(), f"trl-{beta:g}-{seed}"
-    if not (folder / "start-hf").exists():
-        hf.convert(str(folder / "start"), folder / "start-hf")
-    words = ["--init", folder / "start-hf", "--out", folder / f"{name}-hf", "--beta", beta, "--seed", seed]
-    text = stage(folder, name, "experiments/exact_trl.py", *words)
-    _, encoding = nets.load_gpt(folder / "start")
-    policy, _ = hf.read_model(folder / f"{name}-hf", encoding)
-    (folder / name).mkdir(exist_ok=True)
-    nets.save_model(policy, encoding, folder / name / "model.pt")
-    return letters.ended(folder / name, beta) | {"seconds": seconds(text)}
-
-
 def tables(found: dict[str, dict[str, list[dict]]]) -> list[str]:
     """One table, a line for each variant and β; means over the seeds with their interval of 95%."""
     rows = []
     for who, beta, ends in ((who, *each) for who, by_beta in found.items() for each in by_beta.items()):
-        cells = [t_interval([end[name] for end in ends], 3 if name == "share" else 2) for name in SHOWN]
+        cells = [t_interval([end[name] for end in ends], *shown[1:]) for name, shown in SHOWN.items()]
         rows.append([who, beta, *cells, f"{statistics.mean(end['seconds'] for end in ends):.0f}"])
-    return [markdown(["variant", "β", *SHOWN.values(), "seconds"], rows)]
+    return [markdown(["variant", "β", *(head for head, *_ in SHOWN.values()), "seconds"], rows)]
 
 
 def draw(found: dict[str, dict[str, list[dict]]], target: Path) -> None:
@@ -113,7 +101,7 @@ def main() -> None:
     known = json.loads(RESULTS.read_text())["found"] if mine and RESULTS.exists() else {}
     runs = {who: partial(letters.settle, text) for who, text in variants.items()}
     if not mine:
-        runs |= {"DPO": dpo, "TRL's PPO": trl}
+        runs |= {"DPO": dpo, "TRL's PPO": exact_trl.land}
     seeds = [int(seed) for seed in options.seeds.split(",")]
     found: dict[str, dict[str, list[dict]]] = {}
     for who, land in runs.items():

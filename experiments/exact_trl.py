@@ -1,4 +1,4 @@
-"""One run of TRL's PPO in the world of letters, for exact.py: the policy in --out, without its tokenizer.
+"""TRL's PPO in the world of letters, for exact.py: where it lands, and the script of one run.
 
 It gets the options of letters.py in the way of race_trl.py. The score is the world's own, with its cap.
 """
@@ -8,12 +8,26 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, set_seed
 
 import ppo
-from common import cli
+from common import cli, nets
 from experiments import letters
-from experiments.race_trl import padded_tokenizer, trainer
+from experiments.harness import seconds, stage
+from tools import hf
+
+
+def land(beta: float, seed: int) -> dict[str, float]:
+    """Where TRL's PPO ends, and its seconds."""
+    folder, name = letters.place(), f"trl-{beta:g}-{seed}"
+    if not (folder / "start-hf").exists():
+        hf.convert(str(folder / "start"), folder / "start-hf")
+    words = ["--init", folder / "start-hf", "--out", folder / f"{name}-hf", "--beta", beta, "--seed", seed]
+    text = stage(folder, name, "experiments/exact_trl.py", *words)
+    _, encoding = nets.load_gpt(folder / "start")
+    policy, _ = hf.read_model(folder / f"{name}-hf", encoding)
+    (folder / name).mkdir(exist_ok=True)
+    nets.save_model(policy, encoding, folder / name / "model.pt")
+    return letters.ended(folder / name, beta) | {"seconds": seconds(text)}
 
 
 class World(torch.nn.Module):
@@ -35,6 +49,10 @@ class World(torch.nn.Module):
 
 
 def main() -> None:
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, set_seed
+
+    from experiments.race_trl import padded_tokenizer, trainer
+
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     for name in ("init", "out"):
         parser.add_argument(f"--{name}", type=Path, required=True, help="a Hugging Face folder")

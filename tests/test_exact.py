@@ -2,7 +2,6 @@
 
 import ast
 import copy
-import importlib
 import itertools
 import json
 import math
@@ -14,7 +13,7 @@ import torch
 
 import ppo
 from common.measure import win_rate_ceiling
-from experiments import ceiling, critic, estimators, exact, gae, letters
+from experiments import ceiling, critic, estimators, exact, exact_trl, gae, letters
 from experiments.forks import HERE, patched
 from experiments.recipe import changed
 from tests.conftest import ROOT
@@ -260,7 +259,7 @@ def test_a_diff_of_ones_own_gets_a_row_beside_the_table(tmp_path, monkeypatch, c
 def test_trl_reads_the_final_score_of_every_answer():
     """As TRL lays answers out: a pad, which no net can say, stands behind EOS."""
     utils, eos, pad = pytest.importorskip("trl.experimental.utils"), 5, 6
-    world = importlib.import_module("experiments.exact_trl").World()
+    world = exact_trl.World()
     rows = [[0, *map(letters.LETTERS.index, word)] + [eos] * (len(word) < letters.R) for word in letters.WORDS]
     answers = torch.tensor([row + [pad] * (1 + letters.R - len(row)) for row in rows])
     _, scores, _ = utils.get_reward(world, answers, pad, context_length=1)
