@@ -138,8 +138,7 @@ def _parquet_rows(path: str | Path) -> Iterator[tuple[int, dict]]:
         raise InputError(f"{path}: parquet files need pyarrow: pip install pyarrow") from None
     try:
         batches = parquet.ParquetFile(path).iter_batches(1024)
-        rows = (row for batch in batches for row in batch.to_pylist())
-        yield from enumerate(({column: _without_null(x) for column, x in row.items()} for row in rows), 1)
+        yield from enumerate((_without_null(row) for batch in batches for row in batch.to_pylist()), 1)
     except (OSError, ValueError) as error:  # pyarrow's own errors are kinds of ValueError
         raise InputError(f"{path}: not a parquet file that can be read ({error}); fetch it again") from None
 
