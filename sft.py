@@ -109,9 +109,9 @@ def build(cfg: Config, run: runs.Run, autocast: torch.autocast, device: torch.de
     """The model and its tokenizer: those of --init, or new ones."""
     if cfg.arch not in ("gpt2", "llama"):
         raise InputError(f"--arch {cfg.arch}: give gpt2 or llama")
-    n = cfg.n_head * (2 if cfg.arch == "llama" else 1)  # rotary positions turn channels in pairs
-    if cfg.n_embd % n:
-        raise InputError(f"--n_embd {cfg.n_embd}: not a multiple of {n} for --n_head {cfg.n_head}; change one of them")
+    divisor = cfg.n_head * (2 if cfg.arch == "llama" else 1)  # rotary positions turn channels in pairs
+    if cfg.n_embd % divisor:
+        raise InputError(f"--n_embd {cfg.n_embd}: give a multiple of {divisor}, or another --n_head")
     if cfg.init:
         model, encoding = nets.load_gpt(cfg.init, device, "--init", lora.Trunks(cfg.lora, autocast))
         for name in ("n_layer", "n_head", "n_embd", "dropout"):

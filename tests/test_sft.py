@@ -104,7 +104,7 @@ BAD = [
     ("sft.py", ["--data", "text.jsonl", "--vocab_size", "9", "--out", "x"], "--vocab_size 9"),
     ("sft.py", ["--data", "text.jsonl", "--n_head", "7", "--out", "x"], "--n_head 7"),
     ("sft.py", ["--data", "text.jsonl", "--evals", "0", "--out", "x"], "--evals 0"),
-    ("sft.py", ["--data", "text.jsonl", "--arch", "llama", "--n_embd", "30", "--n_head", "2"], "not a multiple of 4"),
+    ("sft.py", ["--data", "text.jsonl", "--arch", "llama", "--n_embd", "30", "--n_head", "2"], "give a multiple of 4"),
     ("sft.py", ["--data", "pairs.jsonl", "--init", "sft", "--dropout", "0.5"], "--dropout: the model of --init"),
     ("reward.py", ["--init", "sft", "--data", "comparisons.jsonl", "--judge", "x.py:f"], "--judge: comparisons.jsonl"),
     ("sft.py", ["--data", "notes.md", "--out", "x"], "notes.md"),
