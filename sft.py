@@ -111,7 +111,7 @@ def build(cfg: Config, run: runs.Run, autocast: torch.autocast, device: torch.de
         raise InputError(f"--arch {cfg.arch}: give gpt2 or llama")
     divisor = cfg.n_head * (2 if cfg.arch == "llama" else 1)  # rotary positions turn channels in pairs
     if cfg.n_embd % divisor:
-        raise InputError(f"--n_embd {cfg.n_embd}: give a multiple of {divisor}, or another --n_head")
+        raise InputError(f"--n_embd {cfg.n_embd}: for --n_head {cfg.n_head} give a multiple of {divisor}")
     if cfg.init:
         model, encoding = nets.load_gpt(cfg.init, device, "--init", lora.Trunks(cfg.lora, autocast))
         for name in ("n_layer", "n_head", "n_embd", "dropout"):
