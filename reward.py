@@ -130,7 +130,7 @@ def build(
     groups = data.comparisons(comparisons, encoding, policy.config.eos, dist.print0)[: cfg.n_prompts or None]
     lengths = [max(len(row.tokens) for row in group.rows) for group in groups]
     groups = data.keep_short(groups, lengths, nets.context(cfg, policy), f"comparisons of {source}", dist.print0)
-    held_out, groups = data.hold_out(groups, encoding)
+    held_out, groups = data.hold_out(groups, encoding, say=dist.print0)
     return policy, encoding, groups, held_out
 
 

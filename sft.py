@@ -145,7 +145,7 @@ def load_rows(
     if not plain:
         rows = data.completions(cfg.data, encoding, eos)
         rows = data.keep_short(rows, [len(row.tokens) for row in rows], width, f"rows of {cfg.data}", dist.print0)
-        held_out, rows = data.hold_out(rows, encoding)
+        held_out, rows = data.hold_out(rows, encoding, say=dist.print0)
         lengths = [len(row.tokens) for row in rows]
         batch = partial(data.shuffled, rows, cfg.batch_size, cfg.seed, lengths)
         return held_out, batch, len(rows) // min(cfg.batch_size, len(rows))

@@ -83,18 +83,20 @@ def micro_batches(rows: list[Row], size: int) -> Iterator[list[Row]]:
         yield rows[start : start + size]
 
 
-def hold_out(items: list, encoding: Encoding, most: int = 512) -> tuple[list, list]:
+def hold_out(items: list, encoding: Encoding, most: int = 512, say: Say = print) -> tuple[list, list]:
     """Return (evaluated, trained on) of rows, groups or prompts. Those of one prompt stay together.
 
     A hash of the prompt's text decides, so that no file or option moves a prompt, and all stages agree. A tenth of all
     texts is held out, and of a file's prompts at least one. The `most` with the lowest hashes are evaluated; the others
-    that are held out are left out. Raises InputError where nothing is left to train on.
+    that are held out are left out, and `say` hears how many. Raises InputError where nothing is left to train on.
     """
     hashes = [prompt_hash(item, encoding) for item in items]
     ordered = sorted(set(hashes))
     n = max(1, sum(each < 2**63 / 10 for each in ordered))
     if n == len(ordered):
         raise InputError(f"--data: {n} different prompts are too few to hold some out and train on others; give more")
+    if n > most:
+        say(f"{n:,} prompts are held out: {most:,} are evaluated, the other {n - most:,} are left out")
     evaluated = [item for item, each in zip(items, hashes) if each <= ordered[min(n, most) - 1]]
     return evaluated, [item for item, each in zip(items, hashes) if each >= ordered[n]]
 

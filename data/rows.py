@@ -334,7 +334,7 @@ def prompts_and_held_out(
         what = f"prompts of {path} (with --response_len)"
         return keep_short(found, [max(1, len(p.ids)) for p in found], room, what, say)
 
-    held_out, rest = (load(eval_path), load(path)) if eval_path else hold_out(load(path), encoding, most)
+    held_out, rest = (load(eval_path), load(path)) if eval_path else hold_out(load(path), encoding, most, say)
     by_hash = {prompt_hash(prompt, encoding): prompt for prompt in held_out}  # each once
     if n := len(by_hash.keys() & {prompt_hash(prompt, encoding) for prompt in rest}):
         say(f"{n:,} prompts of {eval_path} are in {path} too: they are trained on and evaluated")

@@ -172,7 +172,7 @@ def is_held_out(text):
     return int.from_bytes(digest[:8], "little") // 2 < 2**63 / 10, digest[7::-1]
 
 
-def test_every_stage_holds_out_the_same_prompts_whatever_its_options(tmp_path, encoding):
+def test_every_stage_holds_out_the_same_prompts_whatever_its_options(tmp_path, encoding, capsys):
     """A tenth by a hash of the text; the lowest are evaluated, and no held-out prompt is trained on."""
     texts, eos, path = [f"ask {i}" for i in range(600)] + ["", "ask 7"], encoding.eot_token, tmp_path / "x.jsonl"
     more = {"completion": " a", "chosen": " a", "rejected": " b"}
@@ -199,6 +199,8 @@ def test_every_stage_holds_out_the_same_prompts_whatever_its_options(tmp_path, e
             assert sorted({*trained}) == sorted({*case} - {*lowest})
             assert {*held} == {*lowest[:most]}
         assert len(held) == len({*held})  # ppo.py: once each
+        left = len(lowest) - most
+        assert capsys.readouterr().out.count(f"the other {left} are left out") == (3 if left > 0 else 0)
     few = [text for text in texts if not is_held_out(text)[0]][:3]
     for trained, held in found(few, 512):
         assert held == [min(few, key=lambda text: is_held_out(text)[1])] and sorted(trained + held) == sorted(few)
