@@ -6,22 +6,36 @@
 
 Schulman et al. 2025 ("LoRA Without Regret") say that rank 1 suffices for reinforcement learning, at ten times the rate
 of full training, and that adapters on attention alone do not suffice. On the tales policy and value net have adapters
-on all layers of the blocks, or on those of the MLP. It prints judge and KL at the end, means over seeds, and writes
-experiments/results/lora.json. With --init the judge is the reward: seconds an iteration, GiB, and the judge before and
-after. What has run is kept in out/experiments; a stopped run goes on.
+on all layers of the blocks, or on those of the MLP. It prints judge and KL at the end, writes
+experiments/results/lora.json and draws experiments/lora.svg. With --init the judge is the reward: it prints seconds per
+iteration, GiB, and the judge before and after, and writes experiments/results/lora-own.json. What has run is kept in
+out/experiments; a stopped run goes on.
 """
 
 import argparse
 import json
+import math
 import re
 import sys
 from pathlib import Path
+from statistics import mean
 
 import ppo
 from common import cli, lora
 from common.measure import mean_and_error
 from common.runs import read_metrics
-from experiments.harness import DIVERGED, FOLDER, JUDGE, markdown, stage, start, t_interval, write_results
+from experiments.harness import (
+    DIVERGED,
+    FOLDER,
+    JUDGE,
+    markdown,
+    pyplot,
+    save,
+    stage,
+    start,
+    t_interval,
+    write_results,
+)
 
 RANKS, RATES = (1, 4, 16), (1, 3, 10)
 LAYERS = {"all": lora.LAYERS, "MLP": ("mlp.c_fc", "mlp.c_proj")}
@@ -56,22 +70,65 @@ def ending(folder: Path, judge: str) -> dict:
 
 
 def tales(seeds: list[int], iterations: int) -> None:
-    """Every arm on every seed; the table of means."""
-    found, rows = {}, []
+    """Every arm on every seed: the table, the figure and the result file."""
+    found = {}
     for arm in ARMS:
         for seed in seeds:
             folder, _ = ppo_run(start(seed), *arm, 4e-4, ["--seed", seed, "--iterations", iterations])
-            found.setdefault(arm, {})[seed] = ending(folder, JUDGE)
-        ends = [end for end in found[arm].values() if end]
-        cells = [t_interval([end[name] for end in ends]) if ends else "" for name in ("after", "kl", "highest kl")]
-        rows.append([arm[0] or "all weights", arm[1], arm[2], *cells, len(seeds) - len(ends)])
-    print(markdown(["rank", "layers", "rate ×", "judge", "KL (nats)", "highest KL", "diverged"], rows))
-    write_results("lora", {" ".join(map(str, arm)): each for arm, each in found.items()})
+            found.setdefault(named(arm), {})[seed] = ending(folder, JUDGE)
+    write_results("lora", found)
+    print(*tables(found))
+    draw(found, Path(__file__).with_name("lora.svg"))
+
+
+def named(arm: tuple) -> str:
+    return " ".join(map(str, arm))
+
+
+def tables(found: dict[str, dict[int, dict]]) -> list[str]:
+    """One table: judge over the seeds, less that of all weights at their own rate, and each seed's judge and KL."""
+    rows = []
+    whole = found[named(ARMS[0])]
+    for arm in ARMS:
+        ends = found[named(arm)]
+        judges = {seed: end["after"] for seed, end in ends.items() if end}
+        less = [judge - whole[seed]["after"] for seed, judge in judges.items() if whole[seed]]
+        cells = ["", ""]
+        if less:
+            cells = [t_interval([*judges.values()], 2, 0, 1), t_interval(less, 2, -1, 1)]
+        shown = [f"{end['after']:.2f} at {end['kl']:.1f}" if end else "diverged" for end in ends.values()]
+        highest = max((end["highest kl"] for end in ends.values() if end), default=math.nan)
+        rows.append([arm[0] or "all weights", arm[1], arm[2], *cells, *shown, f"{highest:.1f}"])
+    rows[0][4] = ""
+    header = ["rank", "layers", "rate ×", "judge", "less all weights × 1", *(f"seed {seed}" for seed in whole)]
+    return [markdown([*header, "highest KL"], rows)]
+
+
+def draw(found: dict[str, dict[int, dict]], target: Path) -> None:
+    """Judge and KL by rate, a line for each rank: the mean of the seeds, and their range."""
+    figure, axes = pyplot().subplots(2, 2, figsize=(9, 5), layout="constrained", sharex=True, sharey="row")
+    for column, layers in zip(axes.T, LAYERS):
+        for i, rank in enumerate((0, *RANKS)):
+            arms = [(rank, layers if rank else "all", rate) for rate in RATES]
+            for axis, name in zip(column, ("after", "kl")):
+                ends = [[end.get(name, math.nan) for end in found[named(arm)].values()] for arm in arms]
+                label, colour = (f"rank {rank}", f"C{i}") if rank else ("all weights", "black")
+                axis.plot(RATES, [mean(each) for each in ends], color=colour, label=label)
+                axis.fill_between(RATES, [min(x) for x in ends], [max(x) for x in ends], color=colour, alpha=0.12)
+        column[0].set_title("adapters on all layers" if layers == "all" else "adapters on the MLP alone")
+        column[1].set_xlabel("learning rate, as a multiple of the default")
+    for axis, title in zip(axes[:, 0], ("judge at the end", "KL at the end (nats)")):
+        axis.set_ylabel(title)
+        axis.set_xscale("log")
+        axis.set_xticks(RATES, [f"× {rate}" for rate in RATES])
+        axis.minorticks_off()
+    figure.legend(*axes[0][0].get_legend_handles_labels(), frameon=False, loc="outside upper center", ncols=4)
+    save(figure, target)
 
 
 def own(init: str, data: str, judge: str, lr: float, iterations: int) -> None:
-    """A model of your own with its judge as the reward: seconds an iteration, GiB and the judge, by rank."""
-    rows = []
+    """A model of your own with its judge as the reward: seconds per iteration, GiB and the judge, by rank."""
+    found = {}
     paths = [str(Path(path).resolve()) for path in (init, data)]
     file, _, function = judge.rpartition(":")
     judge = f"{Path(file).resolve()}:{function}"
@@ -80,15 +137,25 @@ def own(init: str, data: str, judge: str, lr: float, iterations: int) -> None:
         where = FOLDER / "lora" / Path(init).name
         folder, text = ppo_run(where, *arm, lr, [*options, "--iterations", iterations, "--checkpoint_activations"])
         times = [line["time/rollout"] + line["time/score"] + line["time/update"] for line in read_metrics(folder)]
-        memory = re.search(r"peak memory: (\S+) GiB", text)
+        about = {"seconds": mean(times), "megabytes": (folder / "model.pt").stat().st_size / 1e6}
+        if memory := re.search(r"peak memory: (\S+) GiB", text):
+            about["GiB"] = float(memory[1])
+        found[named(arm)] = about | ending(folder, judge)
+    write_results("lora-own", found)
+    print(*own_tables(found))
+
+
+def own_tables(found: dict[str, dict]) -> list[str]:
+    rows = []
+    for arm in OWN:
+        end = found[named(arm)]
         cells = ["diverged"] * 3
-        if end := ending(folder, judge):
-            cells = [f"{end['before']:.3f}", f"{end['after']:.3f} ± {1.96 * end['error']:.3f}", f"{end['kl']:.2f}"]
-        megabytes = f"{(folder / 'model.pt').stat().st_size / 1e6:.2f}"
-        seconds = f"{sum(times) / len(times):.1f}"
-        rows.append([arm[0] or "all weights", arm[2], seconds, memory[1] if memory else "", megabytes, *cells])
-    header = ["rank", "rate ×", "seconds an iteration", "GiB", "model.pt, MB", "judge before", "after", "KL (nats)"]
-    print(markdown(header, rows))
+        if "after" in end:
+            cells = [f"{end['before']:.2f}", f"{end['after']:.2f} ± {1.96 * end['error']:.2f}", f"{end['kl']:.1f}"]
+        cost = [f"{end['seconds']:.0f}", f"{end.get('GiB', math.nan):.1f}", f"{end['megabytes']:.1f}"]
+        rows.append([arm[0] or "all weights", arm[2], *cost, *cells])
+    header = ["rank", "rate ×", "seconds per iteration", "GiB", "model.pt (MB)", "judge before", "after", "KL (nats)"]
+    return [markdown(header, rows)]
 
 
 def main() -> None:
