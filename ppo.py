@@ -17,8 +17,9 @@ of contents: one function per step, and a fork changes one of them.
       rewards, advantages, returns, final_score      (B, R) … (B,)        3 estimate
       ratio, of the last epoch                       (B, R)               4 update
 
-tokens are right-padded. Column r of the (B, R) tensors is about the response token at position prompt_len + r; they are
-0 outside the response, and mask is true inside it. A part of the batch has b, t and r for B, T and R.
+tokens are right-padded, and length counts the prompt too. Column r of the (B, R) tensors is about the response token at
+position prompt_len + r; they are 0 outside the response, and mask is true inside it. A part of the batch has b, t and r
+for B, T and R.
 
 Set-up: Ziegler et al. 2019 (arXiv 1909.08593). Update: Schulman et al. 2017 (1707.06347). Separate value net: Stiennon
 et al. 2020 (2009.01325). Left out on purpose: a trunk shared with the value net, an entropy bonus, whitened rewards.
@@ -53,10 +54,10 @@ class Config(cli.Shared):
     data: str = ""  # JSONL "prompt"; empty: the tales' prompts
     eval_data: str = ""  # held-out JSONL "prompt"; empty: a part of --data (the tales have their own)
     init: str = "out/sft"  # run folder of the starting policy
-    ref: str = ""  # run folder of the frozen copy (the table's "before"), where --init is a run of PPO; empty: --init
+    ref: str = ""  # run folder of the reference, where --init is itself a run of PPO; empty: --init
     reward: str = "out/reward"  # run folder of the reward model, or FILE.py:function; several (commas) are combined
     combine: str = "mean"  # score by several: mean, min, or lcb, the mean less one standard deviation over them
-    judge: str = ""  # FILE.py:function, never trained on; of several (commas) the first is measured in training too
+    judge: str = ""  # FILE.py:function that only measures; of several (commas) the first measures in training too
     out: str = "out/ppo"  # run folder to write
     block_size: Whole = 0  # longest prompt and answer together, in tokens; 0: the model's context
     seed: Whole = 0  # random seed of prompts, samples and minibatches
@@ -69,16 +70,16 @@ class Config(cli.Shared):
     temperature: Positive = 1.0  # temperature of sampling and of all log-probabilities
     lr: Number = 4e-4  # peak learning rate of the policy; it rises at first and falls to 0
     value_lr: Number = 1e-3  # learning rate of the value net; it falls to 0
-    value_warmup: Whole = 2  # first iterations, in which only the value net learns; at most a quarter of all
+    value_warmup: Whole = 2  # iterations at the start in which only the value net learns; at most a quarter of all
     # PPO
     kl_coef: Number = 0.05  # β: reward charged per nat of KL to the frozen copy
-    kl_target: Number = 0.0  # nats per response; above 0, β moves by up to 5% per iteration to reach it
-    kl_stop: Number = 0.0  # nats per response; an iteration above this ends the run, because it has left the language
+    kl_target: Number = 0.0  # nats per response; β moves by up to 5% per iteration to reach it; 0: β is fixed
+    kl_stop: Number = 0.0  # nats per response; an iteration above it ends the run, which writes nonsense; 0: off
     gamma: Share = 1.0  # discount
-    lam: Share = 0.95  # λ of GAE
-    cliprange: Number = 0.2  # ε of the policy's ratio
-    cliprange_value: Number = 0.2  # ε of the value clip
-    unended_cap: float | None = None  # highest score without EOS; default −1, or inf for a function
+    lam: Share = 0.95  # λ of GAE: 1 has no bias, less has less noise
+    cliprange: Number = 0.2  # ε: a token's probability ratio is clipped to 1 ± ε
+    cliprange_value: Number = 0.2  # a value is clipped to its old value ± this
+    unended_cap: float | None = None  # an answer without EOS scores at most this; default −1, or inf for functions
     # evaluation
     eval_prompts: Count = 512  # held-out prompts to evaluate on
     eval_every: Whole = 0  # evaluate every so many iterations and keep the best policy as best.pt; 0: only at the end
@@ -255,7 +256,8 @@ def estimate(batch: Batch, kl_coef: float, cfg: Config) -> Batch:
 
 def final_scores(batch: Batch, cfg: Config) -> Tensor:
     """The scores (B,), at most --unended_cap where EOS is missing: what PPO raises, and what answers compete by."""
-    cap = (math.inf if judges.is_function(cfg.reward) else -1.0) if cfg.unended_cap is None else cfg.unended_cap
+    by_model = not all(map(judges.is_function, cfg.reward.split(",")))  # whose scores have a unit
+    cap = (-1.0 if by_model else math.inf) if cfg.unended_cap is None else cfg.unended_cap
     return torch.where(batch["ended"], batch["score"], batch["score"].clamp(max=cap))
 
 

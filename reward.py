@@ -1,4 +1,4 @@
-"""Stage 2: a reward model, the stage-1 trunk under a scalar head, trained on which of two responses was preferred.
+"""Stage 2: a reward model, the stage-1 model with a scalar head, trained on which of two responses was preferred.
 
     python reward.py                                  sample stories, let the tales' judge compare them, train
     python reward.py --data COMPARISONS.jsonl         train on comparisons that people made
@@ -44,7 +44,7 @@ class Config(cli.Shared):
     temperature: Positive = 1.0  # temperature of the samples
     samples: Count = 8  # responses to each prompt, to compare
     judge: str = ""  # the simulated person that compares, FILE.py:function; the tales have theirs
-    label_temperature: Positive = 0.1  # its noise: at 0.1, a response judged 0.1 better wins 73% of comparisons
+    label_temperature: Positive = 0.1  # noise of the judge: at 0.1, a response judged 0.1 better wins in 73%
     # training
     batch_size: Count = 4  # prompts per step, each with all its responses, over all processes
     lr: Number = 1e-3  # peak of the learning rate

@@ -41,7 +41,7 @@ class Config(cli.Shared):
     weight_decay: Number = 0.1  # strength of AdamW's weight decay, on matrices alone
     evals: Count = 5  # how often held-out loss and a sample are shown, and the run is saved
     # model, without --init
-    vocab_size: Whole = 1024  # of the byte-level BPE learned from --data; 0: GPT-2's vocabulary
+    vocab_size: Whole = 1024  # size of the byte-level BPE that is learned from --data; 0: GPT-2's vocabulary
     arch: str = "gpt2"  # gpt2, or llama: rotary positions, RMSNorm, SwiGLU, no biases
     n_layer: Count = 2  # blocks
     n_head: Count = 4  # attention heads

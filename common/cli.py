@@ -35,14 +35,14 @@ Share = Annotated[float, (0.0, 1.0)]
 class Shared:
     # of every stage
     device: str = "auto"  # auto, cpu, cuda or mps
-    dtype: str = "auto"  # auto, float32 or bfloat16 (autocast)
+    dtype: str = "auto"  # float32 or bfloat16 (autocast); auto: bfloat16 on a CUDA GPU that has it, else float32
     compile: bool = False  # torch.compile of the blocks, after a minute of compiling
     checkpoint_activations: bool = False  # less memory, slower: compute activations again in the backward
-    lora: Whole = 0  # rank of adapters (LoRA, α = 32) to train beside frozen weights, at 3 to 10 times --lr; 0: off
+    lora: Whole = 0  # rank of adapters (LoRA, α = 32) to train beside frozen weights; raise --lr 3 to 10 times; 0: off
     shard: bool = False  # divide the nets over the processes of torchrun (FSDP), where one GPU cannot hold them
-    micro_batch_size: Whole = 0  # rows (stage 2: prompts) in one forward of training; 0: all of a step
-    max_grad_norm: Number = 1.0  # highest norm of each net's gradient; 0: not clipped
-    save_every: Whole = 0  # steps between checkpoints; 0: the stage chooses. A run saves once a minute in any case
+    micro_batch_size: Whole = 0  # rows (stage 2: prompts) per forward: fewer save memory, and change no result; 0: all
+    max_grad_norm: Number = 1.0  # each net's gradient is clipped to this norm; 0: not clipped
+    save_every: Whole = 0  # steps between checkpoints, and one per minute; 0: ppo 20, reward 200, sft as --evals
     resume: bool = False  # continue the run in --out, with the same options
 
 
@@ -86,7 +86,7 @@ def parse(config: type, argv: list[str] | None = None, positional: str = "") -> 
     if positional:
         parser.add_argument(positional.strip("[]"), nargs="?" if "[" in positional else None, help="a run folder")
     if issubclass(config, Shared):
-        parser.add_argument("--like", metavar="DIR", help="take the options of this run, but for --out; yours go first")
+        parser.add_argument("--like", metavar="DIR", help="take this run's options, except --out; yours override them")
     fields = {field.name: field for field in dataclasses.fields(config)}
     line = re.compile(r"^    (?:# (.*)|(\w+): .*?(?:#\s*(.*))?)$", re.MULTILINE)
     for each in config.__mro__[:-1]:
@@ -124,7 +124,7 @@ def add_option(group: Any, field: dataclasses.Field, comment: str) -> None:
     kind = getattr(kind, "__origin__", kind)  # without limits
     read = os.path.expanduser if kind is str else kind  # a shell leaves --out=~/x as it is
     how = {"action": "store_true"} if kind is bool else {"type": read, "metavar": kind.__name__}
-    if field.default not in ("", None, False):
+    if field.default not in ("", None) and field.default is not False:
         comment += f" (default: {field.default})"
     group.add_argument(f"--{field.name}", default=field.default, help=comment.replace("%", "%%") or " ", **how)
 

@@ -48,7 +48,7 @@ Find what you see, then compare the lines. `python -m experiments.atlas` makes t
 | of {n} forms | |
 |---|---|
 | show in the log of a seed, without a judge and without a right run beside it | {plain} |
-| are silent: no threshold sees them, and they cost | {silent} |
+| are silent: our thresholds do not see them, and they cost | {silent} |
 | cost nothing measurable | {free} |
 | change no number at these options | {inert} |
 | of all, the log calls impossible in a sentence | {alarmed} |

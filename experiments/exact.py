@@ -1,7 +1,7 @@
 """A laboratory for variants of PPO: how far each lands from the policy that is known to be the best.
 
     OMP_NUM_THREADS=1 python -m experiments.exact               the table: PPO and its forks, three β, three seeds
-    python -m experiments.exact --diff mine.diff                a row beside it, of a patch against ppo.py
+    python -m experiments.exact --diff mine.diff                a row beside it, of a patch (or several) against ppo.py
     python -m experiments.exact --script my_ppo.py --seeds 0    a row of a whole script that takes ppo.py's options
 
 The world of letters (letters.py) has 781 responses, so π* is listed, and so is where a run ends. What is missing to J*
@@ -81,16 +81,16 @@ def draw(found: dict[str, dict[str, list[dict]]], target: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--diff", type=Path, help="a patch against ppo.py; an option of yours has its default")
+    parser.add_argument("--diff", type=Path, nargs="+", help="patches in turn; an option of yours has its default")
     parser.add_argument("--script", type=Path, help="a script that takes ppo.py's options")
     parser.add_argument("--seeds", default="0,1,2", help="comma-separated")
     parser.add_argument("--betas", default=",".join(map(str, letters.BETAS)), help="comma-separated")
     options = parser.parse_args()
-    source, mine = (ROOT / "ppo.py").read_text(), options.diff or options.script
+    source, mine = (ROOT / "ppo.py").read_text(), (options.diff or [options.script])[-1]
     try:
         variants = {who: patched(source, *FORKS[who][0]) for who in VARIANTS}
         if options.diff:
-            variants = {mine.name: patched(source, mine)}
+            variants = {mine.name: patched(source, *options.diff)}
         elif options.script:
             variants = {mine.name: mine.read_text()}
     except OSError as error:

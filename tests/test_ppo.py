@@ -53,6 +53,8 @@ def test_an_unended_response_gets_the_lower_of_its_score_and_the_cap():
     batch["ended"] = torch.tensor([True, False, True, False, False])
     for cap, expected in ((None, [2, -1, -3, -3, -1]), (0.5, [2, 0.5, -3, -3, 0]), (math.inf, [2, 2, -3, -3, 0])):
         assert ppo.estimate(batch, 0.0, ppo.Config(unended_cap=cap))["final_score"].tolist() == expected
+    for mix, expected in (("a.py:f,out/reward", [2, -1, -3, -3, -1]), ("a.py:f,b.py:g", batch["score"].tolist())):
+        assert ppo.final_scores(batch, ppo.Config(reward=mix)).tolist() == expected
 
 
 def test_score_gae_and_value_see_the_same_token(nets):
