@@ -41,7 +41,7 @@ RANKS, RATES = (1, 4, 16), (1, 3, 10)
 LAYERS = {"all": lora.LAYERS, "MLP": ("mlp.c_fc", "mlp.c_proj")}
 ARMS = [(0, "all", rate) for rate in RATES]
 ARMS += [(rank, layers, rate) for layers in LAYERS for rank in RANKS for rate in RATES]
-OWN = [(0, "all", 1), (16, "all", 3), (1, "all", 10)]  # of a model of your own
+OWN = [(0, "all", 1), (16, "all", 3)]  # of a model of your own
 OWN_OPTIONS = ["--batch_size", 32, "--minibatch_size", 32, "--response_len", 24, "--eval_prompts", 64]
 MLP = "--mlp"  # the first word of a run of PPO with adapters on the MLP alone
 
