@@ -38,7 +38,7 @@ class Shared:
     dtype: str = "auto"  # float32 or bfloat16 (autocast); auto: bfloat16 on a CUDA GPU that has it, else float32
     compile: bool = False  # torch.compile of the blocks, after a minute of compiling
     checkpoint_activations: bool = False  # less memory, slower: compute activations again in the backward
-    lora: Whole = 0  # rank of adapters (LoRA, α = 32) to train beside frozen weights; raise --lr 3 to 10 times; 0: off
+    lora: Whole = 0  # rank of adapters (LoRA, α = 32) to train beside frozen weights; raise --lr some 10 times; 0: off
     shard: bool = False  # divide the nets over the processes of torchrun (FSDP), where one GPU cannot hold them
     micro_batch_size: Whole = 0  # rows (stage 2: prompts) per forward: fewer save memory, and change no result; 0: all
     max_grad_norm: Number = 1.0  # each net's gradient is clipped to this norm; 0: not clipped

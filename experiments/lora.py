@@ -18,7 +18,7 @@ import math
 import re
 import sys
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 
 import ppo
 from common import cli, lora
@@ -137,7 +137,7 @@ def own(init: str, data: str, judge: str, lr: float, iterations: int) -> None:
         where = FOLDER / "lora" / Path(init).name
         folder, text = ppo_run(where, *arm, lr, [*options, "--iterations", iterations, "--checkpoint_activations"])
         times = [line["time/rollout"] + line["time/score"] + line["time/update"] for line in read_metrics(folder)]
-        about = {"seconds": mean(times), "megabytes": (folder / "model.pt").stat().st_size / 1e6}
+        about = {"seconds": median(times), "megabytes": (folder / "model.pt").stat().st_size / 1e6}
         if memory := re.search(r"peak memory: (\S+) GiB", text):
             about["GiB"] = float(memory[1])
         found[named(arm)] = about | ending(folder, judge)
@@ -154,7 +154,7 @@ def own_tables(found: dict[str, dict]) -> list[str]:
             cells = [f"{end['before']:.2f}", f"{end['after']:.2f} ± {1.96 * end['error']:.2f}", f"{end['kl']:.1f}"]
         cost = [f"{end['seconds']:.0f}", f"{end.get('GiB', math.nan):.1f}", f"{end['megabytes']:.1f}"]
         rows.append([arm[0] or "all weights", arm[2], *cost, *cells])
-    header = ["rank", "rate ×", "seconds per iteration", "GiB", "model.pt (MB)", "judge before", "after", "KL (nats)"]
+    header = ["rank", "rate ×", "seconds per iteration (median)", "GiB", "model.pt (MB)", "judge before", "after", "KL (nats)"]
     return [markdown(header, rows)]
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import ppo
-from experiments import default, estimators, exact, harness, kl
+from experiments import default, estimators, exact, harness, kl, lora
 from tests.conftest import ROOT
 
 PAGES = [ROOT / folder / "README.md" for folder in (".", "data", "tests", "experiments")]
@@ -70,11 +70,14 @@ def test_readme_counts_what_the_atlas_counts():
     assert [plain, silent, free, inert, alarmed] == counted
 
 
-@pytest.mark.parametrize("experiment", [default, kl, exact, estimators], ids=lambda module: module.__name__)
-def test_the_tables_of_a_page_are_those_of_the_result_file(experiment):
+TABLES = {"default": default.tables, "kl": kl.tables, "exact": exact.tables, "estimators": estimators.tables}
+TABLES |= {"lora": lora.tables, "lora-own": lora.own_tables}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_the_tables_of_a_page_are_those_of_the_result_file(name):
     text = "".join((ROOT / "experiments" / page).read_text() for page in ("README.md", "exact.md"))
-    found = harness.read_results(experiment.__name__.rpartition(".")[2])
-    assert [table for table in experiment.tables(found) if table not in text] == []
+    assert [table for table in TABLES[name](harness.read_results(name)) if table not in text] == []
 
 
 def test_every_option_that_a_page_names_is_one():
