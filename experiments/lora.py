@@ -117,8 +117,9 @@ def draw(found: dict[str, dict[int, dict]], target: Path) -> None:
                 axis.fill_between(RATES, [min(x) for x in ends], [max(x) for x in ends], color=colour, alpha=0.12)
         column[0].set_title("adapters on all layers" if layers == "all" else "adapters on the MLP alone")
         column[1].set_xlabel("learning rate, as a multiple of the default")
-    for axis, title in zip(axes[:, 0], ("judge at the end", "KL at the end (nats)")):
-        axis.set_ylabel(title)
+    limits = ("judge at the end", 0.7, 1), ("KL at the end (nats)", 0, 7)  # all weights × 10 lie far outside
+    for axis, (title, low, high) in zip(axes[:, 0], limits):
+        axis.set(ylabel=title, ylim=(low, high))
         axis.set_xscale("log")
         axis.set_xticks(RATES, [f"× {rate}" for rate in RATES])
         axis.minorticks_off()
@@ -154,8 +155,8 @@ def own_tables(found: dict[str, dict]) -> list[str]:
             cells = [f"{end['before']:.2f}", f"{end['after']:.2f} ± {1.96 * end['error']:.2f}", f"{end['kl']:.1f}"]
         cost = [f"{end['seconds']:.0f}", f"{end.get('GiB', math.nan):.1f}", f"{end['megabytes']:.1f}"]
         rows.append([arm[0] or "all weights", arm[2], *cost, *cells])
-    header = ["rank", "rate ×", "seconds per iteration (median)", "GiB", "model.pt (MB)", "judge before", "after", "KL (nats)"]
-    return [markdown(header, rows)]
+    header = ["rank", "rate ×", "seconds per iteration (median)", "GiB", "model.pt (MB)"]
+    return [markdown([*header, "judge before", "after", "KL (nats)"], rows)]
 
 
 def main() -> None:
