@@ -112,3 +112,14 @@ def test_a_model_without_a_chat_template_goes_on_with_each_line(folders, encodin
     monkeypatch.setattr(sample, "answers", lambda model, encoding, prompt, *more: asked.append(prompt) or [("no", "")])
     sample.talk(gpt, encoding, sample.Config(), None)
     assert asked == ["ask me", "yes"] and capsys.readouterr().out.count("no chat template") == 1
+
+
+def test_help_tells_the_default_of_every_number(capsys):
+    with pytest.raises(SystemExit):
+        cli.parse(ppo.Config, ["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    fields = {name: field.default for name, field in ppo.Config.__dataclass_fields__.items()}
+    numbers = {name: x for name, x in fields.items() if isinstance(x, (int, float)) and not isinstance(x, bool)}
+    shown = {name: said.partition(f" --{name} {type(x).__name__} ")[2] for name, x in numbers.items()}
+    assert [name for name, x in numbers.items() if not shown[name].partition("(default: ")[2].startswith(f"{x})")] == []
+    assert 0 in numbers.values()
