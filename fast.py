@@ -141,8 +141,8 @@ def token_logprobs(
     """`logp = F.log_softmax(hidden @ weight.T / temperature, -1)`, of which `logp.gather(1, target[:, None])[:, 0]`,
     and if asked `-(logp.exp() * logp).sum(-1)`, both in float32.
 
-    hidden (N, C), W (V, C), target (N,) → (N,), (N,) in nats. Logits exist for one chunk of rows at a time, but where
-    the gradient of an entropy is wanted.
+    hidden (N, C), W (V, C), target (N,) → (N,), (N,) in nats. Logits exist for one chunk of rows at a time, except
+    where the gradient of an entropy is wanted.
     """
     hidden, weight = rounded(hidden), rounded(weight)
     wanted = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)

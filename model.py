@@ -38,7 +38,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float 
 
 
 def rounded(x: Tensor) -> Tensor:
-    """x, under autocast in the dtype of its products: a frozen copy that is stored in it gives equal numbers."""
+    """x in autocast's dtype, if autocast is on: a frozen copy that is stored in that dtype gives equal numbers."""
     kind = x.device.type
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
@@ -293,16 +293,15 @@ class GPT(nn.Module):
 
         Returns tokens (B, T) right-padded, and on the CPU prompt_len (B,), length (B,). A response that ended has EOS,
         or one of config.stops, as its last token; one that was cut has not. An empty prompt gets EOS at first.
-        `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 are off. `generator` is a CPU generator on every device: one
-        number per step, row after row, so no split of the rows changes them. Raises ValueError if a prompt and
-        `max_new_tokens` are too long.
+        `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 are off. `generator` is a CPU generator on every device: each
+        row takes the next `max_new_tokens` numbers of it, so to split the rows changes no answer. Raises ValueError if
+        a prompt and `max_new_tokens` are too long.
         """
         config, device = self.config, self.wte.weight.device
         prompts = [prompt or [config.eos] for prompt in prompts]
         B, P, N = len(prompts), max(map(len, prompts)), max_new_tokens
         if N < 1 or P + N > config.block_size:
-            what = f"a prompt of {P} and {N} new tokens (at least 1)"
-            raise ValueError(f"{what} do not fit the context of {config.block_size}")
+            raise ValueError(f"{P} tokens and {N} new ones (at least 1) do not fit the context of {config.block_size}")
         uniform = torch.rand(B, N, dtype=torch.float64, generator=generator).T  # a row's numbers follow each other
         if device.type != "mps":  # which has no float64
             uniform = uniform.to(device)
@@ -365,7 +364,7 @@ class ScalarModel(nn.Module):
         return self.gain * raw + self.bias
 
     def scores(self, tokens: Tensor, length: Tensor) -> Tensor:
-        """The score (B,) of each whole sequence, read at its last real token; `suffix` follows an end of a turn."""
+        """The score (B,) of each whole sequence, at its last real token, or after it and `suffix` if it ends a turn."""
         if self.config.suffix:
             last = pick(tokens, torch.arange(len(tokens)), length - 1)
             ended = torch.isin(last, torch.tensor(self.config.ends, device=last.device)).to(length.device)

@@ -6,9 +6,9 @@
     python ppo.py --kl_coef 0                         what the KL term is for: see the reward being hacked
 
 Four nets: the policy; its frozen copy, the reference; a frozen reward model; and a value net that starts as the reward
-model (or, if a Python function is the reward, as the policy's trunk under a head of zeros). Each iteration answers a
-batch of prompts, scores the answers, and improves the policy on them. The loop in `train` comes first and is the table
-of contents: one function per step, and a fork changes one of them.
+model. If the reward is a Python function, the value net starts from the policy's weights, with a head of zeros. Each
+iteration answers a batch of prompts, scores the answers, and improves the policy on them. The loop in `train` comes
+first and is the table of contents: one function per step, and a fork changes one of them.
 
     Batch: what each step adds                       shape                made by
       tokens, prompt_len, length, ended              (B, T) (B,) …        1 rollout
@@ -54,9 +54,9 @@ class Config(cli.Shared):
     data: str = ""  # JSONL "prompt"; empty: the tales' prompts
     eval_data: str = ""  # held-out JSONL "prompt"; empty: a part of --data (the tales have their own)
     init: str = "out/sft"  # run folder of the starting policy
-    ref: str = ""  # run folder of the reference, where --init is itself a run of PPO; empty: --init
+    ref: str = ""  # run folder of the reference, if --init is itself a run of PPO; empty: the same as --init
     reward: str = "out/reward"  # run folder of the reward model, or FILE.py:function; several (commas) are combined
-    combine: str = "mean"  # score by several: mean, min, or lcb, the mean less one standard deviation over them
+    combine: str = "mean"  # of several rewards: mean, min, or lcb (the mean less one standard deviation over them)
     judge: str = ""  # FILE.py:function that only measures; of several (commas) the first measures in training too
     out: str = "out/ppo"  # run folder to write
     block_size: Whole = 0  # longest prompt and answer together, in tokens; 0: the model's context
@@ -74,12 +74,12 @@ class Config(cli.Shared):
     # PPO
     kl_coef: Number = 0.05  # β: reward charged per nat of KL to the frozen copy
     kl_target: Number = 0.0  # nats per response; β moves by up to 5% per iteration to reach it; 0: β is fixed
-    kl_stop: Number = 0.0  # nats per response; an iteration above it ends the run, which writes nonsense; 0: off
+    kl_stop: Number = 0.0  # nats per response; the run stops when an iteration has more: its texts are nonsense; 0: off
     gamma: Share = 1.0  # discount
     lam: Share = 0.95  # λ of GAE: 1 has no bias, less has less noise
     cliprange: Number = 0.2  # ε: a token's probability ratio is clipped to 1 ± ε
     cliprange_value: Number = 0.2  # a value is clipped to its old value ± this
-    unended_cap: float | None = None  # an answer without EOS scores at most this; default −1, or inf for functions
+    unended_cap: float | None = None  # highest score without EOS; default −1, or inf if all rewards are functions
     # evaluation
     eval_prompts: Count = 512  # held-out prompts to evaluate on
     eval_every: Whole = 0  # evaluate every so many iterations and keep the best policy as best.pt; 0: only at the end
@@ -244,7 +244,7 @@ def estimate(batch: Batch, kl_coef: float, cfg: Config) -> Batch:
     rewards = rewards.scatter_add(1, last, final_score[:, None].to(rewards.dtype)) * mask
 
     values, advantages = batch["values"], torch.zeros_like(rewards)
-    next_value = next_advantage = torch.zeros_like(final_score)  # 0 after the last token, of a cut answer too
+    next_value = next_advantage = torch.zeros_like(final_score)  # 0 after the last token, even if the answer was cut
     for r in reversed(range(mask.shape[1])):
         delta = rewards[:, r] + cfg.gamma * next_value - values[:, r]
         next_advantage = (delta + cfg.gamma * cfg.lam * next_advantage) * mask[:, r]
@@ -255,7 +255,7 @@ def estimate(batch: Batch, kl_coef: float, cfg: Config) -> Batch:
 
 
 def final_scores(batch: Batch, cfg: Config) -> Tensor:
-    """The scores (B,), at most --unended_cap where EOS is missing: what PPO raises, and what answers compete by."""
+    """The scores (B,), at most --unended_cap where EOS is missing: what PPO raises, and what picks the best of n."""
     by_model = not all(map(judges.is_function, cfg.reward.split(",")))  # whose scores have a unit
     cap = (-1.0 if by_model else math.inf) if cfg.unended_cap is None else cfg.unended_cap
     return torch.where(batch["ended"], batch["score"], batch["score"].clamp(max=cap))
@@ -343,10 +343,10 @@ def update(
 
 
 def rates(step: int, cfg: Config) -> tuple[float, float]:
-    """The learning rates of policy and value net at an iteration. Both carry a factor that falls to 0.
+    """The learning rates of policy and value net at an iteration. Both are multiplied by a factor that falls to 0.
 
     The reward model was trained on last tokens alone, so what the value net says of a prefix is a guess at first. It
-    learns alone for some iterations. Then the policy's rate rises for four, or a quarter of the run.
+    learns alone for some iterations. Then the policy's rate rises over four, or over a quarter of a short run.
     """
     alone = min(cfg.value_warmup, cfg.iterations // 4)
     rising = max(1, min(4, cfg.iterations // 4))

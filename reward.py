@@ -77,7 +77,8 @@ def train(cfg: Config) -> None:
         for start in range(0, len(mine), size):
             part = mine[start : start + size]
             with autocast:
-                margin = agreement.margins(part, score_groups(model, part, device))
+                scores = agreement.score_groups(model, part, device)
+            margin = agreement.margins(part, scores)
             part_loss = pairwise_loss(margin, part) / len(batch)
             part_loss.backward()
             loss, correct = loss + part_loss.detach(), correct + (margin > 0).sum()
@@ -90,7 +91,8 @@ def train(cfg: Config) -> None:
         last = step + 1 == steps
         if last:
             with run.timed("evaluate"):
-                margin = agreement.margins(held_out, read_scores(model, held_out, size, device, autocast))
+                scores = agreement.read_scores(model, held_out, size, device, autocast)
+                margin = agreement.margins(held_out, scores)
                 found, table = agreement.summary(held_out, margin)
                 metrics |= {"eval/loss": pairwise_loss(margin, held_out).item() / len(held_out)} | found
                 normalize(model, samples, cfg.micro_batch_size or 64, device, autocast)
@@ -137,34 +139,13 @@ def build(
 # --- 2 loss -----------------------------------------------------------------------------------------------------------
 
 
-def score_groups(model: ScalarModel, groups: list[data.Group], device: torch.device) -> Tensor:
-    """The scores (N,) of all responses of the groups."""
-    tokens, _, length = data.pad([row for group in groups for row in group.rows], device)
-    return model.scores(tokens, length)
-
-
 def pairwise_loss(margin: Tensor, groups: list[data.Group]) -> Tensor:
     """Σ over groups of the mean over a group's pairs of −log σ(margin); a margin (P,) is s_winner − s_loser."""
     weight = torch.cat([torch.full((n,), 1 / n) for n in (len(group.pairs) for group in groups)]).to(margin.device)
     return -(weight * F.logsigmoid(margin)).sum()
 
 
-# --- 3 evaluation -----------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def read_scores(
-    model: ScalarModel, groups: list[data.Group], size: int, device: torch.device, autocast: torch.autocast
-) -> Tensor:
-    """The scores (N,) of all responses of the groups, on the CPU, `size` groups at a time."""
-    found = []
-    for start in dist.counted(range(0, len(groups), size), "held-out pairs"):
-        with autocast:
-            found.append(score_groups(model, groups[start : start + size], device).cpu())
-    return torch.cat(found)
-
-
-# --- 4 normalisation --------------------------------------------------------------------------------------------------
+# --- 3 normalisation --------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()

@@ -206,7 +206,7 @@ def main() -> None:
     if not cfg.init:
         cfg = replace(cfg, init="out/pretrain")
         train(replace(cfg, data=tales.path("pretrain"), init="", out=cfg.init))
-    resume = cfg.resume and folders.started_from(cfg.out, cfg.init)  # else --out holds another run, which is kept
+    resume = cfg.resume and folders.started_from(cfg.out, cfg.init)  # if not, --out holds another run: it is renamed
     train(replace(cfg, data=tales.path("sft"), resume=resume))
 
 

@@ -1,4 +1,4 @@
-"""How far a reward model agrees with comparisons: margins, accuracy, calibration; and what it says of each token."""
+"""How far a reward model agrees with comparisons: scores, accuracy, calibration; and what it says of each token."""
 
 import math
 
@@ -7,9 +7,28 @@ import torch.nn.functional as F
 from tiktoken import Encoding
 from torch import Tensor
 
+from common import dist
 from common.measure import FEWEST, cell, share
 from data import Group, pad, token_text
 from model import ScalarModel
+
+
+def score_groups(model: ScalarModel, groups: list[Group], device: torch.device) -> Tensor:
+    """The scores (N,) of all responses of the groups."""
+    tokens, _, length = pad([row for group in groups for row in group.rows], device)
+    return model.scores(tokens, length)
+
+
+@torch.no_grad()
+def read_scores(
+    model: ScalarModel, groups: list[Group], size: int, device: torch.device, autocast: torch.autocast
+) -> Tensor:
+    """`score_groups`, on the CPU, `size` groups at a time."""
+    found = []
+    for start in dist.counted(range(0, len(groups), size), "held-out pairs"):
+        with autocast:
+            found.append(score_groups(model, groups[start : start + size], device).cpu())
+    return torch.cat(found)
 
 
 def margins(groups: list[Group], scores: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ import ppo
 from common import about, agreement, cli, measure, nets
 from data.rng import generator
 from model import GPT, ScalarModel
-from reward import pairwise_loss, score_groups
+from reward import pairwise_loss
 from tests.shapes import config_of
 
 OURS = "plainrlhf"
@@ -170,7 +170,7 @@ def reward_step(who: str, name: str, batch: int, length: int, device: torch.devi
 
     def step() -> None:
         with autocast:
-            margin = agreement.margins(groups, score_groups(model, groups, device))
+            margin = agreement.margins(groups, agreement.score_groups(model, groups, device))
         (pairwise_loss(margin, groups) / batch).backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -11,7 +11,6 @@ import data
 import fast
 import model
 import ppo
-import reward
 from common import agreement, cli, nets, runs
 from model import ScalarModel
 from tests.conftest import FAMILIES, ROOT, make_gpt
@@ -105,7 +104,7 @@ def test_a_device_reads_what_the_cpu_reads(kind, family):
         sequences = batch["tokens"], batch["prompt_len"], batch["length"]
         with torch.no_grad():
             logp = nets[0].logprobs(*sequences, 0.7), *nets[0].logprobs_and_entropy(*sequences, 0.7)
-            scores = reward.score_groups(nets[3], groups, torch.device(device))
+            scores = agreement.score_groups(nets[3], groups, torch.device(device))
         margins = agreement.margins(groups, scores)
         batch |= {f"logp {i}": x for i, x in enumerate(logp)} | {"scores": scores, "margins": margins}
         return {name: x.cpu() for name, x in batch.items()}

@@ -28,7 +28,7 @@ def test_the_loss_is_minus_log_sigmoid_of_the_margin_averaged_over_a_prompts_pai
     ]
     groups = data.comparisons(write(tmp_path / "r.jsonl", rows), encoding, gpt.config.eos)
     model = ScalarModel(gpt).eval()
-    margin = agreement.margins(groups, reward.score_groups(model, groups, CPU))
+    margin = agreement.margins(groups, agreement.score_groups(model, groups, CPU))
     got = reward.pairwise_loss(margin, groups).item()
     expected = 0.0
     for group in groups:
@@ -49,7 +49,7 @@ def test_a_ranked_list_gives_the_gradient_of_its_pairs_each_of_weight_one_over_t
     model = ScalarModel(gpt).eval()
 
     def gradient(groups):
-        scores = reward.score_groups(model, groups, CPU)
+        scores = agreement.score_groups(model, groups, CPU)
         loss = reward.pairwise_loss(agreement.margins(groups, scores), groups) / len(groups)
         model.zero_grad()
         loss.backward()
@@ -111,7 +111,7 @@ def test_calibration_sets_predicted_against_observed_win_rates(gpt, encoding, tm
     groups = data.comparisons(write(tmp_path / "c.jsonl", rows), encoding, gpt.config.eos)
     model = ScalarModel(copy.deepcopy(gpt)).eval()
     model.head.weight.data.zero_()  # knows nothing: predicts 1/2 everywhere, and half of the turned pairs are won
-    margin = agreement.margins(groups, reward.read_scores(model, groups, 7, CPU, OFF))
+    margin = agreement.margins(groups, agreement.read_scores(model, groups, 7, CPU, OFF))
     metrics, table = agreement.summary(groups, margin)
     assert table == [(0.5, 0.6, 40, 0.5, *measure.share(0.5, 40))] and metrics["eval/accuracy"] == 0.5
     assert metrics["eval/accuracy_ceiling"] == pytest.approx(0.75) and not margin.any()

@@ -16,7 +16,6 @@ from torch import Tensor
 
 import data
 import ppo
-import reward
 from common import agreement, cli, dist, folders, judges, measure, nets
 from common.cli import Whole
 from data import InputError, tales
@@ -127,7 +126,7 @@ def evaluate_reward(cfg: Config, folder: str) -> None:
     groups = data.comparisons(cfg.data, encoding, model.config.eos, dist.print0)[: cfg.n_prompts or None]
     lengths = [max(len(row.tokens) for row in group.rows) for group in groups]
     groups = data.keep_short(groups, lengths, nets.context(cfg, model), f"comparisons of {cfg.data}", dist.print0)
-    scores = reward.read_scores(model, groups, cfg.micro_batch_size or 4, device, autocast)
+    scores = agreement.read_scores(model, groups, cfg.micro_batch_size or 4, device, autocast)
     found, table = agreement.summary(groups, agreement.margins(groups, scores))
     dist.print0(f"{folder} on {cfg.data}: {found['eval/prompts']:,} prompts")
     dist.print0(f"{agreement.report(found, table)}\n\n{by_source_and_length(groups, scores)}")
