@@ -1,8 +1,7 @@
 """A chat model and human comparisons: PPO on Anthropic's HH, measured by a reward model that it never meets.
 
     python -m tools.get.hh --messages --source helpful-*/test.jsonl.gz                         three sets' test files
-    hf download HuggingFaceTB/SmolLM2-135M-Instruct --local-dir out/smollm2-hf            the public model
-    python -m tools.hf out/smollm2-hf out/smollm2
+    python -m tools.hf HuggingFaceTB/SmolLM2-135M-Instruct out/smollm2                        the public model
     OMP_NUM_THREADS=1 python -m experiments.helpful --model out/smollm2                   seed 1, two hours
 
 Comparisons of at most 160 tokens and questions of at most 64 are used. The comparisons are cut in two halves by the

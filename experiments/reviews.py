@@ -1,8 +1,7 @@
 """A real language model made better: SmolLM2-135M-Instruct learns to write positive film reviews, every seed.
 
     python -m tools.get.imdb && python -m experiments.sentiment && python -m experiments.reviewer   reviews and judges
-    hf download HuggingFaceTB/SmolLM2-135M-Instruct --local-dir out/smollm2-hf            the public model
-    python -m tools.hf out/smollm2-hf out/smollm2
+    python -m tools.hf HuggingFaceTB/SmolLM2-135M-Instruct out/smollm2                        the public model
     OMP_NUM_THREADS=1 python -m experiments.reviews --model out/smollm2                   seeds 30 to 32, an hour each
 
 The model is adapted to the reviews once, for all seeds. By seed: it answers prompts of 2 to 4 words, a linear

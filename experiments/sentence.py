@@ -1,8 +1,7 @@
 """A gain that any reader sees: SmolLM2-135M-Instruct learns to answer a question in one complete sentence.
 
     python -m tools.get.hh --messages --source helpful-*/test.jsonl.gz                         three sets' test files
-    hf download HuggingFaceTB/SmolLM2-135M-Instruct --local-dir out/smollm2-hf            the public model
-    python -m tools.hf out/smollm2-hf out/smollm2
+    python -m tools.hf HuggingFaceTB/SmolLM2-135M-Instruct out/smollm2                        the public model
     OMP_NUM_THREADS=1 python -m experiments.sentence --model out/smollm2                  seeds 30 to 32, an hour each
 
 The questions are the short ones with which the dialogues of HH begin. The system message asks for one short sentence,

@@ -1,6 +1,6 @@
 """Two linear models of sentiment, fitted on different film reviews.
 
-    python -m tools.get.imdb             the reviews (84 MB)
+    python -m tools.get.imdb             the reviews
     python -m experiments.sentiment      fit both models
 
 Then `--judge experiments/sentiment.py:labeller` simulates the person who compares, and `:judge` only measures.

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import http.server
 import json
 import os
 import re
@@ -11,7 +10,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -123,36 +121,6 @@ def flat(net: torch.nn.Module) -> torch.Tensor:
 def write(path: Path, rows: list[dict]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    """Serves `files`, path → content; a path under /cut/ is cut short, and one under /late/ fails the first time."""
-
-    def do_GET(self):
-        content, path = self.server.files.get(self.path.removeprefix("/cut").removeprefix("/late")), self.path
-        if path.startswith("/late/") and path not in self.server.asked:
-            self.server.asked.add(path)
-            return self.send_error(503)
-        if content is None:
-            return self.send_error(404)
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content[: len(content) // 2 if path.startswith("/cut/") else None])
-
-    def log_message(self, *args):
-        pass
-
-
-@pytest.fixture
-def server(monkeypatch):
-    """A local HTTP server: its `url`, and `files`, what it serves. Nobody waits before another try."""
-    monkeypatch.setattr("tools.get.download.time.sleep", lambda seconds: None)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.url, server.files, server.asked = f"http://127.0.0.1:{server.server_port}", {}, set()
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield server
-        server.shutdown()
 
 
 TORCHRUN = ["-c", "import sys; from torch.distributed.run import main; sys.exit(main())", "--nproc_per_node=2"]

@@ -14,7 +14,6 @@ from data import InputError, tales
 from data.label import Answer, preference
 from data.tokenizer import with_plain_tokens
 from tests.conftest import make_gpt, write
-from tools.get.download import download
 
 ALPHABETS = [
     "plain text",
@@ -232,25 +231,6 @@ def test_token_stream_is_the_documents_with_eos_behind_each(tmp_path, encoding):
     assert [len(text) for text in data.documents(tmp_path / "long.txt")] == [2**20 + 4, 1_200_000 - 2**20 - 4]
     stream = data.token_stream(tmp_path / "long.txt", encoding, encoding.eot_token, tmp_path / "ids3")
     assert stream.tolist().count(encoding.eot_token) == 1 and stream[-1] == encoding.eot_token
-
-
-def test_a_download_arrives_whole_or_not_at_all(tmp_path, server):
-    content = b"x" * 3_000_000
-    server.files["/file"] = content
-    sha256, md5 = (f"{kind}:{hashlib.new(kind, content).hexdigest()}" for kind in ("sha256", "md5"))
-    for url, checksum in (("/file", sha256), ("/file", md5), ("/file", None), ("/late/file", sha256)):
-        download(server.url + url, tmp_path / "a", checksum)
-        assert (tmp_path / "a").read_bytes() == content
-        (tmp_path / "a").unlink()
-    for url, checksum, words in (
-        (f"{server.url}/missing", md5, "404"),
-        (f"{server.url}/cut/file", None, "only 1,500,000 of 3,000,000 bytes"),
-        (f"{server.url}/file", "sha256:" + "0" * 64, "wrong checksum"),
-        ("http://127.0.0.1:9/closed", md5, "could not be downloaded"),
-    ):
-        with pytest.raises(InputError, match=words):
-            download(url, tmp_path / "b", checksum, tries=1)
-    assert not list(tmp_path.iterdir())
 
 
 def test_sampled_ids_are_trained_on_as_they_were_sampled(tmp_path, encoding):

@@ -1,7 +1,6 @@
 """tools/get/hh.py, on a small data set in the exact form of the public files."""
 
 import gzip
-import hashlib
 import json
 import sys
 
@@ -9,7 +8,7 @@ import pytest
 
 from data import InputError
 from tests.conftest import run, write
-from tools.get import download, hh
+from tools.get import hh
 
 ASK = "\n\nHuman: what is red {}?\n\nAssistant:"
 LONG = "\n\nHuman: hi {}\n\nAssistant: Hello!  What can I do?\n\nHuman: name a fruit\n\nwith a long name\n\nAssistant:"
@@ -72,34 +71,6 @@ def test_conversations_are_lists_of_role_and_content(tmp_path, folder, monkeypat
         {"role": "assistant", "content": "Hello!  What can I do?"},
         {"role": "user", "content": "name a fruit\n\nwith a long name"},
     ]
-
-
-def serve(server, name, content):
-    for part, rows in (("train", content), ("test", content[:3])):
-        packed = gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode())
-        pointer = (
-            f"version https://git-lfs.github.com/spec/v1\noid sha256:{hashlib.sha256(packed).hexdigest()}\nsize 1\n"
-        )
-        place = f"main/{name}/{part}.jsonl.gz"
-        server.files[f"/datasets/Anthropic/hh-rlhf/raw/{place}"] = pointer.encode()
-        server.files[f"/datasets/Anthropic/hh-rlhf/resolve/{place}"] = packed
-
-
-def test_the_public_files_are_downloaded_once_and_checked(folder, server, monkeypatch):
-    serve(server, "harmless-base", made_up())
-    monkeypatch.setattr(download, "HUB", server.url)
-    place = "/datasets/Anthropic/hh-rlhf/resolve/main/harmless-base/test.jsonl.gz"
-    right = server.files[place]
-    for wrong, words in ((right[:-9] + b"x" * 9, "wrong checksum"), (right[:-9], "wrong checksum"), (None, "404")):
-        server.files[place] = wrong
-        with pytest.raises(InputError, match=words):
-            call(monkeypatch, "--sets", "harmless-base")
-        assert not (folder / "compare.jsonl").exists() and not list(folder.glob("*test*"))
-    server.files[place] = right
-    call(monkeypatch, "--sets", "harmless-base")
-    assert len(read(folder / "compare.jsonl")) == 60 and len(read(folder / "eval.jsonl")) == 3  # the public splits
-    server.files.clear()
-    call(monkeypatch, "--sets", "harmless-base")
 
 
 @pytest.mark.parametrize("content, words", [

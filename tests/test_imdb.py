@@ -1,16 +1,13 @@
 """tools/get/imdb.py and the models of experiments/sentiment.py, on a small made-up data set."""
 
-import io
 import json
-import shutil
-import tarfile
 
 import numpy as np
 import pytest
 
 from data import InputError
 from experiments import sentiment
-from tests.conftest import run, write
+from tests.conftest import write
 from tools.get import imdb
 
 GOOD, BAD = "a wonderful film with great and moving acting", "an awful film with boring and terrible acting"
@@ -25,20 +22,6 @@ def made_up_reviews(n=400):
         yield f"Review {i}: " + " ".join(words) + "<br /><br />The end.", i % 2
 
 
-def make_tar(path, rows):
-    with tarfile.open(path, "w:gz") as archive:
-        for i, (text, label) in enumerate(rows):
-            name = f"aclImdb/{'train' if i % 3 else 'test'}/{'pos' if label else 'neg'}/{i}_{label * 9 + 1}.txt"
-            info = tarfile.TarInfo(name)
-            info.size = len(text.encode())
-            archive.addfile(info, io.BytesIO(text.encode()))
-        for name in ("aclImdb/train/unsup/0_0.txt", "aclImdb/README", "aclImdb/train/labeledBow.feat"):
-            info = tarfile.TarInfo(name)
-            info.size = 4
-            archive.addfile(info, io.BytesIO(b"none"))
-    return path
-
-
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.setattr(imdb, "FOLDER", tmp_path / "imdb")
@@ -46,17 +29,9 @@ def folder(tmp_path, monkeypatch):
     return tmp_path / "imdb"
 
 
-def test_tar_folder_and_jsonl_hold_the_same_reviews(tmp_path):
-    rows = list(made_up_reviews(30))
-    tar = make_tar(tmp_path / "a.tar.gz", rows)
-    shutil.unpack_archive(tar, tmp_path / "unpacked")
-    lines = write(tmp_path / "a.jsonl", [{"text": text, "label": label} for text, label in rows])
-    for source in (tar, tmp_path / "unpacked", lines):
-        assert sorted(imdb.reviews(source)) == sorted(rows)
-
-
 def test_splits_are_disjoint_prompts_are_openings_and_the_two_models_are_independent(tmp_path, folder):
-    imdb.prepare(make_tar(tmp_path / "a.tar.gz", made_up_reviews()))
+    reviews = [{"text": text, "label": label} for text, label in made_up_reviews()]
+    imdb.prepare(write(tmp_path / "a.jsonl", reviews))
     sentiment.main()
     rows = {path.stem: [json.loads(line) for line in open(path)] for path in folder.glob("*.jsonl")}
     texts = [row["text"] for row in rows["pretrain"]]
@@ -78,26 +53,9 @@ def test_a_judge_without_its_file_says_what_to_run(folder):
         sentiment.judge("", "text")
 
 
-@pytest.mark.parametrize("content, words", [(None, "No such file"), (b"not a tar", "cannot be read (ReadError")])
-def test_a_bad_source_is_one_sentence(tmp_path, content, words):
-    source = tmp_path / "a.tar.gz"
-    if content:
-        source.write_bytes(content)
-    done = run("tools/get/imdb.py", "--source", source)
-    assert done.returncode == 2 and done.stderr.startswith("tools.get.imdb: ") and words in done.stderr
-    assert done.stderr.count("\n") == 1
-
-
 def test_labels_are_0_or_1_and_reviews_without_one_are_counted(tmp_path, capsys):
     rows = [{"text": "a", "label": 1}, {"text": "b", "label": -1}, {"text": "c", "label": 0}]
-    assert list(imdb.reviews(write(tmp_path / "a.jsonl", rows))) == [("a", 1), ("c", 0)]
+    assert imdb.reviews(write(tmp_path / "a.jsonl", rows)) == [("a", 1), ("c", 0)]
     assert "1 reviews without a label" in capsys.readouterr().out
     with pytest.raises(InputError, match='row 1: "label" is 5'):
-        list(imdb.reviews(write(tmp_path / "a.jsonl", [{"text": "a", "label": 5}])))
-
-
-def test_a_truncated_archive_is_one_sentence_too(tmp_path, folder):
-    tar = make_tar(tmp_path / "a.tar.gz", made_up_reviews())
-    tar.write_bytes(tar.read_bytes()[:5000])
-    with pytest.raises(InputError, match="cannot be read"):
-        imdb.prepare(tar)
+        imdb.reviews(write(tmp_path / "a.jsonl", [{"text": "a", "label": 5}]))

@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import hashlib
 import json
 import math
 import random
@@ -26,7 +25,6 @@ from model import ScalarModel
 from tests.conftest import FAMILIES, ROOT, make_gpt, run, uneven, write
 from tools import hf as weights
 from tools import hf_tokenizer as tokenizer_json
-from tools.get import download
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
@@ -356,38 +354,6 @@ def test_a_checkpoint_of_characters_or_not_of_nanogpt_is_refused_in_a_sentence(t
         with pytest.raises(InputError, match=words) as error:
             weights.convert(str(tmp_path / "ckpt.pt"), tmp_path / "run")
         assert "\n" not in str(error.value) and [path.name for path in tmp_path.iterdir()] == ["ckpt.pt"]
-
-
-def test_gpt2_is_downloaded_once_and_checked_against_the_hubs_checksum(tmp_path, server, monkeypatch):
-    theirs = hugging_face_folder(tmp_path / "hf", "gpt2")
-    edit(tmp_path / "hf" / "config.json", eos_token_id=399)
-    encoding = tokenizer_json.fill_gaps(data.learn_bpe(strings(9), 400), 1000, tmp_path)
-    content = (tmp_path / "hf" / "model.safetensors").read_bytes()
-    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{hashlib.sha256(content).hexdigest()}\nsize 9\n"
-    hub = {"raw/main/model.safetensors": pointer.encode(), "resolve/main/model.safetensors": content}
-    hub["raw/main/config.json"] = hub["resolve/main/config.json"] = (tmp_path / "hf" / "config.json").read_bytes()
-    server.files |= {f"/openai-community/gpt2/{path}": file for path, file in hub.items()}
-    monkeypatch.setattr(download, "HUB", server.url)
-    monkeypatch.setattr(weights, "CACHE", tmp_path / "cache")
-    monkeypatch.setattr(weights, "gpt2_encoding", lambda: encoding)
-
-    place = "/openai-community/gpt2/resolve/main/model.safetensors"
-    for wrong, words in ((content[:-1] + b"x", "wrong checksum"), (None, "404")):
-        server.files[place] = wrong
-        with pytest.raises(InputError, match=words):
-            weights.convert("gpt2", tmp_path / "gpt2")
-        assert not (tmp_path / "gpt2").exists() and not (tmp_path / "cache/gpt2/model.safetensors").exists()
-    monkeypatch.setattr(download, "HUB", f"{server.url}/cut")
-    with pytest.raises(InputError, match="only"):
-        weights.convert("gpt2", tmp_path / "gpt2")
-    monkeypatch.setattr(download, "HUB", server.url)
-    server.files[place] = content
-    weights.convert("gpt2", tmp_path / "gpt2")
-    ours, _ = common.load_gpt(tmp_path / "gpt2")
-    tokens = torch.arange(30)[None]
-    torch.testing.assert_close(ours(tokens), theirs(tokens).logits, rtol=1e-4, atol=1e-4)
-    server.files.clear()
-    weights.convert("gpt2", tmp_path / "once-more")
 
 
 def edit(path, **changes):

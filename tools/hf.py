@@ -1,7 +1,7 @@
 """Convert checkpoints of other projects to ours and back.
 
-    python -m tools.hf gpt2 out/gpt2         download GPT-2 (gpt2-medium, gpt2-large, gpt2-xl) into a run folder
     python -m tools.hf FOLDER out/NAME       a Hugging Face folder → a run folder that every stage's --init takes
+    python -m tools.hf gpt2 out/gpt2         by the name that it has on the hub, such as openai-community/gpt2-medium
     python -m tools.hf ckpt.pt out/NAME      nanoGPT's checkpoint with GPT-2's vocabulary → a run folder
     python -m tools.hf out/ppo FOLDER        a run folder → a Hugging Face folder for AutoModel and AutoTokenizer
     python -m tools.hf out/ppo FOLDER --adapter      of a run with --lora the adapters alone, for peft's PeftModel
@@ -29,12 +29,10 @@ from data.chat import template_of, with_template
 from data.files import InputError, cannot_write, read_json
 from data.tokenizer import gpt2_encoding, plain_tokens, turn_suffix
 from model import GPT, GPTConfig, ScalarModel
-from tools.get.download import download_from_hub
+from tools.get.download import from_hub
 from tools.hf_tokenizer import eos_ids, fill_gaps, read_about, read_template, read_tokenizer, require, tokenizer_json
 
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "plainrlhf"
 PAD = re.compile("pad|unused|reserved", re.IGNORECASE)  # names of tokens that no text holds
-PUBLISHED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 UNEXPECTED = (LookupError, TypeError, ValueError, AttributeError, RuntimeError, ZeroDivisionError)  # of damaged files
 # The class of a language model and of a reward model.
 CLASSES = {"gpt2": ("GPT2LMHeadModel", "GPT2ForSequenceClassification")} | {
@@ -185,11 +183,11 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     return found
 
 
-def read_model(folder: Path, encoding: Encoding | None = None) -> tuple[GPT | ScalarModel, Encoding]:
-    """Read a Hugging Face folder. Returns our model in float32 and its tokenizer, which is `encoding` if given."""
+def read_model(folder: Path) -> tuple[GPT | ScalarModel, Encoding]:
+    """Read a Hugging Face folder. Returns our model in float32 and its tokenizer."""
     try:
         c, about = read_json(folder / "config.json"), read_about(folder)
-        encoding = encoding or read_tokenizer(folder / "tokenizer.json")
+        encoding = read_tokenizer(folder / "tokenizer.json")
         config, scalar = our_config(c, folder / "config.json")
         eos, *stops = eos_ids(folder, about, encoding)
         bos = [i for i in [c.get("bos_token_id")] if isinstance(i, int) and i != eos]
@@ -306,14 +304,17 @@ def write_model(model: GPT | ScalarModel, encoding: Encoding, folder: Path) -> N
     save_file(result, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def write_adapter(saved: dict, folder: Path) -> None:
+def write_adapter(path: Path, folder: Path) -> None:
     """Write the adapters of a model.pt as a folder of peft, which goes with the base, exported.
 
     GPT-2's layers of queries, keys and values stay fused. Llama's are apart: each gets the whole A, and its rows of B.
     """
     from safetensors.torch import save_file
 
-    config, result = GPTConfig(**saved["config"]), {}
+    saved, result = nets.read_checkpoint(path), {}
+    if "base" not in saved or "head.weight" in saved["model"]:
+        raise InputError(f"{path}: holds no adapters of a language model; leave out --adapter")
+    config = GPTConfig(**saved["config"])
     for ours, x in saved["model"].items():
         layer, _, kind = ours.rpartition(".")
         theirs = their_names(f"{layer}.weight", config)
@@ -328,7 +329,7 @@ def write_adapter(saved: dict, folder: Path) -> None:
 
 
 def read(source: str) -> tuple[GPT | ScalarModel, Encoding]:
-    """Read a model of another project: its folder, its ckpt.pt, or the name of a published one."""
+    """Read a model of another project: its folder, its ckpt.pt, or its name on the hub."""
     folder = Path(source)
     ckpt = folder if folder.suffix == ".pt" else folder / "ckpt.pt"
     if (folder / "adapter_config.json").exists():
@@ -337,11 +338,9 @@ def read(source: str) -> tuple[GPT | ScalarModel, Encoding]:
         return read_model(folder)
     if ckpt.exists():
         return read_nanogpt(ckpt)
-    if source in PUBLISHED and not folder.exists():
-        for file in ("config.json", "model.safetensors"):  # once; then they are in the cache
-            download_from_hub(f"openai-community/{source}", file, CACHE / source / file)
-        return read_model(CACHE / source, gpt2_encoding())
-    raise InputError(f"{source}: neither {', '.join(PUBLISHED)} nor a folder with config.json, model.pt or ckpt.pt")
+    if folder.exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source):
+        raise InputError(f"{source}: neither a folder with config.json, model.pt or ckpt.pt nor a name on the hub")
+    return read_model(from_hub(source, "*.json", "*.jinja", "model*.safetensors"))
 
 
 def convert(source: str, target: Path, adapter: bool = False) -> str:
@@ -360,10 +359,10 @@ def convert(source: str, target: Path, adapter: bool = False) -> str:
         # model.pt first, for a run folder has a config.json too
         if (folder / "model.pt").exists() or folder.suffix == ".pt" and not folder.name.startswith("ckpt"):
             model, encoding = nets.load(folder)
-            saved = nets.read_checkpoint(folder if folder.suffix == ".pt" else folder / "model.pt")
-            if adapter and ("base" not in saved or isinstance(model, ScalarModel)):
-                raise InputError(f"{source}: holds no adapters of a language model; leave out --adapter")
-            write_adapter(saved, temporary) if adapter else write_model(model, encoding, temporary)
+            if adapter:
+                write_adapter(folder if folder.suffix == ".pt" else folder / "model.pt", temporary)
+            else:
+                write_model(model, encoding, temporary)
         else:
             model, encoding = read(source)
             nets.save_model(model, encoding, temporary / "model.pt")

@@ -9,7 +9,6 @@ The train files give fine-tuning pairs (the chosen answers), comparisons, and pr
 tenth opening question of --source, the prompts to evaluate on. The texts contain offensive language.
 """
 
-import itertools
 import json
 import zlib
 from collections import Counter
@@ -18,7 +17,7 @@ from pathlib import Path
 from common import cli
 from data.chat import split_dialogue
 from data.files import InputError, iterate_jsonl
-from tools.get.download import download_from_hub, write_files
+from tools.get.download import from_hub, write_files
 
 FOLDER = Path(__file__).resolve().parents[2] / "out/data/hh"
 SETS = ("helpful-base", "helpful-online", "helpful-rejection-sampled", "harmless-base")
@@ -28,11 +27,9 @@ def fetch(sets: list[str]) -> list[tuple[Path, str]]:
     """Download the train and test files of some of SETS. Returns (file, split) for `prepare`."""
     if unknown := set(sets) - set(SETS):
         raise InputError(f"--sets: there is no {min(unknown)}; give some of {', '.join(SETS)}")
-    sources = []
-    for name, part in itertools.product(sets, ("train", "test")):
-        sources.append((FOLDER / f"{name}.{part}.jsonl.gz", "eval" if part == "test" else "train"))
-        download_from_hub("datasets/Anthropic/hh-rlhf", f"{name}/{part}.jsonl.gz", sources[-1][0])
-    return sources
+    folder = from_hub("Anthropic/hh-rlhf", *(f"{name}/*.jsonl.gz" for name in sets), kind="dataset")
+    splits = {"train": "train", "test": "eval"}
+    return [(folder / name / f"{part}.jsonl.gz", split) for name in sets for part, split in splits.items()]
 
 
 def prepare(sources: list[tuple[Path, str]], messages: bool = False) -> None:
