@@ -115,6 +115,11 @@ def options_of(folder: str, config: type) -> list[str]:
         raise InputError(f"--like {folder}: holds no config.json of a run; name a folder that does") from None
     if other := options.keys() - config.__dataclass_fields__.keys():
         raise InputError(f"--like {folder}: has --{min(other)}, which is no option here; name a run of this stage")
+    return as_words(options)
+
+
+def as_words(options: dict[str, Any]) -> list[str]:
+    """Options as words of a command line, but for those that are off."""
     given = {name: x for name, x in options.items() if str(x) not in ("", "None", "False")}
     return [f"--{name}" + f"={x}" * (x is not True) for name, x in given.items()]
 

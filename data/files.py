@@ -199,11 +199,15 @@ def write_jsonl(path: str | Path, rows: Iterable[dict]) -> int:
     return n
 
 
-def read_json(path: Path) -> dict:
+def read_object(path: Path) -> dict:
+    """Return a JSON object. NaN and Infinity become None, as JSON has neither."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda name: None)
+        if not isinstance(found, dict):
+            raise ValueError(f"a {type(found).__name__}")
+        return found
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); give a complete Hugging Face folder") from None
+        raise InputError(f"{path}: cannot be read as a JSON object ({error}); mend it, or fetch it again") from None
 
 
 def first_row(path: str | Path) -> dict:

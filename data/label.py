@@ -1,4 +1,4 @@
-"""The format of comparisons: the columns of a preference, and the file that people's answers are appended to."""
+"""The format of comparisons: the columns of a preference, and the file of people's answers."""
 
 import json
 import os

@@ -1,6 +1,7 @@
 """common/measure.py and tools/evaluate.py: metrics, the report and best-of-n, against numpy and lists of every case."""
 
 import itertools
+import json
 import math
 import re
 
@@ -22,7 +23,8 @@ from common.measure import (
 )
 from data import Group, Prompt, Row
 from tests.conftest import make_gpt, ragged
-from tools.evaluate import best_of_table, by_source_and_length, expected_at_best
+from tools import evaluate
+from tools.evaluate import best_of_table, by_source_and_length, expected_at_best, of_its_run
 
 
 def test_metrics_of_an_iteration_are_numpys_over_responses_and_over_tokens():
@@ -217,3 +219,13 @@ def test_responses_of_equal_length_say_so():
     groups, _ = some_groups(np.random.default_rng(0), 12)
     said = by_source_and_length(groups, torch.arange(24.0))
     assert said == "the two responses of every pair are equally long"
+
+
+def test_options_on_the_command_line_stand_over_those_of_the_run_even_where_they_are_the_defaults(tmp_path):
+    run = {"stage": "ppo", "options": {"temperature": 0.7, "response_len": 9, "device": "meta", "judge": "", "lora": 4}}
+    (tmp_path / "config.json").write_text(json.dumps(run))
+    cfg = of_its_run(str(tmp_path), [str(tmp_path), "--temperature", "1.0"])
+    assert (cfg.temperature, cfg.response_len, cfg.device, cfg.lora) == (1.0, 9, "auto", 4)
+    (tmp_path / "config.json").write_text(json.dumps(run | {"stage": "sft"}))
+    assert of_its_run(str(tmp_path), [str(tmp_path)]) == evaluate.Config()
+    assert of_its_run("a run of no file", ["DIR", "--seed", "3"]).seed == 3

@@ -52,13 +52,12 @@ def test_what_is_measured_of_a_run_is_read_as_it_was_printed(folders, capsys):
     prompts = str(folders["tmp"] / "prompts.jsonl")
     words += ["--data", prompts, "--eval_data", prompts, "--judge", f"{__file__}:length", "--best_of", "1,4"]
     words += ["--device", "cpu", "--eval_prompts", "12", "--response_len", "8"]
-    cfg, folder = cli.parse(evaluate.Config, words, positional="DIR")
     seen = {}
     with pytest.MonkeyPatch.context() as patch:
         paired, table = measure.paired, evaluate.best_of_table
         patch.setattr(measure, "paired", lambda *a: seen.setdefault("paired", paired(*a)))
         patch.setattr(evaluate, "best_of_table", lambda columns, n: seen.update(columns) or table(columns, n))
-        evaluate.evaluate_policy(evaluate.of_its_run(cfg, folder), folder)
+        evaluate.evaluate_policy(evaluate.of_its_run(words[0], words), words[0])
     text = capsys.readouterr().out
     rows = harness.closing_table(text)
     judge = f"{__file__}:length"

@@ -678,7 +678,8 @@ def test_two_rounds_with_people_go_by_the_commands_of_the_page(folders, page):
 
 def choose_the_first(page, command, folder, n):
     """Answer the n questions of a labelling command that runs in `folder`, and stop it."""
-    process = subprocess.Popen([*map(str, command)], cwd=folder, stdout=subprocess.PIPE, text=True)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([*map(str, command)], cwd=folder, env=environment, stdout=subprocess.PIPE, text=True)
     try:
         begin(page, address_of(process))
         for i in range(n):

@@ -3,7 +3,6 @@
 import copy
 import http.client
 import json
-import os
 import re
 import subprocess
 import sys
@@ -604,15 +603,3 @@ def test_a_page_that_is_watched_follows_the_run_and_stays_where_one_was(folders,
         server.server_close()
     assert all("503" in problem for problem in browser_page.problems)
     live("no answer since")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("package", ["page", "label"])
-def test_the_folder_of_a_tool_runs_as_its_module_does(tmp_path, package):
-    words = {"page": "nothing", "label": "--prompts"}[package]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    said = [
-        subprocess.run([sys.executable, *way, words], cwd=cwd, env=environment, capture_output=True, text=True)
-        for way, cwd in ((["-m", f"tools.{package}"], ROOT), ([str(ROOT / "tools" / package)], tmp_path))
-    ]
-    assert {done.returncode for done in said} == {2} and said[0].stderr == said[1].stderr

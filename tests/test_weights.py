@@ -412,7 +412,7 @@ BAD = {
     "a weight that is no number": (
         lambda f: with_tensors(f, lambda t: t["transformer.ln_f.bias"].fill_(math.nan)), "not all weights are finite",
     ),
-    "a list for a config": (lambda f: (f / "config.json").write_text("[]"), "not as expected .AttributeError"),
+    "a list for a config": (lambda f: (f / "config.json").write_text("[]"), "cannot be read as a JSON object .a list"),
     "heads that do not divide": (lambda f: edit(f / "config.json", n_head=5), "not a multiple of n_head 5"),
     "an end of text that is a word": (
         lambda f: edit(f / "config.json", eos_token_id=400), "eos_token_id .0, 400. must name",

@@ -7,6 +7,7 @@ python -m tools.evaluate out/reward --data COMPARISONS.jsonl   does a reward mod
 
 import math
 import re
+import sys
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -19,8 +20,8 @@ import ppo
 from common import agreement, cli, dist, folders, judges, measure, nets
 from common.cli import Whole
 from data import InputError, tales
+from data.files import read_object
 from model import ScalarModel
-from tools.page import read_object
 
 
 @dataclass
@@ -30,33 +31,26 @@ class Config(ppo.Config):
     n_prompts: Whole = 0  # of a reward model: use the first so many prompts of --data; 0: all
 
 
-def of_its_run(given: Config, folder: str) -> Config:
-    """Return the options `given` on the command line, and for the others those of the run in `folder`.
+def of_its_run(folder: str, argv: list[str]) -> Config:
+    """Return the options of the run in `folder`, where `argv` does not say otherwise. Of a run of sft.py two count.
 
     Raises InputError if an option names another model than it did in that run.
     """
-    path = Path(folder) / "config.json"
-    about = {"options": {}, "stage": "", "inputs": {}} | (read_object(path) or {})
-    if not all(isinstance(about[name], dict) for name in ("options", "inputs")):
-        raise InputError(f'{path}: "options" or "inputs" is no JSON object; remove the file')
-    options = about["options"]
-    known = {field.name for field in fields(ppo.Config)} - {"out", "resume", "device"}
-    if about["stage"] != "ppo":
-        known = {"seed"} | ({"init"} if options.get("init") else set())  # a run of sft.py may have none
-    elif forked := [f"--{name}" for name, x in options.items() if x and name not in ppo.Config.__dataclass_fields__]:
-        dist.print0(f"{path}: {', '.join(forked)}: not in this ppo.py, so this measures without")
-    left = {name for name in known & options.keys() if getattr(given, name) == getattr(Config, name)}
-    for name in left & {"init", "ref", "reward"}:
-        now = folders.fingerprint(str(options[name]))
-        if now != about["inputs"].get(name, now):
-            what = f"--{name} {options[name]}: is not the model that it was in this run"
+    path, known = Path(folder) / "config.json", {"seed", "init"}
+    about = read_object(path) if path.exists() else {}
+    options, inputs = about.get("options", {}), about.get("inputs", {})
+    if about.get("stage") == "ppo":
+        known = {field.name for field in fields(ppo.Config)} - {"out", "resume", "device"}
+        if forked := [f"--{name}" for name, x in options.items() if x and name not in ppo.Config.__dataclass_fields__]:
+            dist.print0(f"{path}: {', '.join(forked)}: not in this ppo.py, so this measures without")
+    its = cli.as_words({name: x for name, x in options.items() if name in known})
+    cfg, _ = cli.parse(Config, its + argv, positional="DIR")
+    for name in {"init", "ref", "reward"} & inputs.keys():
+        now = getattr(cfg, name)
+        if now == options.get(name) and folders.fingerprint(now) != inputs[name]:
+            what = f"--{name} {now}: is not the model that it was in this run"
             raise InputError(f"{path}: {what}; start where the run did, or name that model with --{name}")
-    words = {name: options[name] for name in left if options[name] not in (None, "") and options[name] is not False}
-    try:
-        its = cli.parse(Config, [f"--{name}" if x is True else f"--{name}={x}" for name, x in words.items()])
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
-    return replace(given, **{name: getattr(its, name) for name in words})
+    return cfg
 
 
 def evaluate_policy(cfg: Config, folder: str) -> None:
@@ -156,7 +150,7 @@ def main() -> None:
     if isinstance(model, ScalarModel):
         evaluate_reward(cfg, folder)
     else:
-        evaluate_policy(of_its_run(cfg, folder), folder)
+        evaluate_policy(of_its_run(folder, sys.argv[1:]), folder)
 
 
 if __name__ == "__main__":

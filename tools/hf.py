@@ -26,7 +26,7 @@ from torch.nn import functional
 
 from common import cli, lora, nets
 from data.chat import template_of, with_template
-from data.files import InputError, cannot_write, read_json
+from data.files import InputError, cannot_write, read_object
 from data.tokenizer import gpt2_encoding, plain_tokens, turn_suffix
 from model import GPT, GPTConfig, ScalarModel
 from tools.get.download import from_hub
@@ -186,7 +186,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 def read_model(folder: Path) -> tuple[GPT | ScalarModel, Encoding]:
     """Read a Hugging Face folder. Returns our model in float32 and its tokenizer."""
     try:
-        c, about = read_json(folder / "config.json"), read_about(folder)
+        c, about = read_object(folder / "config.json"), read_about(folder)
         encoding = read_tokenizer(folder / "tokenizer.json")
         config, scalar = our_config(c, folder / "config.json")
         eos, *stops = eos_ids(folder, about, encoding)

@@ -10,7 +10,7 @@ import regex  # tiktoken's own dependency
 from tiktoken import Encoding
 
 from data.chat import template_of, with_template
-from data.files import InputError, read_json
+from data.files import InputError, read_object
 from data.tokenizer import SPLIT, check_tokens, plain_tokens, with_plain_tokens
 
 # A byte-level vocabulary writes a printable byte as itself, and any other byte as the next character from U+0100 on.
@@ -35,7 +35,7 @@ def read_tokenizer(path: Path) -> Encoding:
     Its added tokens become special tokens; those that the file does not call special are read in every text. tiktoken
     merges in the order of the ids, so the file must list its merges in that order.
     """
-    spec = read_json(path)
+    spec = read_object(path)
     model, added = spec["model"], {token["content"]: token for token in spec.get("added_tokens", [])}
     require(path, "tokenizer type", model.get("type", "BPE"), ["BPE"])  # GPT-2's file names no type
     for field in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
@@ -173,7 +173,7 @@ def tokenizer_json(encoding: Encoding) -> dict:
 
 def read_about(folder: Path) -> dict:
     """Return tokenizer_config.json, or {} without one. Some write a special token as a dict, here it is its text."""
-    about = read_json(path) if (path := folder / "tokenizer_config.json").exists() else {}
+    about = read_object(path) if (path := folder / "tokenizer_config.json").exists() else {}
     tokens = {name: value["content"] for name, value in about.items() if isinstance(value, dict) and "content" in value}
     return about | tokens
 
@@ -200,7 +200,7 @@ def eos_ids(folder: Path, about: dict, encoding: Encoding) -> list[int]:
     special = encoding._special_tokens
     ids = [special[about["eos_token"]]] if about.get("eos_token") in special else []
     for file in ("generation_config.json", "config.json"):
-        found = read_json(folder / file).get("eos_token_id") if (folder / file).exists() else None
+        found = read_object(folder / file).get("eos_token_id") if (folder / file).exists() else None
         ids += found if isinstance(found, list) else [] if found is None else [found]
     if not ids or not set(ids) <= set(special.values()):
         raise InputError(f"{folder}: eos_token_id {ids} must name special tokens of tokenizer.json; fix one of the two")

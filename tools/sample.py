@@ -17,8 +17,8 @@ from common import cli, nets
 from common.cli import Count, Number, Share, Whole
 from data import InputError, encode_prompt
 from data.chat import Messages, template_of
+from data.files import read_object
 from model import GPT, ScalarModel
-from tools.page import read_object
 
 
 @dataclass
@@ -48,9 +48,7 @@ def answers(
 ) -> list[tuple[str, str]]:
     """Return n answers to a prompt, each with what is printed behind it: " …" if it did not end, score and KL."""
     ids = encode_prompt(encoding, prompt)
-    context = min(net.config.block_size for net in (model, reward, ref) if net) - len(
-        reward.config.suffix if reward else ()
-    )
+    context = min(net.config.block_size - len(net.config.suffix) for net in (model, reward, ref) if net)
     room = context - max(1, len(ids))
     if room < 1:
         raise InputError(f"--prompt: {len(ids)} tokens leave no room in the context of {context}")
@@ -74,10 +72,11 @@ def readers(cfg: Config, folder: str, encoding: tiktoken.Encoding, device: torch
     if not cfg.reward:
         return {}
     reward = nets.load_reward(device, encoding, folder, None, cfg.reward)
-    about = {"options": {}} | (read_object(Path(folder) / "config.json") or {})
-    if "kl_coef" not in about["options"]:
+    about = Path(folder) / "config.json"
+    options = read_object(about).get("options", {}) if about.exists() else {}
+    if "kl_coef" not in options:
         return {"reward": reward}
-    return {"reward": reward, "ref": nets.load_gpt(about["options"].get("ref") or about["options"]["init"], device)[0]}
+    return {"reward": reward, "ref": nets.load_gpt(options.get("ref") or options["init"], device)[0]}
 
 
 def talk(model: GPT, encoding: tiktoken.Encoding, cfg: Config, rng: torch.Generator, **readers: Any) -> None:

@@ -39,7 +39,7 @@ class Config:
     # questions
     init: str = "out/sft"  # run folder of the model that answers; several, separated by commas, take turns
     prompts: str = ""  # JSONL "prompt" or "messages"; with "responses", or "chosen" and "rejected", no model answers
-    out: str = "comparisons.jsonl"  # answers are appended to this file
+    out: str = "comparisons.jsonl"  # file of the answers; those that it has stay
     samples: Count = 2  # responses to a prompt: people compare 2 and rank more
     response_len: Count = 64  # longest response, in tokens
     temperature: Number = 1.0  # of the samples
@@ -63,7 +63,6 @@ def prepare(cfg: Config) -> tuple[list[str], Callable[[str], Question | None]]:
         raise InputError(f"--init {cfg.init} --samples {cfg.samples}: name each model once, and sample two or more")
     print(f"loading {cfg.init}", flush=True)
     models = [(name, *nets.load_gpt(name, cli.pick_device(cfg.device), "--init")) for name in names]
-    _, _, encoding = models[0]
     rows = {key_of(row): row for row in prompt_rows(cfg.prompts)}
     prompts, ids = list(rows)[: cfg.n_prompts or None], {}  # ids: (model, key) → tokens
     what = f"prompts of {cfg.prompts} (with --response_len {cfg.response_len})"

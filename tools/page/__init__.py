@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from common import cli, runs
-from data.files import InputError, replacing
+from data.files import InputError, read_object, replacing
 from tools import web
 from tools.page.likeliest import add_likeliest
 
@@ -109,7 +109,9 @@ def read_run(folder: str, watched: bool = False) -> dict[str, Any]:
     last = lines[-1] if lines else {"step": -1}
     unit = "iteration" if "objective/kl" in last else "step"
     found = {"name": folder, "unit": unit, "steps": last["step"] + 1, "last": last, "panels": panels(lines)}
-    found |= {name: read_object(path / f"{name}.json") for name in ("config", "report", "rollout")}
+    for name in ("config", "report", "rollout"):
+        file = path / f"{name}.json"
+        found[name] = read_object(file) if file.exists() else None
     if found["rollout"]:
         add_likeliest(path, found["rollout"], {} if watched else found["config"] or {})  # the nets take seconds
     if lines and watched:
@@ -120,19 +122,6 @@ def read_run(folder: str, watched: bool = False) -> dict[str, Any]:
             raise InputError(f'{path / "report.json"}: "answers" is no list; remove the file')
         found["report"]["answers"] = answers[:MOST_ANSWERS]
     return found | {"samples": samples(path / "samples.txt")}
-
-
-def read_object(path: Path) -> dict | None:
-    """Return a JSON object, or None if there is no such file. NaN and Infinity become None, as JSON has neither."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda name: None)
-        if not isinstance(found, dict):
-            raise ValueError(f"a {type(found).__name__}")
-        return found
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: cannot be read as a JSON object ({error}); remove the file") from None
 
 
 def samples(path: Path) -> list[dict]:
