@@ -34,7 +34,7 @@ Share = Annotated[float, (0.0, 1.0)]
 @dataclass
 class Shared:
     # of every stage
-    device: str = "auto"  # auto, cpu, cuda or mps
+    device: str = "auto"  # cpu, cuda or mps; auto: CUDA if there is one, else the CPU
     dtype: str = "auto"  # float32 or bfloat16 (autocast); auto: bfloat16 on a CUDA GPU that has it, else float32
     compile: bool = False  # torch.compile of the blocks, after a minute of compiling
     checkpoint_activations: bool = False  # less memory, slower: compute activations again in the backward
@@ -149,7 +149,8 @@ def run_main(main: Callable[[], None], name: str = "") -> None:
     sys.argv[0] = name or sys.argv[0]  # what usage and errors begin with
     code, said = 0, ""
     try:
-        check_torch()
+        if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6):  # the oldest that the tests have passed on
+            raise InputError(f"torch {torch.__version__}: needs 2.6 or newer; pip install -r requirements.txt")
         main()
     except InputError as error:
         code, said = 2, str(error)
@@ -182,34 +183,21 @@ def sentence(error: Exception) -> str:
     return ""
 
 
-def check_torch() -> None:
-    """Raises InputError if this torch is older than the oldest that the tests have passed on."""
-    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6):
-        raise InputError(f"torch {torch.__version__}: needs 2.6 or newer; pip install -r requirements.txt")
-
-
 def pick_device(name: str) -> torch.device:
-    """`auto` takes CUDA, then MPS, then the CPU. Under torchrun every process gets the GPU of its local rank.
-
-    Processes on a Mac take the CPU: gloo, which carries their numbers, does not reach MPS.
-    """
-    mps = torch.backends.mps.is_available() and dist.WORLD == 1
-    available = {"cuda": torch.cuda.is_available(), "mps": mps, "cpu": True}
+    """`auto` takes CUDA, else the CPU. Under torchrun every process gets the GPU of its local rank."""
+    cuda = torch.cuda.is_available()
     if name == "auto":
-        name = next(kind for kind, there in available.items() if there)
-    kind = name.partition(":")[0]
-    if not available.get(kind):
-        there = ", ".join(kind for kind, there in available.items() if there)
-        raise InputError(f"--device {name}: not to be had here; give auto, or one of {there}")
-    if kind == "cuda" and dist.WORLD > 1:
+        name = "cuda" if cuda else "cpu"
+    if name.startswith("cuda") and dist.WORLD > 1:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
-        if kind == "cuda" and ":" in name:
+        if cuda and name.startswith("cuda:"):
             torch.cuda.set_device(name)
         torch.zeros(1, device=name)  # a wrong number may pass until here
         return torch.device(name)
-    except RuntimeError as error:
-        raise InputError(f"--device {name}: {str(error).splitlines()[0]}; give auto, or another") from None
+    except (AssertionError, RuntimeError) as error:  # the first is that of a torch without CUDA
+        what = str(error).splitlines()[0].partition(". ")[0]
+        raise InputError(f"--device {name}: {what}; give auto, cpu, or another") from None
 
 
 def setup(cfg: Any) -> tuple[torch.device, torch.autocast]:

@@ -18,7 +18,7 @@ from typing import Any
 import tiktoken
 import torch
 
-from common import about, alarms, dist, folders, nets
+from common import about, dist, folders, nets
 from common.dist import RANK, WORLD
 from common.judges import ROOT
 from data.files import InputError, cannot_write, replacing
@@ -67,11 +67,8 @@ class Run:
         self.steps = steps
         if self.state:
             self.step = self.state["step"]
-            try:
-                for name, part in parts.items():
-                    dist.load_state(part, self.state.pop(name))  # so that no copy stays in memory
-            except Exception as error:  # torch raises many kinds
-                raise folders.damaged(self.folder / "state.pt", error) from None
+            for name, part in parts.items():
+                dist.load_state(part, self.state.pop(name))  # so that no copy stays in memory
         for part in parts.values():
             if isinstance(part, torch.nn.Module):
                 dist.broadcast(part)
@@ -136,7 +133,7 @@ class Run:
         if RANK > 0:
             return
         self.append("metrics.jsonl", json.dumps({"step": step} | metrics))
-        if said := alarms.impossible(metrics, self.cfg, first=step == 0):
+        if said := about.impossible(metrics, self.cfg, first=step == 0):
             print(f"step {step + 1}: impossible: {said}", flush=True)
         always = step in (self.step, self.steps - 1) or "time/evaluate" in metrics
         if show and (always or now - self.shown_at >= 2):

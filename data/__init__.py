@@ -9,9 +9,9 @@ from data.batches import (
     Group, Prompt, Row, hold_out, keep_short, micro_batches, pad, random_windows, shuffled, token_stream, windows,
 )  # fmt: skip
 from data.chat import prompt_text
-from data.files import InputError, documents, first_row, has_rows, iterate_jsonl, read_jsonl, write_jsonl
+from data.files import InputError, documents, first_row, has_rows, read_jsonl, write_jsonl
 from data.rows import (
-    comparisons, completions, encode_row, prompt_rows, prompt_texts, prompts, prompts_and_held_out, read_prompts,
+    comparisons, completions, encode_row, prompt_rows, prompts, prompts_and_held_out, read_prompts,
 )  # fmt: skip
 from data.tokenizer import (
     EOS_TEXT, SPLIT, encode_prompt, encode_text, encoding_from_state, encoding_state, gpt2_encoding, learn_bpe,

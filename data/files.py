@@ -3,7 +3,6 @@
 import glob
 import gzip
 import json
-import math
 import os
 import zlib
 from collections.abc import Iterable, Iterator
@@ -64,13 +63,11 @@ def _lines(path: str | Path) -> Iterator[tuple[int, str]]:
         raise InputError(f"{path}:{number}: not UTF-8; save the file as UTF-8, or unpack it") from None
 
 
-def iterate_jsonl(path: str | Path, columns: dict[str, Kind]) -> Iterator[dict]:
-    """Yield the rows of JSONL or parquet files. Raises InputError if a row lacks a column or has a wrong type."""
-    return (row for _, row in numbered(path, columns))
-
-
 def numbered(path: str | Path, columns: dict[str, Kind]) -> Iterator[tuple[str, dict]]:
-    """Yield ("FILE: row N", row) for each row, as `iterate_jsonl` does. N counts the lines or rows of that file."""
+    """Yield ("FILE: row N", row) for each row of JSONL or parquet files. N counts the lines or rows of that file.
+
+    Raises InputError if a row lacks a column or has a wrong type.
+    """
     for file in sources(path):
         kind, row = suffix(file), None
         if kind in CSV:
@@ -97,23 +94,6 @@ def _as_jsonl(file: Path, rows: str) -> str:
     return f'python -c "import csv, gzip, json; [print(json.dumps(row)) for row in {rows.format(opened)}]" > {made}'
 
 
-def _finite(number: str) -> float:
-    """Return a number of JSON. Raises ValueError for NaN, Infinity and 1e400."""
-    if not math.isfinite(x := float(number)):
-        raise ValueError(f"{number} is no number")
-    return x
-
-
-def _object(pairs: list[tuple]) -> dict:
-    """Return an object of JSON. Raises ValueError if it has a name twice."""
-    if len(found := dict(pairs)) < len(pairs):
-        raise ValueError("a name stands twice in one object")
-    return found
-
-
-DECODER = json.JSONDecoder(parse_float=_finite, parse_constant=_finite, object_pairs_hook=_object)
-
-
 def _json_rows(path: Path) -> Iterator[tuple[int, dict]]:
     for number, line in _lines(path):
         if not line.strip():
@@ -121,7 +101,7 @@ def _json_rows(path: Path) -> Iterator[tuple[int, dict]]:
         if number == 1 and line.lstrip().startswith("["):
             raise InputError(f"{path}: one JSON list; write a row a line: {_as_jsonl(path, 'json.load({})')}")
         try:
-            row = DECODER.decode(line)
+            row = json.loads(line)
             if "\\u" in line:
                 json.dumps(row, ensure_ascii=False).encode("utf-8")  # refuses half of a surrogate pair
         except (ValueError, RecursionError) as error:
@@ -163,7 +143,7 @@ def is_verdict(row: dict) -> bool:
 
 
 def read_jsonl(path: str | Path, columns: dict[str, type]) -> list[dict]:
-    return list(iterate_jsonl(path, columns))
+    return [row for _, row in numbered(path, columns)]
 
 
 @contextmanager
@@ -189,14 +169,10 @@ def cannot_write(path: str | Path, error: OSError) -> InputError:
     return InputError(f"{path}: cannot be written ({error.strerror or error}); make room, or name another place")
 
 
-def write_jsonl(path: str | Path, rows: Iterable[dict]) -> int:
-    """Write JSONL, whole or not at all. Returns the number of rows."""
-    n = 0
+def write_jsonl(path: str | Path, rows: Iterable[dict]) -> None:
+    """Write JSONL, whole or not at all."""
     with replacing(path) as file:
-        for row in rows:
-            file.write(json.dumps(row) + "\n")
-            n += 1
-    return n
+        file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 def read_object(path: Path) -> dict:
@@ -212,7 +188,7 @@ def read_object(path: Path) -> dict:
 
 def first_row(path: str | Path) -> dict:
     """Return the first row that is no verdict, if there is one. Its columns show which kind of data the file holds."""
-    for row in iterate_jsonl(path, {}):
+    for _, row in numbered(path, {}):
         if not is_verdict(row):
             break
     return row
@@ -238,7 +214,7 @@ def documents(path: str | Path) -> Iterator[str]:
         columns = {"messages": TEXT} if "messages" in first else {"prompt": TEXT, "completion": TEXT}
         if "text" in first:
             columns = {"text": str}
-        for row in iterate_jsonl(path, columns):
+        for _, row in numbered(path, columns):
             yield "".join(_contents(row[column]) for column in columns)
         return
     for file in sources(path):

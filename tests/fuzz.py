@@ -9,7 +9,6 @@ An input is a good one with a few things broken at random. It prints how many we
 
 import argparse
 import contextlib
-import copy
 import io
 import json
 import random
@@ -95,7 +94,7 @@ def read_file(path: Path, kind: str, encoding: tiktoken.Encoding) -> None:
             lambda: list(imdb.reviews(path)),
         ],
         "completions": [lambda: data.completions(path, encoding, 299), lambda: data.prompts(path, encoding)],
-        "hh": [lambda: [chat.split_dialogue(row) for row in data.iterate_jsonl(path, sources)]],
+        "hh": [lambda: [chat.split_dialogue(row) for row in data.read_jsonl(path, sources)]],
     }
     compared = [lambda: data.comparisons(path, encoding, 299), lambda: report(read_answers(path))]
     refusals = []
@@ -108,28 +107,12 @@ def read_file(path: Path, kind: str, encoding: tiktoken.Encoding) -> None:
         raise refusals[0]
 
 
-def bad_run_folder(path: Path, good: dict, rng: random.Random) -> None:
-    saved = copy.deepcopy(good)
-    for _ in range(rng.randrange(1, 3)):
-        tokenizer = saved.get("tokenizer")
-        parts = [saved, saved.get("model"), saved.get("config"), tokenizer]
-        parts += [tokenizer.get("ranks"), tokenizer.get("special")] if isinstance(tokenizer, dict) else []
-        parts += [saved.get("options"), saved.get("inputs")]
-        place = rng.choice([part for part in parts if isinstance(part, dict) and part])
-        key = rng.choice(list(place))
-        x = place[key]
-        if isinstance(x, torch.Tensor):
-            place[key] = rng.choice([x.double(), x[..., :1].clone(), x * float("nan"), x / 0, x.long(), x[None], "x"])
-        elif rng.random() < 0.3:
-            del place[key]
-        else:
-            place[key] = rng.choice([*ODD, x * 2, "a*", "(", "\\b"] if isinstance(x, str) else ODD)
-    torch.save(saved, path)
-    if rng.random() < 0.2:
-        content = bytearray(path.read_bytes())
-        for _ in range(rng.randrange(1, 40)):
-            content[rng.randrange(len(content))] = rng.randrange(256)
-        path.write_bytes(content[: rng.choice([len(content), rng.randrange(len(content))])])
+def bad_bytes(path: Path, good: bytes, rng: random.Random) -> None:
+    """A file with some wrong bytes, or without its end."""
+    content = bytearray(good)
+    for _ in range(rng.randrange(1, 40)):
+        content[rng.randrange(len(content))] = rng.randrange(256)
+    path.write_bytes(content[: rng.choice([len(content), rng.randrange(len(content))])])
 
 
 def use_run_folder(path: Path) -> None:
@@ -219,13 +202,13 @@ def sweep(seed: int, each: int, say: Callable[[str], None] = lambda text: None) 
         (here / "run").mkdir()
         model = make_gpt(vocab_size=encoding.n_vocab, eos=encoding.eot_token, n_layer=1)
         nets.save_model(model, encoding, here / "run" / "model.pt")
-        saved = torch.load(here / "run" / "model.pt", weights_only=True)
+        saved = (here / "run" / "model.pt").read_bytes()
         hf.convert(str(here / "run"), here / "hf")
         good = {path.name: path.read_bytes() for path in (here / "hf").iterdir()}
         (here / "start").mkdir()
         nets.save_model(model, encoding, here / "start" / "model.pt")
         cfg = good_run(here / "ppo", here / "start")
-        state = torch.load(here / "ppo" / "state.pt", weights_only=True)
+        state = (here / "ppo" / "state.pt").read_bytes()
         shown = {path.name: path.read_bytes() for path in (here / "ppo").iterdir() if path.suffix != ".pt"}
 
         def one(kind: str) -> Callable[[], None]:
@@ -234,10 +217,10 @@ def sweep(seed: int, each: int, say: Callable[[str], None] = lambda text: None) 
                 bad_file(here / "bad.jsonl", rows, rng)
                 return lambda: read_file(here / "bad.jsonl", rows, encoding)
             if kind == "run folders":
-                bad_run_folder(here / "run" / "model.pt", saved, rng)
+                bad_bytes(here / "run" / "model.pt", saved, rng)
                 return lambda: use_run_folder(here / "run")
             if kind == "states":
-                bad_run_folder(here / "ppo" / "state.pt", state, rng)
+                bad_bytes(here / "ppo" / "state.pt", state, rng)
                 return lambda: resume(cfg)
             if kind == "pages":
                 bad_page(here / "ppo", shown, rng)

@@ -22,7 +22,7 @@ import data
 import ppo
 import reward
 import sft
-from common import alarms, cli, compare, dist, judges, lora, measure, runs
+from common import about, cli, compare, dist, judges, lora, measure, runs
 from common import nets as rooms
 from data import InputError
 from data.label import preference
@@ -942,8 +942,8 @@ def test_a_right_run_is_never_called_impossible_and_wrong_ones_are(folders, dtyp
     assert "step 1: impossible: the KL is not 0" in capsys.readouterr().out
     line = {"objective/kl": -4.99, "response_len": 8, "policy/approxkl": 0.3, "lr": 0.1}
     cfg = ppo.Config(batch_size=4, dtype=dtype)
-    assert not alarms.impossible(line, cfg, False)
-    assert "the KL is below 0" in alarms.impossible(line | {"objective/kl": -5.2}, cfg, False)
+    assert not about.impossible(line, cfg, False)
+    assert "the KL is below 0" in about.impossible(line | {"objective/kl": -5.2}, cfg, False)
 
 
 def test_what_a_mistake_changes_stands_in_its_file_once():

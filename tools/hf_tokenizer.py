@@ -11,7 +11,7 @@ from tiktoken import Encoding
 
 from data.chat import template_of, with_template
 from data.files import InputError, read_object
-from data.tokenizer import SPLIT, check_tokens, plain_tokens, with_plain_tokens
+from data.tokenizer import SPLIT, plain_tokens, with_plain_tokens
 
 # A byte-level vocabulary writes a printable byte as itself, and any other byte as the next character from U+0100 on.
 _OTHERS = [*range(33), *range(127, 161), 173]
@@ -72,6 +72,15 @@ def read_tokenizer(path: Path) -> Encoding:
         print(f"{path}: transformers adds tokens to every text, this project does not; write them into your prompts")
     encoding = tried(pattern, ranks, special, lacks, path)
     return with_plain_tokens(encoding, [x for x in added if THOUGHT.fullmatch(x) or not added[x].get("special", True)])
+
+
+def check_tokens(ranks: dict[bytes, int], special: dict[str, int]) -> None:
+    """Raises ValueError if an id is no id, is that of two tokens, or a token is empty. tiktoken would panic."""
+    ids = [*ranks.values(), *special.values()]
+    if not all(type(i) is int and 0 <= i < 2**31 for i in ids) or len(set(ids)) < len(ids):
+        raise ValueError("an id is not a whole number, or is that of two tokens")
+    if "" in special or b"" in ranks:
+        raise ValueError("a token is empty")
 
 
 def steps(normalizer: dict | None) -> list[dict]:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from common import cli
 from data.chat import split_dialogue
-from data.files import InputError, iterate_jsonl
+from data.files import InputError, numbered
 from tools.get.download import from_hub, write_files
 
 FOLDER = Path(__file__).resolve().parents[2] / "out/data/hh"
@@ -37,7 +37,7 @@ def prepare(sources: list[tuple[Path, str]], messages: bool = False) -> None:
     tally: Counter[str] = Counter()
     kept: dict[str, list[dict]] = {"train": [], "eval": []}
     for source, split in sources:
-        for row in iterate_jsonl(source, {"chosen": str, "rejected": str}):
+        for _, row in numbered(source, {"chosen": str, "rejected": str}):
             pair = split_dialogue(row, messages)
             if isinstance(pair, str):
                 tally[f"omitted, {pair}"] += 1
