@@ -9,12 +9,10 @@ experiments/adaptive.svg.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 from common.runs import read_metrics
-from experiments.harness import label_ends, markdown, pyplot, save, stage, start, t_interval, write_results
-from experiments.kl import ending
+from experiments.harness import ending, label_ends, markdown, pyplot, save, stage, start, t_interval, write_results
 
 STARTS, TARGET = (0.01, 0.3), 6.0
 OPTIONS = ["--kl_target", TARGET, "--iterations", 160]
@@ -28,8 +26,8 @@ def run(kl_coef: float, seed: int) -> tuple[dict, list[dict]]:
     stage(folder, name, "ppo.py", "--seed", seed, "--kl_coef", kl_coef, *OPTIONS, "--out", f"out/{name}")
     lines = read_metrics(folder / "out" / name)
     kl = [line["objective/kl"] for line in lines]
-    found = ending(json.loads((folder / "out" / name / "report.json").read_text()))
-    found |= {"highest kl": max(kl), "late kl": sum(kl[-20:]) / 20, "late β": lines[-1]["kl_coef"]}
+    found = ending(folder / "out" / name)
+    found |= {"late kl": sum(kl[-20:]) / 20, "late β": lines[-1]["kl_coef"]}
     return found | {"settled": settled(lines)}, lines
 
 

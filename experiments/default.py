@@ -8,12 +8,11 @@ experiments/healthy.svg. What has run is kept in out/experiments/kl; a stopped r
 """
 
 import argparse
-import json
 from pathlib import Path
 
 from common.measure import KL
 from common.runs import read_metrics
-from experiments.harness import FOLDER, JUDGE, markdown, pyplot, save, stage, start, t_interval, write_results
+from experiments.harness import FOLDER, JUDGE, markdown, pyplot, report, save, stage, start, t_interval, write_results
 
 COLUMNS = {  # name → digits
     "held-out loss of stage 1 (nats per token)": 2,
@@ -43,16 +42,15 @@ def run(seed: int) -> dict[str, float]:
     """What a seed ends with, by column."""
     folder = start(seed)
     stage(folder, "ppo", "ppo.py", "--seed", seed)
-    read = lambda name: json.loads((folder / "out" / name / "report.json").read_text())  # noqa: E731
-    metrics, report = read("reward")["metrics"], read("ppo")
-    table = report["table"]
+    metrics, ended = report(folder / "out" / "reward")["metrics"], report(folder / "out" / "ppo")
+    table = ended["table"]
     ends = [
         read_metrics(folder / "out" / "sft")[-1]["loss/held_out"],
         metrics["eval/accuracy"],
         metrics["eval/accuracy_ceiling"],
         table[JUDGE]["before"][0],
         table[JUDGE]["after"][0],
-        report["win_rate"][0],
+        ended["win_rate"][0],
         table[KL]["after"][0],
         max(line["objective/kl"] for line in read_metrics(folder / "out" / "ppo")),
     ]

@@ -10,7 +10,6 @@ and none for good. It writes experiments/results/ensembles.json and draws experi
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
@@ -19,7 +18,7 @@ import data
 from common.runs import read_metrics
 from data.rng import shuffler
 from experiments import harness
-from experiments.harness import FOLDER, JUDGE, KL, best_of, markdown, stage, t_interval
+from experiments.harness import FOLDER, best_of, markdown, stage, t_interval
 
 MEMBERS, PROMPTS, ANSWERS, QUESTIONS = 5, 80, 256, 32
 SIZES = [2**i for i in range(9)]
@@ -73,8 +72,7 @@ def run(seed: int, share: float) -> dict[str, dict]:
         options = ["--reward", ",".join(f"out/{each}" for each in chosen), "--combine", how if kind else "mean"]
         options += ["--kl_coef", 0.01, "--iterations", 160, "--out", f"out/{name}"]
         stage(folder, name, "ppo.py", "--seed", seed, *options)
-        table = json.loads((folder / "out" / name / "report.json").read_text())["table"]
-        end = {what: table[row]["after"][0] for what, row in (("KL", KL), ("judge", JUDGE), ("score", "score"))}
+        end = harness.ending(folder / "out" / name)
         lines = read_metrics(folder / "out" / name)[::4]
         way = [(round(line["objective/kl"], 2), round(line["objective/judge"], 3)) for line in lines]
         found[arm] = {"best of n": [best_of(score, drawn["judge"], n) for n in SIZES], "PPO": end, "way": way}
@@ -89,7 +87,7 @@ def rows(found: dict[int, dict[str, dict]]) -> list[list]:
         for each in found.values():
             judged, one = ([judge for _, judge, _ in each[name]["best of n"]] for name in (arm, "one"))
             end, less = each[arm]["PPO"], each["one"]["PPO"]
-            of_ppo = end["KL"], end["judge"], end["judge"] - less["judge"]
+            of_ppo = end["kl"], end["after"], end["after"] - less["after"]
             columns.append((max(judged), judged[-1], judged[-1] - one[-1], *of_ppo))
         table.append([arm, *map(t_interval, zip(*columns))])
     return table

@@ -8,11 +8,9 @@ experiments/results/fewer.json.
 """
 
 import argparse
-import json
 
 from common.measure import share
-from experiments.harness import cell, markdown, stage, start, t_interval, write_results
-from experiments.kl import ending
+from experiments.harness import cell, ending, markdown, report, stage, start, t_interval, write_results
 
 REWARD = ["--n_prompts", 200, "--samples", 2]
 COLUMNS = ("accuracy", "noise allows", "before", "after", "kl", "score")
@@ -25,8 +23,8 @@ def run(seed: int) -> dict[str, dict]:
     stage(folder, "fewer", "ppo.py", "--seed", seed, "--reward", "out/reward-fewer", "--out", "out/fewer")
     stage(folder, "ppo", "ppo.py", "--seed", seed)
     for name, reward in (("fewer", "reward-fewer"), ("ppo", "reward")):
-        learned = json.loads((folder / "out" / reward / "report.json").read_text())["metrics"]
-        found[name] = ending(json.loads((folder / "out" / name / "report.json").read_text()))
+        learned = report(folder / "out" / reward)["metrics"]
+        found[name] = ending(folder / "out" / name)
         found[name] |= {"accuracy": learned["eval/accuracy"], "noise allows": learned["eval/accuracy_ceiling"]}
         found[name]["held out"] = learned["eval/prompts"]
     return found

@@ -18,6 +18,7 @@ from torch import Tensor
 import ppo
 from common import cli, judges, measure, nets
 from common.about import git
+from common.runs import read_metrics
 from data import Prompt
 from data.files import replacing
 from model import GPT
@@ -173,7 +174,24 @@ def agreement(score: Tensor, judge: Tensor) -> float:
     return ((scored * judged)[judged != 0].mean().item() + 1) / 2
 
 
-# --- reading what was printed -----------------------------------------------------------------------------------------
+# --- reading what runs have written -----------------------------------------------------------------------------------
+
+
+def report(run: Path) -> dict:
+    return json.loads((run / "report.json").read_text())
+
+
+def ending(run: Path, judge: str = JUDGE) -> dict:
+    """How a run of PPO ended; {} if it diverged. It fell if the paired interval of 95% of the judge is below 0."""
+    if not (run / "report.json").exists():
+        return {}
+    table = report(run)["table"]
+    change, error = table[judge]["change"]
+    highest = max(line["objective/kl"] for line in read_metrics(run))
+    ends = {"before": table[judge]["before"][0], "after": table[judge]["after"][0], "error": error}
+    ends |= {"score": table["score"]["after"][0], "kl": table[KL]["after"][0], "highest kl": highest}
+    return ends | {"fell": change + 1.96 * error < 0}
+
 
 CELL = r"-?\d+\.\d+ (?:± \S+|\[\S+ \S+\]|\(n \d+\))"  # what `measure.cell` writes
 
@@ -283,7 +301,7 @@ def interval(mean: float, error: float) -> str:
 
 def first_answers(folder: Path, title: str, shown: Callable[[str], str] = str, n: int = 8) -> str:
     """The first n held-out prompts, as `shown` shows them, with the answers before and after, as a table."""
-    answers = json.loads((folder / "report.json").read_text())["answers"][:n]
+    answers = report(folder)["answers"][:n]
     texts = [(shown(answer["prompt"]), answer["before"]["text"], answer["after"]["text"]) for answer in answers]
     rows = [[" ".join(text.split()).replace("|", "\\|") for text in each] for each in texts]
     return markdown([title, "before", "after"], rows)

@@ -11,23 +11,12 @@ What has run is kept in out/experiments/kl; a stopped run goes on.
 """
 
 import argparse
-import json
 from pathlib import Path
 
-from common.measure import mean_and_error, share
+from common.measure import share
 from common.runs import read_metrics
-from experiments.harness import (
-    DIVERGED,
-    FOLDER,
-    JUDGE,
-    markdown,
-    pyplot,
-    save,
-    stage,
-    start,
-    t_interval,
-    write_results,
-)
+from experiments import harness
+from experiments.harness import DIVERGED, FOLDER
 
 BOUNDS = {"before": (0, 1), "after": (0, 1), "kl": (0,), "score": ()}  # of the columns of `summary`
 ARMS = {  # run folder → reward model, β
@@ -43,32 +32,21 @@ PANELS = {"objective/scores": "score", "objective/judge": "judge", "objective/kl
 
 
 def run(seed: int) -> None:
-    folder = start(seed)
+    folder = harness.start(seed)
     poor = ["--n_prompts", 20, "--batch_size", 1, "--out", "out/reward-20"]
-    stage(folder, "reward-20", "reward.py", "--seed", seed, *poor)
+    harness.stage(folder, "reward-20", "reward.py", "--seed", seed, *poor)
     for name, (reward, kl_coef) in ARMS.items():
         options = ["--seed", seed, "--reward", f"out/{reward}", "--kl_coef", kl_coef, "--iterations", 160]
-        stage(folder, name, "ppo.py", *options, "--out", f"out/{name}", may_fail=DIVERGED)
+        harness.stage(folder, name, "ppo.py", *options, "--out", f"out/{name}", may_fail=DIVERGED)
 
 
 def read(seed: int) -> dict[str, dict]:
     """What each arm of a seed that has run ended with, by run folder."""
     folder, found = FOLDER / "kl" / f"seed-{seed}", {}
     for name in ARMS:
-        report = folder / "out" / name / "report.json"
         if (folder / f"{name}.log").exists():
-            found[name] = ending(json.loads(report.read_text())) if report.exists() else {"fell": True}
+            found[name] = harness.ending(folder / "out" / name) or {"fell": True}
     return found
-
-
-def ending(report: dict) -> dict:
-    """Judge before and after, score, KL, and whether the judge fell, of a report.json."""
-    table = report["table"]
-    changes = [answer["after"][JUDGE] - answer["before"][JUDGE] for answer in report["answers"]]
-    change, error = mean_and_error(changes)
-    found = {"before": table[JUDGE]["before"][0], "after": table[JUDGE]["after"][0]}
-    (kl,) = [row["after"][0] for name, row in table.items() if name.startswith("KL")]
-    return found | {"score": table["score"]["after"][0], "kl": kl, "fell": change + 1.96 * error < 0}
 
 
 def summary(found: dict[int, dict[str, dict]]) -> list[list]:
@@ -81,8 +59,9 @@ def summary(found: dict[int, dict[str, dict]]) -> list[list]:
         fell, n = sum(end["fell"] for end in ends), len(ends)
         _, low, high = share(fell / n, n)
         measured = [end for end in ends if "after" in end]
-        columns = [t_interval([end[column] for end in measured], 2, *limits) for column, limits in BOUNDS.items()]
-        rows.append([NAMES[reward], kl_coef, f"{fell} of {n} [{low:.2f}, {high:.2f}]", *columns])
+        columns = [[end[column] for end in measured] for column in BOUNDS]
+        cells = [harness.t_interval(column, 2, *limits) for column, limits in zip(columns, BOUNDS.values())]
+        rows.append([NAMES[reward], kl_coef, f"{fell} of {n} [{low:.2f}, {high:.2f}]", *cells])
     return rows
 
 
@@ -94,7 +73,7 @@ def differences(found: dict[int, dict[str, dict]]) -> list[list]:
         apart = [a["after"] - b["after"] for a, b in pairs if "after" in a and "after" in b]
         reward, kl_coef = ARMS[with_term]
         if apart:
-            rows.append([NAMES[reward], f"β = {kl_coef} less β = 0", len(apart), t_interval(apart, 2, -1, 1)])
+            rows.append([NAMES[reward], f"β = {kl_coef} less β = 0", len(apart), harness.t_interval(apart, 2, -1, 1)])
     return rows
 
 
@@ -107,9 +86,9 @@ def tables(found: dict[int, dict[str, dict]]) -> list[str]:
         rows.append([seed, f"{before:.2f}", *cells])
     arms = [f"{NAMES[reward]}, β = {beta}" for reward, beta in ARMS.values()]
     return [
-        markdown(header, summary(found)),
-        markdown(["reward model of", "judge", "seeds", "difference [95%]"], differences(found)),
-        markdown(["seed", "start", *arms], rows),
+        harness.markdown(header, summary(found)),
+        harness.markdown(["reward model of", "judge", "seeds", "difference [95%]"], differences(found)),
+        harness.markdown(["seed", "start", *arms], rows),
     ]
 
 
@@ -118,7 +97,7 @@ def shown(end: dict) -> str:
 
 
 def draw(found: dict[int, dict[str, dict]], target: Path) -> None:
-    figure, axes = pyplot().subplots(2, 3, figsize=(9, 5.4), layout="constrained", sharex=True)
+    figure, axes = harness.pyplot().subplots(2, 3, figsize=(9, 5.4), layout="constrained", sharex=True)
     for row, reward in zip(axes, NAMES):
         for axis, (metric, title) in zip(row, PANELS.items()):
             for name, (of, beta) in ARMS.items():
@@ -135,10 +114,10 @@ def draw(found: dict[int, dict[str, dict]], target: Path) -> None:
             axis.grid(alpha=0.25)
             if metric == "objective/kl":
                 axis.set_yscale("symlog", linthresh=1)
-                axis.yaxis.set_major_locator(pyplot().FixedLocator([0, 1, 3, 10, 30, 100, 300]))
+                axis.yaxis.set_major_locator(harness.pyplot().FixedLocator([0, 1, 3, 10, 30, 100, 300]))
                 axis.yaxis.set_major_formatter("{x:g}")
     figure.legend(*axes[0][0].get_legend_handles_labels(), frameon=False, loc="outside upper center", ncols=2)
-    save(figure, target)
+    harness.save(figure, target)
 
 
 def main() -> None:
@@ -151,7 +130,7 @@ def main() -> None:
     for seed in [] if options.finished else seeds:
         run(seed)
     found = {seed: ends for seed in seeds if (ends := read(seed))}
-    write_results("kl", found)
+    harness.write_results("kl", found)
     print("\n\n".join(tables(found)))
     draw(found, options.figure)
 

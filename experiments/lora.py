@@ -13,7 +13,6 @@ out/experiments; a stopped run goes on.
 """
 
 import argparse
-import json
 import math
 import re
 import sys
@@ -22,20 +21,9 @@ from statistics import mean, median
 
 import ppo
 from common import cli, lora
-from common.measure import mean_and_error
 from common.runs import read_metrics
-from experiments.harness import (
-    DIVERGED,
-    FOLDER,
-    JUDGE,
-    markdown,
-    pyplot,
-    save,
-    stage,
-    start,
-    t_interval,
-    write_results,
-)
+from experiments import harness
+from experiments.harness import DIVERGED, FOLDER
 
 RANKS, RATES = (1, 4, 16), (1, 3, 10)
 LAYERS = {"all": lora.LAYERS, "MLP": ("mlp.c_fc", "mlp.c_proj")}
@@ -51,22 +39,8 @@ def ppo_run(folder: Path, rank: int, layers: str, rate: float, lr: float, option
     name = f"lora-{rank}-{layers}-{rate}"
     script = ["ppo.py"] if layers == "all" else ["experiments/lora.py", MLP]
     rates = ["--lora", rank, "--lr", f"{lr * rate:g}", "--value_lr", f"{1e-3 * rate * lr / 4e-4:g}"]
-    text = stage(folder, name, *script, *options, *rates, "--out", f"out/{name}", may_fail=DIVERGED)
+    text = harness.stage(folder, name, *script, *options, *rates, "--out", f"out/{name}", may_fail=DIVERGED)
     return folder / "out" / name, text
-
-
-def ending(folder: Path, judge: str) -> dict:
-    """Judge before and after, its paired error, and KL of a run; {} if it diverged."""
-    path = folder / "report.json"
-    if not path.exists():
-        return {}
-    report = json.loads(path.read_text())
-    table = report["table"]
-    (kl,) = [row["after"][0] for name, row in table.items() if name.startswith("KL")]
-    _, error = mean_and_error([answer["after"][judge] - answer["before"][judge] for answer in report["answers"]])
-    highest = max(line["objective/kl"] for line in read_metrics(folder))
-    before, after = (table[judge][when][0] for when in ("before", "after"))
-    return {"before": before, "after": after, "error": error, "kl": kl, "highest kl": highest}
 
 
 def tales(seeds: list[int], iterations: int) -> None:
@@ -74,9 +48,9 @@ def tales(seeds: list[int], iterations: int) -> None:
     found = {}
     for arm in ARMS:
         for seed in seeds:
-            folder, _ = ppo_run(start(seed), *arm, 4e-4, ["--seed", seed, "--iterations", iterations])
-            found.setdefault(named(arm), {})[seed] = ending(folder, JUDGE)
-    write_results("lora", found)
+            folder, _ = ppo_run(harness.start(seed), *arm, 4e-4, ["--seed", seed, "--iterations", iterations])
+            found.setdefault(named(arm), {})[seed] = harness.ending(folder)
+    harness.write_results("lora", found)
     print(*tables(found))
     draw(found, Path(__file__).with_name("lora.svg"))
 
@@ -95,18 +69,18 @@ def tables(found: dict[str, dict[int, dict]]) -> list[str]:
         less = [judge - whole[seed]["after"] for seed, judge in judges.items() if whole[seed]]
         cells = ["", ""]
         if less:
-            cells = [t_interval([*judges.values()], 2, 0, 1), t_interval(less, 2, -1, 1)]
+            cells = [harness.t_interval([*judges.values()], 2, 0, 1), harness.t_interval(less, 2, -1, 1)]
         shown = [f"{end['after']:.2f} at {end['kl']:.1f}" if end else "diverged" for end in ends.values()]
         highest = max((end["highest kl"] for end in ends.values() if end), default=math.nan)
         rows.append([arm[0] or "all weights", arm[1], arm[2], *cells, *shown, f"{highest:.1f}"])
     rows[0][4] = ""
     header = ["rank", "layers", "rate ×", "judge", "less all weights × 1", *(f"seed {seed}" for seed in whole)]
-    return [markdown([*header, "highest KL"], rows)]
+    return [harness.markdown([*header, "highest KL"], rows)]
 
 
 def draw(found: dict[str, dict[int, dict]], target: Path) -> None:
     """Judge and KL by rate, a line for each rank: the mean of the seeds, and their range."""
-    figure, axes = pyplot().subplots(2, 2, figsize=(9, 5), layout="constrained", sharex=True, sharey="row")
+    figure, axes = harness.pyplot().subplots(2, 2, figsize=(9, 5), layout="constrained", sharex=True, sharey="row")
     for column, layers in zip(axes.T, LAYERS):
         for i, rank in enumerate((0, *RANKS)):
             arms = [(rank, layers if rank else "all", rate) for rate in RATES]
@@ -124,7 +98,7 @@ def draw(found: dict[str, dict[int, dict]], target: Path) -> None:
         axis.set_xticks(RATES, [f"× {rate}" for rate in RATES])
         axis.minorticks_off()
     figure.legend(*axes[0][0].get_legend_handles_labels(), frameon=False, loc="outside upper center", ncols=4)
-    save(figure, target)
+    harness.save(figure, target)
 
 
 def own(init: str, data: str, judge: str, lr: float, iterations: int) -> None:
@@ -141,8 +115,8 @@ def own(init: str, data: str, judge: str, lr: float, iterations: int) -> None:
         about = {"seconds": median(times), "megabytes": (folder / "model.pt").stat().st_size / 1e6}
         if memory := re.search(r"peak memory: (\S+) GiB", text):
             about["GiB"] = float(memory[1])
-        found[named(arm)] = about | ending(folder, judge)
-    write_results("lora-own", found)
+        found[named(arm)] = about | harness.ending(folder, judge)
+    harness.write_results("lora-own", found)
     print(*own_tables(found))
 
 
@@ -156,7 +130,7 @@ def own_tables(found: dict[str, dict]) -> list[str]:
         cost = [f"{end['seconds']:.0f}", f"{end.get('GiB', math.nan):.1f}", f"{end['megabytes']:.1f}"]
         rows.append([arm[0] or "all weights", arm[2], *cost, *cells])
     header = ["rank", "rate ×", "seconds per iteration (median)", "GiB", "model.pt (MB)"]
-    return [markdown([*header, "judge before", "after", "KL (nats)"], rows)]
+    return [harness.markdown([*header, "judge before", "after", "KL (nats)"], rows)]
 
 
 def main() -> None:

@@ -9,26 +9,12 @@ at the same KL. It prints the tables, writes experiments/results/price.json and 
 """
 
 import argparse
-import json
 import math
 from pathlib import Path
 
 import numpy
 
-from common.measure import KL
-from experiments.harness import (
-    JUDGE,
-    best_of,
-    markdown,
-    pyplot,
-    save,
-    stage,
-    start,
-    start_answers,
-    t_interval,
-    tilted,
-    write_results,
-)
+from experiments import harness
 
 BETAS = (0.01, 0.05, 0.15, 0.5)
 LENGTHS = (64, 160)  # iterations
@@ -41,24 +27,21 @@ Point = tuple[float, float, float]  # KL, judge, score
 
 def run(seed: int) -> dict[str, dict]:
     """For each method: what was asked for, β or n → where it ends."""
-    folder, found = start(seed), {}
+    folder, found = harness.start(seed), {}
     for iterations in LENGTHS:
         ends = {}
         for beta in BETAS:
             name = NAMES.get((beta, iterations), f"beta-{beta:g}-{iterations}")
             options = ["--reward", "out/reward", "--kl_coef", beta, "--iterations", iterations, "--out", f"out/{name}"]
-            stage(folder, name, "ppo.py", "--seed", seed, *(options if name != "ppo" else []))
-            ends[f"{beta:g}"] = point(json.loads((folder / "out" / name / "report.json").read_text())["table"])
+            harness.stage(folder, name, "ppo.py", "--seed", seed, *(options if name != "ppo" else []))
+            end = harness.ending(folder / "out" / name)
+            ends[f"{beta:g}"] = end["kl"], end["after"], end["score"]
         found[f"PPO, {iterations} iterations"] = ends
-    answers = start_answers(folder, ["reward"], PROMPTS, ANSWERS, seed)
+    answers = harness.start_answers(folder, ["reward"], PROMPTS, ANSWERS, seed)
     score, judge = answers["reward"], answers["judge"]
-    found["best of n"] = {str(n): best_of(score, judge, n) for n in SIZES}
-    found["π*"] = {str(beta): tilted(score, judge, beta) for beta in TILTS}
+    found["best of n"] = {str(n): harness.best_of(score, judge, n) for n in SIZES}
+    found["π*"] = {str(beta): harness.tilted(score, judge, beta) for beta in TILTS}
     return found
-
-
-def point(table: dict[str, dict]) -> Point:
-    return tuple(table[name]["after"][0] for name in (KL, JUDGE, "score"))
 
 
 def at_kl(kl: float, curve: list[Point], column: int) -> float:
@@ -73,31 +56,31 @@ def rows(found: dict[int, dict[str, dict]]) -> list[list[str]]:
     for iterations in LENGTHS:
         for beta in map("{:g}".format, BETAS):
             ends = {seed: each[f"PPO, {iterations} iterations"][beta] for seed, each in found.items()}
-            cells = [t_interval([end[column] for end in ends.values()]) for column in (0, 1, 2)]
+            cells = [harness.t_interval([end[column] for end in ends.values()]) for column in (0, 1, 2)]
             for method, column in (("best of n", 1), ("π*", 1), ("best of n", 2), ("π*", 2)):
                 curves = {seed: list(each[method].values()) for seed, each in found.items()}
                 apart = [end[column] - at_kl(end[0], curves[seed], column) for seed, end in ends.items()]
                 inside = [x for x in apart if not math.isnan(x)]
-                cells.append(t_interval(inside) if inside else "further than any")
+                cells.append(harness.t_interval(inside) if inside else "further than any")
             table.append([iterations, beta, *cells])
     return table
 
 
 def tables(found: dict[int, dict[str, dict]]) -> list[str]:
     header = ["iterations", "β", "KL (nats)", "judge", "score", "judge less best of n's", "judge less π*'s"]
-    shown = [markdown([*header, "score less best of n's", "score less π*'s"], rows(found))]
+    shown = [harness.markdown([*header, "score less best of n's", "score less π*'s"], rows(found))]
     for method, asked in (("best of n", "n"), ("π*", "β")):
         lines = []
         for name in next(iter(found.values()))[method]:
             points = [each[method][name] for each in found.values()]
-            lines.append([name, *(t_interval(list(column)) for column in zip(*points))])
+            lines.append([name, *(harness.t_interval(list(column)) for column in zip(*points))])
         header = [f"{method}: {asked}", "KL (nats)", "judge", "score", "answers that count"]
-        shown.append(markdown(header[: len(lines[0])], lines))
+        shown.append(harness.markdown(header[: len(lines[0])], lines))
     return shown
 
 
 def draw(found: dict[int, dict[str, dict]], target: Path) -> None:
-    figure, axes = pyplot().subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    figure, axes = harness.pyplot().subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     styles = {"π*": ("0.5", "-"), "best of n": ("C1", "x--")}
     styles |= {f"PPO, {iterations} iterations": (f"C{i * 2}", "o-") for i, iterations in enumerate(LENGTHS)}
     for axis, column, title in zip(axes, (2, 1), ("score of the reward model", "judge (never trained on)")):
@@ -109,7 +92,7 @@ def draw(found: dict[int, dict[str, dict]], target: Path) -> None:
         axis.set(xlabel="KL to the start (nats; of best of n: at most)", ylabel=title.split(" (")[0], title=title)
         axis.grid(alpha=0.25)
     figure.legend(*axes[1].get_legend_handles_labels(), frameon=False, loc="outside upper center", ncols=4)
-    save(figure, target)
+    harness.save(figure, target)
 
 
 def main() -> None:
@@ -118,7 +101,7 @@ def main() -> None:
     parser.add_argument("--figure", type=Path, default=Path(__file__).with_name("price.svg"))
     options = parser.parse_args()
     found = {seed: run(seed) for seed in map(int, options.seeds.split(","))}
-    write_results("price", found)
+    harness.write_results("price", found)
     print("\n\n".join(tables(found)))
     draw(found, options.figure)
 

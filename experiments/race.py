@@ -15,21 +15,8 @@ import argparse
 from pathlib import Path
 
 from common.runs import read_metrics
-from experiments.harness import (
-    EVAL,
-    JUDGE,
-    KL,
-    closing_table,
-    markdown,
-    number,
-    pyplot,
-    save,
-    seconds,
-    stage,
-    start,
-    t_interval,
-    write_results,
-)
+from experiments import harness
+from experiments.harness import EVAL, JUDGE, KL
 from tools import hf
 
 RATE = 8e-4  # of TRL
@@ -38,27 +25,29 @@ GOAL = 0.95
 
 def ours(seed: int) -> tuple[dict, list[dict], float]:
     """The closing table of a run of ppo.py, its metrics with the seconds since it began, and the command's seconds."""
-    folder = start(seed)
-    text = stage(folder, "race", "ppo.py", "--seed", seed, "--out", "out/race")
+    folder = harness.start(seed)
+    text = harness.stage(folder, "race", "ppo.py", "--seed", seed, "--out", "out/race")
     lines, passed = read_metrics(folder / "out" / "race"), 0.0
     for line in lines:
         passed += line["time/rollout"] + line["time/score"] + line["time/update"]
         line["seconds"] = passed
-    return closing_table(text), lines, seconds(text)
+    return harness.closing_table(text), lines, harness.seconds(text)
 
 
 def theirs(seed: int, rate: float) -> tuple[dict, list[dict], float]:
     """The same of a run of TRL's PPO."""
-    folder, name = start(seed), f"trl-{rate:g}"
+    folder, name = harness.start(seed), f"trl-{rate:g}"
     for net in ("sft", "reward"):
         if not (folder / f"{net}-hf").exists():
             hf.convert(str(folder / "out" / net), folder / f"{net}-hf")
     nets = ["--sft", "sft-hf", "--reward", "reward-hf"]
-    printed = stage(folder, name, "experiments/race_trl.py", *nets, "--seed", seed, "--lr", rate, "--out", f"{name}-hf")
+    printed = harness.stage(
+        folder, name, "experiments/race_trl.py", *nets, "--seed", seed, "--lr", rate, "--out", f"{name}-hf"
+    )
     if not (folder / "out" / name).exists():
         hf.convert(str(folder / f"{name}-hf"), folder / "out" / name)
-    text = stage(folder, f"{name}-end", EVAL, f"out/{name}", "--seed", seed)
-    return closing_table(text), read_metrics(folder / f"{name}-hf"), seconds(printed)
+    text = harness.stage(folder, f"{name}-end", EVAL, f"out/{name}", "--seed", seed)
+    return harness.closing_table(text), read_metrics(folder / f"{name}-hf"), harness.seconds(printed)
 
 
 def to_goal(lines: list[dict]) -> int | None:
@@ -73,8 +62,8 @@ def summary(table: dict, lines: list[dict], whole: float) -> dict[str, float | N
     """What is shown of a run."""
     goal = to_goal(lines)
     return {
-        "judge": number(table[JUDGE][1]),
-        "KL (nats)": number(table[KL][1]),
+        "judge": harness.number(table[JUDGE][1]),
+        "KL (nats)": harness.number(table[KL][1]),
         "highest KL of an iteration": max(line["objective/kl"] for line in lines),
         "seconds per iteration": lines[-1]["seconds"] / len(lines),
         "iterations to 0.95": goal,
@@ -84,7 +73,7 @@ def summary(table: dict, lines: list[dict], whole: float) -> dict[str, float | N
 
 
 def draw(runs: dict[str, list[list[dict]]], target: Path) -> None:
-    figure, axes = pyplot().subplots(1, 3, figsize=(9, 2.9), layout="constrained")
+    figure, axes = harness.pyplot().subplots(1, 3, figsize=(9, 2.9), layout="constrained")
     panels = [("step", "objective/judge", "judge (0 to 1)"), ("seconds", "objective/judge", "judge (0 to 1)")]
     panels += [("step", "objective/kl", "KL to the start (nats)")]
     for axis, (x, y, ylabel) in zip(axes, panels):
@@ -95,7 +84,7 @@ def draw(runs: dict[str, list[list[dict]]], target: Path) -> None:
         axis.set(xlabel="iteration" if x == "step" else x, ylabel=ylabel)
         axis.grid(alpha=0.25)
     figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, loc="outside upper center", ncols=4)
-    save(figure, target)
+    harness.save(figure, target)
 
 
 def table(found: dict[str, dict[int, dict]]) -> str:
@@ -103,9 +92,9 @@ def table(found: dict[str, dict[int, dict]]) -> str:
     for who, seeds in found.items():
         columns = {name: [run[name] for run in seeds.values()] for name in next(iter(seeds.values()))}
         reached = {name: [x for x in column if x is not None] for name, column in columns.items()}
-        cells = [t_interval(x, digits.get(name, 0)) if x else "never" for name, x in reached.items()]
+        cells = [harness.t_interval(x, digits.get(name, 0)) if x else "never" for name, x in reached.items()]
         rows.append([who, *cells, f"{len(reached['seconds to 0.95'])} of {len(seeds)}"])
-    return markdown(["who", *columns, "reached it"], rows)
+    return harness.markdown(["who", *columns, "reached it"], rows)
 
 
 def main() -> None:
@@ -121,7 +110,7 @@ def main() -> None:
         for who, run in each.items():
             runs.setdefault(who, []).append(run[1])
             found.setdefault(who, {})[seed] = summary(*run)
-    write_results(f"race{'' if options.rates == str(RATE) else '-rates'}", found)
+    harness.write_results(f"race{'' if options.rates == str(RATE) else '-rates'}", found)
     print(table(found), end="\n\n")
     draw(runs, options.figure)
 

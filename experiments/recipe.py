@@ -11,25 +11,11 @@ experiments/results/recipe.json and draws experiments/recipe.svg. A stopped run 
 
 import argparse
 import itertools
-import json
 from pathlib import Path
 
 from common import nets
-from common.measure import KL
-from common.runs import read_metrics
-from experiments.harness import (
-    DIVERGED,
-    FOLDER,
-    JUDGE,
-    ROOT,
-    markdown,
-    pyplot,
-    save,
-    stage,
-    start,
-    t_interval,
-    write_results,
-)
+from experiments import harness
+from experiments.harness import DIVERGED, FOLDER, ROOT
 
 LOADED = 'value, _ = nets.load_scalar(names[0], device, "--reward", trunks)'
 FRESH = "value = ScalarModel(GPT(policy.config)).to(device)"
@@ -61,23 +47,17 @@ def raw_reward(folder: Path) -> None:
 
 
 def run(what: str, seed: int) -> dict[str, float]:
-    """Judge, KL and score at the end of a variant, and its highest KL of an iteration; empty if it diverged."""
+    """How a variant ended; {} if it diverged."""
     name, options, changes = VARIANTS[what]
-    folder, script = start(seed), Path("ppo.py")
+    folder, script = harness.start(seed), Path("ppo.py")
     if name == "raw-scores":
         raw_reward(folder)
     if changes:
         script = write_changed("ppo.py", changes, FOLDER / "recipe" / name)
     options = ["--seed", seed + 100] if name == "placebo" else ["--seed", seed, *options]
     out = [] if name == "ppo" else ["--out", f"out/{name}"]
-    stage(folder, name, script, *options, *out, may_fail=DIVERGED)
-    report = folder / "out" / name / "report.json"
-    if not report.exists():
-        return {}
-    table = json.loads(report.read_text())["table"]
-    highest = max(line["objective/kl"] for line in read_metrics(folder / "out" / name))
-    ends = {column: table[row]["after"][0] for column, row in (("judge", JUDGE), ("kl", KL), ("score", "score"))}
-    return ends | {"highest kl": highest}
+    harness.stage(folder, name, script, *options, *out, may_fail=DIVERGED)
+    return harness.ending(folder / "out" / name)
 
 
 def sign_flip_test(differences: list[float]) -> float:
@@ -113,7 +93,7 @@ def write_changed(script: str, changes: dict[str, str], folder: Path) -> Path:
 
 def draw(found: dict[str, dict[int, dict]], target: Path) -> None:
     """A row for each variant: the change in judge and in KL of every seed, and their mean."""
-    figure, axes = pyplot().subplots(1, 2, figsize=(9, 4.4), layout="constrained", sharey=True)
+    figure, axes = harness.pyplot().subplots(1, 2, figsize=(9, 4.4), layout="constrained", sharey=True)
     names = [what for what in found if what != "default"]
     for axis, column, title in ((axes[0], 0, "change in judge"), (axes[1], 1, "change in KL (nats)")):
         for place, what in enumerate(names):
@@ -128,10 +108,10 @@ def draw(found: dict[str, dict[int, dict]], target: Path) -> None:
     axes[1].set_xscale("symlog", linthresh=1)
     axes[0].set_xscale("symlog", linthresh=0.02)
     for axis, ticks in zip(axes, ([-0.5, -0.1, -0.01, 0, 0.01, 0.1], [-1, 0, 1, 10, 100])):
-        axis.xaxis.set_major_locator(pyplot().FixedLocator(ticks))
+        axis.xaxis.set_major_locator(harness.pyplot().FixedLocator(ticks))
         axis.xaxis.set_major_formatter("{x:g}")
     figure.suptitle("variant less default: a point for each seed, a bar for their mean", fontsize="medium")
-    save(figure, target)
+    harness.save(figure, target)
 
 
 def rows(found: dict[str, dict[int, dict]]) -> list[list[str]]:
@@ -147,8 +127,8 @@ def rows(found: dict[str, dict[int, dict]]) -> list[list[str]]:
         if what in apart:
             judges, kls = apart[what]
             p_value = f"{p_values[what]:.3f}" if what in p_values else ""
-            cells[1:] = [t_interval(judges, 3), p_value, t_interval(kls)]
-        means = [t_interval([run[column] for run in ended]) for column in ("judge", "kl", "highest kl")]
+            cells[1:] = [harness.t_interval(judges, 3), p_value, harness.t_interval(kls)]
+        means = [harness.t_interval([run[column] for run in ended]) for column in ("after", "kl", "highest kl")]
         table.append([what, *cells, *means])
     return table
 
@@ -156,16 +136,16 @@ def rows(found: dict[str, dict[int, dict]]) -> list[list[str]]:
 def differences(runs: dict[int, dict], default: dict[int, dict]) -> tuple[list[float], list[float]]:
     """By seed: how judge and KL differ from the default's, where both runs ended."""
     pairs = [(runs[seed], default[seed]) for seed in runs if runs[seed] and default[seed]]
-    return tuple([run[column] - other[column] for run, other in pairs] for column in ("judge", "kl"))
+    return tuple([run[column] - other[column] for run, other in pairs] for column in ("after", "kl"))
 
 
 def tables(found: dict[str, dict[int, dict]]) -> list[str]:
     header = ["what changes", "ended", "change in judge", "p", "change in KL", "judge", "KL (nats)"]
-    cells = lambda run: f"{run['judge']:.3f} at {run['kl']:.1f}" if run else "diverged"  # noqa: E731
+    cells = lambda run: f"{run['after']:.3f} at {run['kl']:.1f}" if run else "diverged"  # noqa: E731
     lines = [[what, *map(cells, runs.values())] for what, runs in found.items()]
     return [
-        markdown([*header, "highest KL of an iteration"], rows(found)),
-        markdown(["judge at KL", *(f"seed {seed}" for seed in found["default"])], lines),
+        harness.markdown([*header, "highest KL of an iteration"], rows(found)),
+        harness.markdown(["judge at KL", *(f"seed {seed}" for seed in found["default"])], lines),
     ]
 
 
@@ -178,7 +158,7 @@ def main() -> None:
     for seed in map(int, options.seeds.split(",")):
         for what in VARIANTS:
             found[what][seed] = run(what, seed)
-    write_results("recipe", found)
+    harness.write_results("recipe", found)
     print("\n\n".join(tables(found)))
     draw(found, options.figure)
 

@@ -12,14 +12,12 @@ It prints the tables, writes experiments/results/rounds.json and draws experimen
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import numpy
 
 from data import read_jsonl, tales, write_jsonl
-from experiments.harness import FOLDER, JUDGE, markdown, pyplot, save, stage, t_interval, write_results
-from experiments.kl import ending
+from experiments.harness import FOLDER, JUDGE, ending, markdown, pyplot, save, stage, t_interval, write_results
 
 START, LONG = "out/sft", "one long run"
 PROMPTS, LABELS, ITERATIONS = 250, 200, 64  # of a round; prompts to spare, as two equal answers are no label
@@ -52,7 +50,7 @@ def learn(folder: Path, name: str, chosen: list[dict], begin: str, seed: int, it
     stage(folder, f"{name}-reward", "reward.py", "--data", f"{name}.jsonl", *mine, "--out", model)
     options = ["--init", begin, "--ref", START, "--reward", model, "--iterations", iterations, *mine]
     stage(folder, name, "ppo.py", *options, "--out", f"out/{name}")
-    return ending(json.loads((folder / "out" / name / "report.json").read_text()))
+    return ending(folder / "out" / name)
 
 
 def run(seed: int, rounds: int) -> dict[str, list[dict]]:
@@ -73,7 +71,7 @@ def run(seed: int, rounds: int) -> dict[str, list[dict]]:
 
 
 def curves(runs: list[dict], way: str, column: str) -> numpy.ndarray:
-    """A column of `kl.ending`, (seeds, rounds)."""
+    """A column of `harness.ending`, (seeds, rounds)."""
     return numpy.array([[end[column] for end in run[way]] for run in runs])
 
 
@@ -88,7 +86,10 @@ def tables(runs: list[dict]) -> list[str]:
     header = [f"judge at the start: {before}", *(f"after round {i + 1}" for i in range(rounds)), "score", "KL (nats)"]
     last = {way: curves(runs, way, "after")[:, -1] for way in runs[0]}
     apart = [[way, other, t_interval((last[way] - last[other]).tolist())] for way, other in PAIRS]
-    return [markdown(header, rows), markdown(["judge at the end of", "less that of", "difference [95%]"], apart)]
+    return [
+        markdown(header, rows),
+        markdown(["judge at the end of", "less that of", "difference [95%]"], apart),
+    ]
 
 
 def draw(runs: list[dict], target: Path) -> None:

@@ -515,9 +515,10 @@ def test_each_way_of_going_on_has_as_many_labels_a_round_and_the_first_reference
         if name.endswith("-asked"):
             prompts = data.read_jsonl(folder / option(words, "--data"), {})
             write(out / "comparisons.jsonl", [row | {"by": option(words, "--init")} for row in prompts])
-        table = {name: {"before": [0.5, 0], "after": [0.25, 0]} for name in (harness.JUDGE, measure.KL, "score")}
-        answers = [{side: {harness.JUDGE: table[harness.JUDGE][side][0]} for side in ("before", "after")}] * 10
-        (out / "report.json").write_text(json.dumps({"table": table, "answers": answers}))
+        row = {"before": [0.5, 0], "after": [0.25, 0], "change": [-0.25, 0.1]}
+        table = {name: row for name in (harness.JUDGE, measure.KL, "score")}
+        (out / "report.json").write_text(json.dumps({"table": table}))
+        write(out / "metrics.jsonl", [{"step": 0, "objective/kl": 0.25}])
 
     monkeypatch.setattr(rounds, "stage", stage)
     found = rounds.run(1, 3)
