@@ -42,7 +42,7 @@ SILENT, FREE, INERT = "Silent: it costs, and no curve says so", "Costs nothing m
 HEAD = """# An atlas of mistakes
 
 *My curves look like this: what is wrong?* Known mistakes of RLHF code, each made in a copy of this project and run
-beside the right run: the tales, seeds {seeds}, 64 iterations, the default options{letters}.
+beside the right run: the tales, seeds {seeds}, 64 iterations, the default options unless a row names others{letters}.
 Find what you see, then compare the lines. `python -m experiments.atlas` makes this page.
 
 | of {n} forms | |
@@ -58,9 +58,9 @@ code, on 512 held-out prompts. The other columns are what the log says, mistake 
 iteration, and the ratio that is furthest from 1; score, explained variance, entropy (nats per token), length (tokens)
 and the share of answers that ended are means of the last four iterations.
 
-What the log shows is decided by a threshold for each heading, which no right run passes. A cost is, on each seed,
-{cost} of judge or {pay} of score − β KL; or {cost} of the way from J(π₀) to J\\*. Share is that part of the way, and TV
-the distance to π\\*. In the figures the right run is grey; a line is a seed.
+What the log shows is decided by a threshold for each heading, which no right run passes. A mistake costs if it loses,
+on each seed, {cost} of judge or {pay} of score − β KL; or if it loses {cost} of the way from J(π₀) to J\\*. Share is
+that part of the way, and TV the distance to π\\*. In the figures the right run is grey; a line is a seed.
 
 {chance}"""
 

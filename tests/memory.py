@@ -1,7 +1,7 @@
 """How much memory the stages take, computed from a shape: `python -m tests.bench --what memory` prints it.
 
-Two parts: what the nets take all the time, in bytes a parameter, and what a forward keeps for its backward, in bytes a
-token. `test_bench.py` holds the second to what autograd saves in a forward of the real model.
+Two parts: what the nets take all the time, in bytes per parameter, and what a forward keeps for its backward, in bytes
+per token. `test_bench.py` holds the second to what autograd saves in a forward of the real model.
 """
 
 import functools
@@ -13,7 +13,7 @@ import fast
 from model import GPT, Block, GPTConfig, ScalarModel
 from tests.shapes import config_of
 
-TRAINED = 16  # bytes a parameter: a weight, its gradient and Adam's two moments, in float32
+TRAINED = 16  # bytes per parameter: a weight, its gradient and Adam's two moments, in float32
 BATCH, LENGTH = 8, 512  # of the micro-batch in the table
 RANK = 16  # of --lora in the tables
 CARDS = {"24 GB": (24, 1), "80 GB": (80, 1), "8 × 80 GB": (80, 8)}  # GB of each, and how many
@@ -40,14 +40,14 @@ def counted(net: torch.nn.Module) -> tuple[int, int]:
 def nets(name: str, stage: int, bf16: bool) -> int:
     """Bytes of the nets of a stage with gradients and moments. `bf16`: stage 3 stores frozen linear layers in bfloat16.
 
-    Stage 1 trains a GPT. Stage 2 trains a reward model; the GPT that it samples from stands beside it. Stage 3 trains
-    a policy and a value net; the reference and the reward model are frozen.
+    Stage 1 trains a GPT. Stage 2 trains a reward model on the weights of a GPT, whose output layer stays. Stage 3
+    trains a policy and a value net; the reference and the reward model are frozen.
     """
     (gpt, gpt_linear), (scalar, scalar_linear) = parameters(name), parameters(name, scalar=True)
     if stage == 1:
         return TRAINED * gpt
     if stage == 2:
-        return TRAINED * scalar + 4 * gpt
+        return TRAINED * scalar + 4 * max(0, gpt - scalar)
     spared = 2 * (gpt_linear + scalar_linear) if bf16 else 0
     return TRAINED * (gpt + scalar) + 4 * (gpt + scalar) - spared
 

@@ -1,6 +1,6 @@
 """Measure what a run has made: a policy before → after, the best of n answers, or a reward model.
 
-python -m tools.evaluate out/ppo                               the table that ppo.py ends with, with fresh answers
+python -m tools.evaluate out/ppo                               the table that ppo.py ends with, made again
 python -m tools.evaluate out/ppo --best_of 1,4,16              beside it, the best of so many of the reference's
 python -m tools.evaluate out/reward --data COMPARISONS.jsonl   does a reward model agree with comparisons?
 """
