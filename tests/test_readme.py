@@ -12,7 +12,7 @@ import ppo
 from experiments import default, estimators, exact, harness, kl, lora
 from tests.conftest import ROOT
 
-PAGES = [ROOT / folder / "README.md" for folder in (".", "data", "tests", "experiments")]
+PAGES = [ROOT / folder / "README.md" for folder in (".", "data", "tools", "tests", "experiments")]
 PAGES += [ROOT / "experiments" / name for name in ("exercises.md", "exact.md", "atlas.md")]
 README = (ROOT / "README.md").read_text()
 PROMPT = "Tell me about a shy owl who lost a red key near the lake."
@@ -90,17 +90,8 @@ def test_every_option_that_a_page_names_is_one():
         source = path.read_text()
         known |= set(re.findall(r"^    (\w+): .* = .*#", source, re.MULTILINE))
         known |= set(re.findall(r'add_argument\(\s*"--(\w+)"', source))
-    known |= {
-        "help",
-        "index-url",
-        "nproc_per_node",
-        "nnodes",
-        "rdzv_backend",
-        "rdzv_endpoint",
-        "local-dir",
-        "logdir",
-        "shutdown-timeout",
-    }
+    known |= {"help", "adapter", "index-url", "nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint", "logdir"}
+    known.add("shutdown-timeout")
     for page in PAGES:
         named = set(re.findall(r"(?<![\w-])--([a-z][\w-]*)", page.read_text()))
         assert named <= known, page
