@@ -40,17 +40,21 @@ def rows(found: dict[int, dict[str, dict]]) -> list[list]:
     return [*table, ["200 less 25,000", *(apart.get(column, "") for column in COLUMNS)]]  # what else is of two measures
 
 
+def tables(found: dict[str, dict]) -> list[str]:
+    """The table, and the accuracy over the held-out pairs of all seeds, with Wilson's interval."""
+    header = ["comparisons", "held-out accuracy", "noise allows", "judge before", "judge after", "KL (nats)", "score"]
+    each = [(seed["fewer"]["held out"], seed["fewer"]["accuracy"]) for seed in found.values()]
+    n = sum(pairs for pairs, _ in each)
+    accuracy = cell(share(sum(pairs * right for pairs, right in each) / n, n))
+    return [markdown(header, rows(found)), f"Over the {n} held-out pairs of all seeds the accuracy is {accuracy}."]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", default="30,31,32,33,34", help="comma-separated")
     found = {seed: run(seed) for seed in map(int, parser.parse_args().seeds.split(","))}
     write_results("fewer", found)
-    header = ["comparisons", "held-out accuracy", "noise allows", "judge before", "judge after", "KL (nats)", "score"]
-    print(markdown(header, rows(found)))
-    each = [(seed["fewer"]["held out"], seed["fewer"]["accuracy"]) for seed in found.values()]
-    n = sum(pairs for pairs, _ in each)
-    accuracy = cell(share(sum(pairs * right for pairs, right in each) / n, n))
-    print(f"\nheld-out accuracy of 200, over the {n} held-out pairs of all seeds: {accuracy} (Wilson)")
+    print("\n\n".join(tables(found)))
 
 
 if __name__ == "__main__":

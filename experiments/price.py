@@ -10,6 +10,7 @@ at the same KL. It prints the tables, writes experiments/results/price.json and 
 
 import argparse
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy
@@ -23,6 +24,7 @@ PROMPTS, ANSWERS = 64, 256
 TILTS = (10, 3, 2, 1.5, 1, 0.8, 0.6, 0.5, 0.4, 0.35, 0.3, 0.25, 0.2, 0.15, 0.1)  # β of π*
 NAMES = {(0.05, 64): "ppo", (0.05, 160): "good-0.05"}  # the default run, and one of experiments.kl
 Point = tuple[float, float, float]  # KL, judge, score
+LIMITS = ((0,), (0, 1), (), (1,))  # of these, and of the answers that count
 
 
 def run(seed: int) -> dict[str, dict]:
@@ -50,13 +52,18 @@ def at_kl(kl: float, curve: list[Point], column: int) -> float:
     return float(numpy.interp(kl, x, y, left=math.nan, right=math.nan))
 
 
+def intervals(points: Iterable[Point]) -> list[str]:
+    """Of each column the mean over the seeds with its interval, cut at what can be."""
+    return [harness.t_interval(list(column), 2, *limits) for column, limits in zip(zip(*points), LIMITS)]
+
+
 def rows(found: dict[int, dict[str, dict]]) -> list[list[str]]:
     """For PPO at each β: means over the seeds with intervals, and how far it is from the others at the same KL."""
     table = []
     for iterations in LENGTHS:
         for beta in map("{:g}".format, BETAS):
             ends = {seed: each[f"PPO, {iterations} iterations"][beta] for seed, each in found.items()}
-            cells = [harness.t_interval([end[column] for end in ends.values()]) for column in (0, 1, 2)]
+            cells = intervals(ends.values())
             for method, column in (("best of n", 1), ("π*", 1), ("best of n", 2), ("π*", 2)):
                 curves = {seed: list(each[method].values()) for seed, each in found.items()}
                 apart = [end[column] - at_kl(end[0], curves[seed], column) for seed, end in ends.items()]
@@ -73,7 +80,7 @@ def tables(found: dict[int, dict[str, dict]]) -> list[str]:
         lines = []
         for name in next(iter(found.values()))[method]:
             points = [each[method][name] for each in found.values()]
-            lines.append([name, *(harness.t_interval(list(column)) for column in zip(*points))])
+            lines.append([name, *intervals(points)])
         header = [f"{method}: {asked}", "KL (nats)", "judge", "score", "answers that count"]
         shown.append(harness.markdown(header[: len(lines[0])], lines))
     return shown

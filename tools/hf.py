@@ -192,9 +192,10 @@ def read_model(folder: Path) -> tuple[GPT | ScalarModel, Encoding]:
         eos, *stops = eos_ids(folder, about, encoding)
         bos = [i for i in [c.get("bos_token_id")] if isinstance(i, int) and i != eos]
         config = replace(config, eos=eos, stops=tuple(stops), bos=tuple(bos))
-        encoding, chat = fill_gaps(encoding, config.vocab_size, folder), read_template(folder, about)
+        chat = read_template(folder, about)
         encoding = with_template(encoding, chat | {"ends": [*config.ends]} if chat else {})
         model = load(replace(config, suffix=turn_suffix(encoding, eos)), scalar, read_tensors(folder), str(folder))
+        encoding = fill_gaps(encoding, config.vocab_size, folder)  # once the weights have so many rows
         if scalar:
             model.bias.fill_(c.get("score_bias", 0.0))
         if scalar and c.get("pad_token_id") in config.ends:
