@@ -11,7 +11,7 @@ from data.batches import (
 from data.chat import prompt_text
 from data.files import InputError, documents, first_row, has_rows, read_jsonl, write_jsonl
 from data.rows import (
-    comparisons, completions, encode_row, prompt_rows, prompts, prompts_and_held_out, read_prompts,
+    comparisons, completions, encode_row, prompt_rows, prompt_texts, prompts, prompts_and_held_out, read_prompts,
 )  # fmt: skip
 from data.tokenizer import (
     EOS_TEXT, SPLIT, encode_prompt, encode_text, encoding_from_state, encoding_state, gpt2_encoding, learn_bpe,

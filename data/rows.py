@@ -260,6 +260,10 @@ def read_prompts(path: str | Path, encoding: Encoding) -> list[Prompt]:
     return found
 
 
+def prompt_texts(path: str | Path) -> list[PromptText]:
+    return [row["prompt"] for row in prompt_rows(path)]
+
+
 def prompt_rows(path: str | Path) -> list[dict]:
     """The rows of a file as they were read, but a conversation loses a last answer of the assistant."""
     return [row for _, row in numbered_prompts(path)]

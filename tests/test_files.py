@@ -28,7 +28,7 @@ def shards(tmp_path):
 
 def test_a_folder_and_a_pattern_are_their_files_by_name(shards):
     for path in (shards, f"{shards}/*.jsonl", f"{shards}/[ab]*"):
-        assert [row["prompt"] for row in data.prompt_rows(path)] == ["one", "two", "three"] and data.has_rows(path)
+        assert data.prompt_texts(path) == ["one", "two", "three"] and data.has_rows(path)
         assert data.first_row(path) == {"prompt": "one"}
     assert data.prompt_rows(f"{shards}/b*.jsonl") == [{"prompt": "three"}]
 
