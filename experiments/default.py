@@ -31,7 +31,7 @@ NOTES = {  # metric → its axis, and what to know of it
     "objective/kl_max": ("KL (nats)", "4 The farthest answer leaps;\nthe mean should not"),
     "loss/policy_avg": ("loss", "5 The policy loss hovers\naround 0 and says nothing"),
     "loss/value_avg": ("loss", "6 The value loss falls"),
-    "value/explained_variance": ("share", "7 Explained variance is noisy,\nabove 0, and climbs"),
+    "value/explained_variance": ("share", "7 Explained variance climbs;\nit is noisy, and may dip below 0"),
     "policy/ratio": ("mean ratio", "8 The mean ratio stays near 1;\n0.95 or 1.05 would be far"),
     "token_entropy": ("nats per token", "9 Entropy falls, not to 0"),
     "response_len": ("tokens", "10 Length hardly changes,\nif good answers are as long"),
@@ -71,8 +71,9 @@ def draw(seeds: list[int], target: Path) -> None:
     figure, axes = pyplot().subplots(2, 5, figsize=(14, 5), layout="constrained", sharex=True)
     runs = [read_metrics(FOLDER / "kl" / f"seed-{seed}" / "out" / "ppo") for seed in seeds]
     for axis, (metric, (unit, note)) in zip(axes.flat, NOTES.items()):
-        for i, lines in enumerate(runs):
-            axis.plot([line["step"] + 1 for line in lines], [line[metric] for line in lines], color=f"C{i}")
+        for lines in runs:
+            points = [(line["step"] + 1, line[metric]) for line in lines]
+            axis.plot(*zip(*points), color="C0", alpha=0.5, linewidth=1)
         if metric == "policy/ratio":
             axis.set_ylim(0.95, 1.05)
         axis.set_title(note, loc="left")
