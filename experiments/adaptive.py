@@ -1,6 +1,6 @@
 """β that adapts to a KL of 6 nats (Ziegler et al. 2019, section 2.2), from two starts, every seed.
 
-    OMP_NUM_THREADS=1 python -m experiments.adaptive    seeds 30 to 32, after kl; 14 minutes each
+    OMP_NUM_THREADS=1 python -m experiments.adaptive    seeds 30 to 32, after kl; 7 minutes each
 
 β starts at 0.01, which lets the policy go further than 6 nats, and at 0.3, which holds it back. It moves by at most 5%
 an iteration. The learning rates fall to 0, as in every run, so late in a run β moves more than the policy. Intervals
@@ -53,6 +53,11 @@ def rows(found: dict[float, dict[int, dict]]) -> list[list]:
     return table
 
 
+def tables(found: dict[float, dict[int, dict]]) -> list[str]:
+    header = ["first β", "seed", "settled at", "highest KL", "KL of the last 20", "last β", "KL at the end", "judge"]
+    return [markdown(header, rows(found))]
+
+
 def draw(metrics: dict[float, list[list[dict]]], target: Path) -> None:
     figure, axes = pyplot().subplots(1, 3, figsize=(9, 3.2), layout="constrained")
     axes[0].axhline(TARGET, color="black", linewidth=0.8, linestyle=":")
@@ -82,8 +87,7 @@ def main() -> None:
     ran = {kl_coef: {seed: run(kl_coef, seed) for seed in seeds} for kl_coef in STARTS}
     found = {kl_coef: {seed: each for seed, (each, _) in runs.items()} for kl_coef, runs in ran.items()}
     write_results("adaptive", found)
-    header = ["first β", "seed", "settled at", "highest KL", "KL of the last 20", "last β", "KL at the end", "judge"]
-    print(markdown(header, rows(found)), end="\n\n")
+    print(*tables(found), end="\n\n")
     draw({kl_coef: [lines for _, lines in runs.values()] for kl_coef, runs in ran.items()}, options.figure)
 
 

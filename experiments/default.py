@@ -1,6 +1,6 @@
 """What the three commands of README end with, every seed.
 
-    OMP_NUM_THREADS=1 python -m experiments.default                  seeds 30 to 39, some 10 minutes each
+    OMP_NUM_THREADS=1 python -m experiments.default                  seeds 30 to 39, some 5 minutes each
     OMP_NUM_THREADS=1 python -m experiments.default --seeds 30,31    some of them
 
 It prints the table, writes experiments/results/default.json, and draws what a healthy run looks like,

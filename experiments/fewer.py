@@ -1,6 +1,6 @@
 """Two hundred comparisons: a choice between two answers to each of 200 prompts, and PPO on what was learned of them.
 
-    OMP_NUM_THREADS=1 python -m experiments.fewer    seeds 30 to 34, after price; 4 minutes each
+    OMP_NUM_THREADS=1 python -m experiments.fewer    seeds 30 to 34, after default; 2 minutes each
 
 Beside it stands the default run, whose reward model learns from some 25,000 comparisons of 1,000 prompts. The choices
 are simulated. Intervals are Student's t over the seeds, of 95%. It prints a table and writes

@@ -1,6 +1,6 @@
 """What the KL term is for: PPO with it and without it, on a poor and on a good reward model, ten seeds.
 
-    OMP_NUM_THREADS=1 python -m experiments.kl                  seeds 30 to 39, some 45 minutes each
+    OMP_NUM_THREADS=1 python -m experiments.kl                  seeds 30 to 39, some 20 minutes each
     OMP_NUM_THREADS=1 python -m experiments.kl --seeds 30,31    some of them
     python -m experiments.kl --finished                         the tables of what has run until now
 
