@@ -21,7 +21,7 @@ from experiments.harness import FOLDER, JUDGE, markdown, pyplot, read_results, s
 
 MEASURES = {JUDGE: "by the judge (never trained on)", "final score": "by the score (trained on)"}
 KINDS = {  # run folder → what it is
-    r"ppo|beta-[\d.]+|good-[\d.]+": "PPO, each β",
+    r"ppo|beta-[\d.]+-\d+|good-[\d.]+": "PPO, each β",
     r"poor-[\d.]+": "PPO, reward model of 20 prompts",
     r"(rloo|grpo|kl-in-the-loss|grpo-kl-in-the-loss|clip-higher|rule|dpo)-[\d.]+": "forks",
 }
