@@ -87,7 +87,7 @@ def test_the_figure_has_the_win_rates_of_a_report():
     sides = [(0.0, 1.0), (1.0, 1.0), (1.0, 0.0), (0.2, 0.3)]
     report = {"answers": [{"before": {"score": a}, "after": {"score": b}} for a, b in sides]}
     assert ceiling.wins(report, "score")[0] == 2.5 / 4
-    names = ("ppo", "beta-0.3", "poor-0", "grpo-kl-in-the-loss-0.2", "sft")
+    names = ("ppo", "beta-0.3-64", "poor-0", "grpo-kl-in-the-loss-0.2", "sft")
     assert [ceiling.kind(name) for name in names] == [
         "PPO, each β", "PPO, each β", "PPO, reward model of 20 prompts", "forks", None,
     ]  # fmt: skip
