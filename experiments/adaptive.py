@@ -17,7 +17,13 @@ from experiments.harness import ending, label_ends, markdown, pyplot, save, stag
 STARTS, TARGET = (0.01, 0.3), 6.0
 OPTIONS = ["--kl_target", TARGET, "--iterations", 160]
 PANELS = {"objective/kl": "KL to the start (nats per answer)", "kl_coef": "β", "objective/judge": "judge (0 to 1)"}
-COLUMNS = {"highest kl": 1, "late kl": 2, "late β": 3, "kl": 2, "after": 2}  # and digits
+COLUMNS = {
+    "highest kl": (1, 0),
+    "late kl": (2, 0),
+    "late β": (3, 0),
+    "kl": (2, 0),
+    "after": (2, 0, 1),
+}  # digits, limits
 
 
 def run(kl_coef: float, seed: int) -> tuple[dict, list[dict]]:
@@ -45,10 +51,10 @@ def rows(found: dict[float, dict[int, dict]]) -> list[list]:
     table = []
     for kl_coef, runs in found.items():
         for seed, each in runs.items():
-            cells = [f"{each[column]:.{digits}f}" for column, digits in COLUMNS.items()]
+            cells = [f"{each[column]:.{digits}f}" for column, (digits, *_) in COLUMNS.items()]
             table.append([kl_coef, seed, each["settled"] or "never", *cells])
         count = f"{sum(each['settled'] is not None for each in runs.values())} of {len(runs)}"
-        means = [t_interval([each[column] for each in runs.values()], digits) for column, digits in COLUMNS.items()]
+        means = [t_interval([each[column] for each in runs.values()], *how) for column, how in COLUMNS.items()]
         table.append([kl_coef, "all", count, *means])
     return table
 

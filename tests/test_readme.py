@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import ppo
-from experiments import default, estimators, exact, fewer, harness, kl, lora, price
+from experiments import adaptive, default, estimators, exact, fewer, harness, kl, lora, price
 from tests.conftest import ROOT
 
 PAGES = [ROOT / folder / "README.md" for folder in (".", "data", "tools", "tests", "experiments")]
@@ -72,6 +72,7 @@ def test_readme_counts_what_the_atlas_counts():
 
 TABLES = {"default": default.tables, "kl": kl.tables, "exact": exact.tables, "estimators": estimators.tables}
 TABLES |= {"lora": lora.tables, "lora-own": lora.own_tables, "price": price.tables, "fewer": fewer.tables}
+TABLES["adaptive"] = adaptive.tables
 
 
 @pytest.mark.parametrize("name", TABLES)
