@@ -17,13 +17,13 @@ from experiments.harness import ending, label_ends, markdown, pyplot, save, stag
 STARTS, TARGET = (0.01, 0.3), 6.0
 OPTIONS = ["--kl_target", TARGET, "--iterations", 160]
 PANELS = {"objective/kl": "KL to the start (nats per answer)", "kl_coef": "β", "objective/judge": "judge (0 to 1)"}
-COLUMNS = {
+COLUMNS = {  # name → digits, and the bounds of its interval
     "highest kl": (1, 0),
     "late kl": (2, 0),
     "late β": (3, 0),
     "kl": (2, 0),
     "after": (2, 0, 1),
-}  # digits, limits
+}
 
 
 def run(kl_coef: float, seed: int) -> tuple[dict, list[dict]]:

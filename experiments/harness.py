@@ -336,4 +336,5 @@ def label_ends(axis, ends: dict[str, tuple[float, float, str]]) -> None:
 
 def save(figure, target: Path) -> None:
     figure.savefig(target, metadata={"Date": None}, facecolor="white")
+    target.write_text(re.sub(r"(\d\.\d\d)\d+", r"\1", target.read_text()))  # nobody sees a hundredth of a point
     print(target)

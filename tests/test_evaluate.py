@@ -21,7 +21,7 @@ from common.measure import (
     share,
     summary,
 )
-from data import Group, Prompt, Row
+from data import Group, InputError, Prompt, Row
 from tests.conftest import make_gpt, ragged
 from tools import evaluate
 from tools.evaluate import best_of_table, by_source_and_length, expected_at_best, of_its_run
@@ -229,3 +229,7 @@ def test_options_on_the_command_line_stand_over_those_of_the_run_even_where_they
     (tmp_path / "config.json").write_text(json.dumps(run | {"stage": "sft"}))
     assert of_its_run(str(tmp_path), [str(tmp_path)]) == evaluate.Config()
     assert of_its_run("a run of no file", ["DIR", "--seed", "3"]).seed == 3
+    for damaged in ({"options": []}, {"inputs": "x"}):
+        (tmp_path / "config.json").write_text(json.dumps(damaged))
+        with pytest.raises(InputError, match="config.json: .* is no JSON object; remove the file"):
+            of_its_run(str(tmp_path), [str(tmp_path)])

@@ -39,15 +39,17 @@ def of_its_run(folder: str, argv: list[str]) -> Config:
     path, known = Path(folder) / "config.json", {"seed", "init"}
     about = read_object(path) if path.exists() else {}
     options, inputs = about.get("options", {}), about.get("inputs", {})
+    if not isinstance(options, dict) or not isinstance(inputs, dict):
+        raise InputError(f'{path}: "options" or "inputs" is no JSON object; remove the file')
     if about.get("stage") == "ppo":
         known = {field.name for field in fields(ppo.Config)} - {"out", "resume", "device"}
         if forked := [f"--{name}" for name, x in options.items() if x and name not in ppo.Config.__dataclass_fields__]:
             dist.print0(f"{path}: {', '.join(forked)}: not in this ppo.py, so this measures without")
     its = cli.as_words({name: x for name, x in options.items() if name in known})
     cfg, _ = cli.parse(Config, its + argv, positional="DIR")
-    for name in {"init", "ref", "reward"} & inputs.keys():
+    for name in ("init", "ref", "reward"):
         now = getattr(cfg, name)
-        if now == options.get(name) and folders.fingerprint(now) != inputs[name]:
+        if now == options.get(name) and name in inputs and folders.fingerprint(now) != inputs[name]:
             what = f"--{name} {now}: is not the model that it was in this run"
             raise InputError(f"{path}: {what}; start where the run did, or name that model with --{name}")
     return cfg
